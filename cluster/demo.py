@@ -220,7 +220,7 @@ def next_steps(target: Target, *, local: bool) -> str:
         f"\nThe cluster is still running. Try next:\n{export}"
         f"  kubectl describe ftj {JOB} -n {NAMESPACE}\n"
         f"  kubectl explain ftj.spec.method\n"
-        f"  kubectl logs -n {NAMESPACE} job/{JOB}-train-2     # each stage's log stays (prepare is 1)\n"
+        f"  kubectl logs -n {NAMESPACE} job/{JOB}-train-1     # each stage keeps its log\n"
         f"  change examples/quickstart.yaml (another name, maxSteps, r) and kubectl apply -n {NAMESPACE} -f it\n"
         f"  {stop}"
     )

@@ -1,0 +1,77 @@
+"""One real local cluster for all end-to-end tests, the operator on it, and tiny models on its claims."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import staging
+from cluster.target import ROOT, Target, local_target
+from tests.e2e.jobs import Jobs
+from tests.tiny import make_tiny_model
+
+NAMESPACE = "finetune-e2e"
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Target]:
+    """The local cluster with both images; stopped afterwards unless it was running before."""
+    status = subprocess.run([sys.executable, "-m", "cluster", "status"], cwd=ROOT, capture_output=True, check=False)
+    yield local_target()
+    if status.returncode:
+        subprocess.run([sys.executable, "-m", "cluster", "down"], cwd=ROOT, check=True)
+
+
+def quick_operator(cluster: Target, **values: object) -> None:
+    """The operator, eager to report and with short deadlines."""
+    settings = {"operator.progressIntervalSeconds": 1, "operator.startDeadlineSeconds": 15}
+    cluster.install_chart(**(settings | values))
+
+
+@pytest.fixture(scope="module")
+def operator(cluster: Target) -> Target:
+    quick_operator(cluster)
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def staged(cluster: Target, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A namespace with Pod Security `restricted`, a claim with models and one with datasets."""
+    folder = tmp_path_factory.mktemp("staged")
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": labels}})
+    for claim in (staging.build_claim("models", "1Gi"), staging.build_claim("datasets", "1Gi")):
+        cluster.kubectl("apply", "-n", NAMESPACE, "-f", "-", stdin=json.dumps(claim))
+    staging.put_files(cluster, NAMESPACE, files(folder))
+    return NAMESPACE
+
+
+def files(folder: Path) -> dict[str, Path]:
+    """Good and bad models and datasets, by their place on the claims."""
+    make_tiny_model(folder / "tiny")
+    (folder / "no-model").mkdir()
+    (folder / "no-model" / "README.md").write_text("nothing here\n", encoding="utf-8")
+    rows = [{"instruction": f"What is {i} plus {i}?", "output": f"It is {i + i}."} for i in range(200)]
+    datasets = {
+        "train.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        "wrong-column.jsonl": json.dumps({"question": "?", "reply": "!"}) + "\n",
+        "empty.jsonl": "",
+        "no-json.jsonl": json.dumps(rows[0]) + "\n" + json.dumps(rows[1]) + "\nthis is no JSON\n",
+    }
+    for name, text in datasets.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    placed = {f"datasets/{name}": folder / name for name in datasets}
+    return placed | {"models/tiny": folder / "tiny", "models/no-model": folder / "no-model"}
+
+
+@pytest.fixture
+def jobs(operator: Target, staged: str) -> Iterator[Jobs]:
+    """The jobs of the staged namespace; all are gone before the next test."""
+    yield Jobs(operator, staged)
+    operator.kubectl("delete", "finetunejobs", "--all", "-n", staged, "--wait")
+    operator.kubectl("delete", "jobs", "--all", "-n", staged, "--wait")
