@@ -1,0 +1,248 @@
+"""finetune-trainer prepare|train|merge|quantize|evaluate --config job.json --work DIR.
+
+One stage of a fine-tuning job, the same in a pod and on a workstation. Run them in that order with the same config
+and work folder; a stage that is done already says so and ends at once, one that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune_trainer import manifest, stages
+from finetune_trainer.context import Context, rank
+from finetune_trainer.errors import InvalidConfig, translate
+from finetune_trainer.farewell import say, shortened, write_last_word
+from finetune_trainer.parsing import load_config
+from finetune_trainer.progress import ExitCode, LastWord, Reason, Stage, exit_code
+from finetune_trainer.report import Report, reporting
+from finetune_trainer.work import WorkFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from finetune_trainer.config import JobConfig
+    from finetune_trainer.manifest import Manifest, Target
+
+log = logging.getLogger(__name__)
+
+EVALUATE = "evaluate"
+"""Not a stage of a job: measures what is there, on a workstation. It has neither manifest nor last word."""
+
+COMMANDS = {
+    Stage.PREPARE.value: "fetch and check the model, read and tokenize the rows, fix every setting that was left open",
+    Stage.TRAIN.value: "train the adapter on the quantized base; goes on from the newest good checkpoint",
+    Stage.MERGE.value: "merge the adapter into the dequantized base",
+    Stage.QUANTIZE.value: "make the quantized forms of the merged model",
+    EVALUATE: "measure every artifact that is there on the held-out rows",
+}
+EPILOG = """\
+Exit codes: 0 done; 10 config, 11 dataset, 12 model wrong; 13 not found; 14 access denied; 15 volume full;
+16 out of GPU memory; 17 loss not finite; 18 a file is not what its manifest says; 20 interrupted, to be run again;
+1 anything else."""
+TERMINATION_LOG = Path("/dev/termination-log")
+TRACEBACK_LINES = 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one stage and return its exit code."""
+    arguments = build_parser().parse_args(argv)
+    set_up_logging(arguments.command)
+    stopping = threading.Event()
+    _stop_on_signals(stopping)
+    try:
+        config = load_config(arguments.config)
+        names = _names(config, arguments)
+    except Exception as error:  # noqa: BLE001 - every end is told
+        return _end_badly(arguments, error)
+    if arguments.command == EVALUATE:
+        return _run_evaluate(config, arguments, stopping)
+    for name in names:
+        if (code := _run_stage(config, arguments, name, stopping)) is not ExitCode.COMPLETED:
+            return code
+    return ExitCode.COMPLETED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    description, _, _ = (__doc__ or "").partition("\n\n")[2].partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="finetune-trainer",
+        description=description,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="STAGE")
+    for name, help_text in COMMANDS.items():
+        command = commands.add_parser(name, help=help_text, description=help_text.capitalize() + ".")
+        _add_options(command)
+        if name == Stage.QUANTIZE:
+            command.add_argument("--name", help="the entry of the config's quantize to make (default: all of them)")
+    return parser
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
+        "--config",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the job as JSON: a FineTuneJob's spec, training half",
+    )
+    add("--work", type=Path, required=True, metavar="DIR", help="the job's own folder; made if it is not there")
+    add(
+        "--sources",
+        type=Path,
+        default=Path("/sources"),
+        metavar="DIR",
+        help="where the claims of volume sources are, one folder a claimName (default: %(default)s)",
+    )
+    add(
+        "--secrets",
+        type=Path,
+        default=Path("/secrets"),
+        metavar="DIR",
+        help="where the file model-token is, for a private hub repository (default: %(default)s)",
+    )
+    add("--attempt", type=int, default=1, metavar="N", help="counts the tries of the job (default: %(default)s)")
+    add("--progress-port", type=int, metavar="PORT", help="serve /progress, /metrics, /healthz (default: do not)")
+    add(
+        "--termination-log",
+        type=Path,
+        metavar="FILE",
+        help=f"where the last word goes, as JSON (default: {TERMINATION_LOG} where it is writable)",
+    )
+
+
+def set_up_logging(command: str) -> None:
+    """One format on stderr, with the time and the stage."""
+    where = f"{command}" + (f"[{rank()}]" if "RANK" in os.environ else "")
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s {where} %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
+    )
+    for noisy in ("httpx", "filelock", "urllib3", "datasets", "huggingface_hub"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _stop_on_signals(stopping: threading.Event) -> None:
+    """SIGTERM, and the first Ctrl-C, ask the stage to leave in order; the second Ctrl-C breaks it off."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def ask(number: int, _frame: object) -> None:
+        log.warning("%s: leaving as soon as what is done is safe", signal.Signals(number).name)
+        stopping.set()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, ask)
+
+
+def _names(config: JobConfig, arguments: argparse.Namespace) -> list[str | None]:
+    """The entries of quantize to make; one nameless piece of work for every other stage."""
+    if arguments.command != Stage.QUANTIZE:
+        return [None]
+    if arguments.name is not None:
+        return [arguments.name]
+    if not config.quantize:
+        msg = 'quantize: the config has no entry. Add one, e.g. {"name": "gptq4", "method": "GPTQ"}.'
+        raise InvalidConfig(msg)
+    return [entry.name for entry in config.quantize]
+
+
+def _run_stage(config: JobConfig, arguments: argparse.Namespace, name: str | None, stopping: threading.Event) -> int:
+    """Run a stage to its last word."""
+    stage, work = Stage(arguments.command), WorkFolder(arguments.work.absolute())
+    report = Report(stage, arguments.attempt)
+    port = arguments.progress_port if rank() == 0 else None
+    try:
+        with reporting(report, port):
+            target = stages.build_target(stage, config, work, name)
+            context = Context(
+                work, arguments.sources, arguments.secrets, arguments.attempt, report, target, name, stopping
+            )
+            found = _done_already(target, report) or _work(config, context, target)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every end is told
+        return _end_badly(arguments, error)
+    return _end(arguments, manifest.last_word(found, target, arguments.attempt))
+
+
+def _done_already(target: Target, report: Report) -> Manifest | None:
+    """The manifest of work that an earlier attempt finished, read again in full."""
+    if stages.finished(target) is None:
+        return None
+    report.begin(f"{target.path}/ is there already: verifying it", unit="bytes")
+    return manifest.verify(target.folder, report.bytes_progress)
+
+
+def _work(config: JobConfig, context: Context, target: Target) -> Manifest:
+    """Verify what the stage reads, then run it."""
+    for name, folder in stages.inputs_of(target, context.work).items():
+        context.report.begin(f"verifying {name}/", unit="bytes")
+        manifest.verify(folder, context.report.bytes_progress)
+    module = importlib.import_module(f"finetune_trainer.{target.stage.value}")
+    made = module.run(config, context)
+    if not isinstance(made, manifest.Manifest):
+        msg = f"finetune_trainer.{target.stage.value}.run returned no manifest"
+        raise TypeError(msg)
+    return made
+
+
+def _run_evaluate(config: JobConfig, arguments: argparse.Namespace, stopping: threading.Event) -> int:
+    """Measure what is there; prints a table, leaves nothing behind."""
+    report = Report(Stage.TRAIN, arguments.attempt)
+    work = WorkFolder(arguments.work.absolute())
+    context = Context(work, arguments.sources, arguments.secrets, arguments.attempt, report, stopping=stopping)
+    try:
+        with reporting(report, None):
+            stages.build_target(Stage.TRAIN, config, work)
+            importlib.import_module("finetune_trainer.evaluate").run(config, context)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every end is told
+        return _end_badly(arguments, error)
+    return ExitCode.COMPLETED
+
+
+def _end_badly(arguments: argparse.Namespace, error: BaseException) -> int:
+    """Tell why a stage cannot go on: known reasons in a sentence, others with their traceback in the log."""
+    known = translate(error)
+    reason = known.reason if known else Reason.UNKNOWN
+    if known is None or known is not error:
+        log.error("%s", "".join(traceback.format_exception(error)).rstrip())
+    message = str(known) if known else describe_unknown(error)
+    if arguments.command == EVALUATE:
+        say(message, reason)
+        return exit_code(reason)
+    return _end(
+        arguments,
+        LastWord(stage=Stage(arguments.command), attempt=arguments.attempt, reason=reason, message=shortened(message)),
+    )
+
+
+def describe_unknown(error: BaseException) -> str:
+    """Type, text and the last lines of the traceback of an exception that nobody expected."""
+    lines = [line.strip() for line in "".join(traceback.format_tb(error.__traceback__)).splitlines() if line.strip()]
+    place = " | ".join(line for line in lines[-TRACEBACK_LINES:] if set(line) - set("^~"))
+    return f"{type(error).__name__}: {error} (at {place}). The log has the whole traceback."
+
+
+def _end(arguments: argparse.Namespace, word: LastWord) -> int:
+    """Leave the last word where Kubernetes finds it, tell people, and give the exit code."""
+    if rank() == 0:
+        path = arguments.termination_log or (TERMINATION_LOG if os.access(TERMINATION_LOG, os.W_OK) else None)
+        write_last_word(word, path)
+        say(word.message, word.reason)
+    return exit_code(word.reason)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""What a stage is given besides the config."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from finetune_trainer import manifest
+from finetune_trainer.errors import Interrupted, VerificationFailed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from finetune_trainer.manifest import Target
+    from finetune_trainer.progress import Resolved
+    from finetune_trainer.report import Report
+    from finetune_trainer.work import WorkFolder
+
+
+@dataclass(frozen=True)
+class Context:
+    """Folders, the report, the wish to stop, and what is to be made."""
+
+    work: WorkFolder
+    sources: Path
+    secrets: Path
+    attempt: int
+    report: Report
+    target: Target | None = None
+    """What the stage is to publish; None for evaluate."""
+    name: str | None = None
+    """quantize: which entry."""
+    stopping: threading.Event = field(default_factory=threading.Event)
+    """Set by SIGTERM."""
+
+    def raise_if_stopping(self) -> None:
+        """Interrupted if the process was asked to leave: for loops with nothing to save."""
+        if self.stopping.is_set():
+            msg = f"Asked to leave while {self.report.current.activity}; the next attempt starts the stage again."
+            raise Interrupted(msg)
+
+    @property
+    def resolved(self) -> Resolved:
+        """The settings that prepare fixed."""
+        resolved = manifest.read(self.work.data).result.resolved
+        if resolved is None:
+            msg = f"{self.work.data} holds no settings. Delete it and run prepare again."
+            raise VerificationFailed(msg)
+        return resolved
+
+
+def rank() -> int:
+    """This process's rank, as torchrun sets it; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))

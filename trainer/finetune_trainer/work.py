@@ -1,0 +1,116 @@
+"""Where things are: the work folder of a job, the mounted sources, the mounted secrets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from finetune_trainer.errors import AccessDenied, InvalidConfig, NotFound
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from finetune_trainer.config import VolumeSource
+
+TOKEN_NAME = "model-token"  # noqa: S105 - a file name
+NAMES_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    """`model/ data/ checkpoints/ adapter/ merged/ quantized/<name>/ report/` of one job."""
+
+    root: Path
+
+    @property
+    def model(self) -> Path:
+        """The base model: config, tokenizer, safetensors, manifest."""
+        return self.root / "model"
+
+    @property
+    def data(self) -> Path:
+        """Tokenized rows, and the manifest that is prepare's proof."""
+        return self.root / "data"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints of the training, each with a manifest."""
+        return self.root / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter."""
+        return self.root / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        """The adapter merged into the dequantized base."""
+        return self.root / "merged"
+
+    def quantized(self, name: str) -> Path:
+        """One quantized form."""
+        return self.root / "quantized" / name
+
+    @property
+    def report(self) -> Path:
+        """What is for people: the preview, logs."""
+        return self.root / "report"
+
+
+def resolve_volume(sources: Path, source: VolumeSource, what: str) -> Path:
+    """The file or folder of a volume source, inside `<sources>/<claimName>`.
+
+    `what` names the field for messages, e.g. "dataset 'dolly'". Links may point anywhere inside the claim, not out of
+    it. NotFound, InvalidConfig (leaves the claim) or AccessDenied.
+    """
+    claim = sources / source.claim_name
+    try:
+        return _resolve_inside(claim, source.path, f"{what}: claim '{source.claim_name}'")
+    except PermissionError as error:
+        where = f"{error.filename} (claim '{source.claim_name}')"
+        msg = f"{what}: no permission to read {where}: make it readable for the job."
+        raise AccessDenied(msg) from error
+
+
+def _resolve_inside(claim: Path, relative: str, where: str) -> Path:
+    if not claim.is_dir():
+        msg = f"{where} is not mounted: no folder {claim}. On a workstation, --sources DIR has one folder a claim name."
+        raise NotFound(msg)
+    root = claim.resolve()
+    try:
+        path = (root / relative).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a NUL byte, a name too long
+        msg = f"{where}, path '{relative}' cannot be followed ({error}). Set volume.path to a path inside the claim."
+        raise InvalidConfig(msg) from error
+    if path != root and root not in path.parents:
+        msg = f"{where}, path '{relative}' leads out of the claim. Set volume.path to a file or folder inside it."
+        raise InvalidConfig(msg)
+    if not path.exists():
+        raise NotFound(f"{where} has no '{relative}'" + _what_is_there(root, path))
+    return path
+
+
+def _what_is_there(root: Path, path: Path) -> str:
+    """The nearest folder that exists, and what is in it."""
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    inside = "." if folder == root else folder.relative_to(root).as_posix()
+    names = sorted(child.name + ("/" if child.is_dir() else "") for child in folder.iterdir())
+    if not names:
+        return f" (folder '{inside}' is empty). Copy the files there, or correct volume.path."
+    shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+    return f" (folder '{inside}' has {shown}). Correct volume.path."
+
+
+def read_token(secrets: Path) -> str | None:
+    """The hub's token, from `<secrets>/model-token`, if there is one."""
+    path = secrets / TOKEN_NAME
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except PermissionError as error:
+        msg = f"No permission to read the model's token {path}."
+        raise AccessDenied(msg) from error
+    except UnicodeDecodeError as error:
+        msg = f"The model's token {path} is not text: put the hub's access token, as it is, into the secret."
+        raise InvalidConfig(msg) from error
