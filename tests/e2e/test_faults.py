@@ -1,0 +1,169 @@
+"""Killed pods, a killed operator, a full disk, a deletion: what the user gets is the same, or a clear word."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.staging import read_file
+from cluster.target import OPERATOR_NAMESPACE, ROOT, Target, TargetError
+from tests.e2e.jobs import Jobs, eventually
+
+LONG_TRAINING = {
+    "training": {
+        "maxSteps": 300,
+        "globalBatchSize": 4,
+        "perDeviceTrainBatchSize": 2,
+        "maxLength": 64,
+        "learningRate": 0.001,
+        "checkpoint": {"everySteps": 10},
+        "eval": {"everySteps": 100},
+    },
+    "method": {"lora": {"r": 4, "dropout": 0.1}},
+}
+QUANTIZE = {"quantize": [{"name": "g4", "method": "GPTQ", "calibration": {"samples": 8, "maxLength": 64}}]}
+STAGES = ("prepare", "train", "merge", "quantize")
+
+
+def adapter_digest(jobs: Jobs, name: str) -> str:
+    """The digest of the adapter's weights, as its manifest has it."""
+    volume = jobs.status(name)["volume"]
+    text = read_file(jobs.target, jobs.namespace, volume["claimName"], f"{volume['folder']}/adapter/manifest.json")
+    (digest,) = [f["sha256"] for f in json.loads(text)["files"] if f["path"] == "adapter_model.safetensors"]
+    return str(digest)
+
+
+def step_of(jobs: Jobs, pod: str) -> int:
+    """The checkpoint that a running train pod has reached, 0 before the first."""
+    try:
+        text = jobs.target.kubectl("get", "--raw", f"/api/v1/namespaces/{jobs.namespace}/pods/{pod}:8080/proxy/progress")
+    except TargetError:
+        return 0
+    return int(json.loads(text).get("checkpointStep") or 0)
+
+
+def test_killed_pods_and_a_killed_operator_change_nothing_in_the_outcome(jobs: Jobs) -> None:
+    spec = LONG_TRAINING | QUANTIZE
+    jobs.apply("unbroken", **spec)
+    assert jobs.finish("unbroken", 600)["phase"] == "Succeeded", jobs.tell("unbroken")
+    assert jobs.stage_jobs("unbroken") == sorted(
+        f"unbroken-{stage}-1" for stage in ("prepare", "train", "merge", "quantize-0")
+    )
+
+    jobs.apply("broken", **spec)
+    for stage in STAGES:
+        pod = jobs.running_pod("broken", stage)
+        kill_operator(jobs.target)
+        if stage == "train":
+            eventually("a checkpoint in mid-run", lambda pod=pod: step_of(jobs, pod) >= 20)
+            jobs.kill(pod)
+            resumed = eventually("a new train pod", lambda pod=pod: other_pod(jobs, "broken", "train", pod))
+            kill_operator(jobs.target)
+            assert resumed != pod
+    status = jobs.finish("broken", 600)
+    assert status["phase"] == "Succeeded", jobs.tell("broken")
+    assert jobs.stage_jobs("broken") == sorted(
+        ["broken-prepare-1", "broken-train-1", "broken-train-2", "broken-merge-2", "broken-quantize-0-2"]
+    )
+    assert status["training"]["resumedFromStep"] >= 20
+    assert adapter_digest(jobs, "broken") == adapter_digest(jobs, "unbroken")
+
+
+def other_pod(jobs: Jobs, name: str, stage: str, before: str) -> str | None:
+    names = [pod["metadata"]["name"] for pod in jobs.pods(name, stage) if pod["status"]["phase"] == "Running"]
+    return next((found for found in names if found != before), None)
+
+
+def kill_operator(target: Target) -> None:
+    """End the operator's process without a moment's grace; its Deployment starts another."""
+    target.kubectl(
+        "delete", "pods", "-n", OPERATOR_NAMESPACE, "-l", "app.kubernetes.io/name=finetune-operator",
+        "--grace-period=0", "--force",
+    )  # fmt: skip
+
+
+def test_deletion_while_training_leaves_no_pod_and_keeps_the_claim(jobs: Jobs) -> None:
+    jobs.apply("deleted", **LONG_TRAINING)
+    jobs.running_pod("deleted", "train")
+    claim = jobs.status("deleted")["volume"]["claimName"]
+    jobs.target.kubectl("delete", "finetunejob", "deleted", "-n", jobs.namespace, "--wait")
+    eventually("its pods are gone", lambda: not any(jobs.pods("deleted", stage) for stage in STAGES))
+    assert jobs.stage_jobs("deleted") == []
+    assert jobs.target.get("pvc", claim, jobs.namespace)["status"]["phase"] == "Bound"
+
+
+@pytest.fixture
+def small_disk(operator: Target, staged: str) -> Iterator[tuple[str, Path]]:
+    """A claim on a volume of 3 MiB, and its folder inside the cluster."""
+    folder = Path("/tmp/finetune-small-disk")  # noqa: S108 - inside the cluster's own mount namespace
+    in_cluster("mkdir", "-p", str(folder))
+    in_cluster("mount", "-t", "tmpfs", "-o", "size=3m,mode=0777", "tmpfs", str(folder))
+    node = json.loads(operator.kubectl("get", "nodes", "-o", "json"))["items"][0]["metadata"]["name"]
+    operator.apply(small_volume(folder, node), small_claim(staged))
+    yield "small", folder
+    operator.kubectl("delete", "finetunejobs", "--all", "-n", staged, "--wait")
+    operator.kubectl("delete", "jobs", "--all", "-n", staged, "--wait")
+    operator.kubectl("delete", "pvc", "small", "-n", staged, "--wait")
+    operator.kubectl("delete", "pv", "finetune-small", "--wait")
+    in_cluster("umount", str(folder))
+
+
+def in_cluster(*command: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", "cluster", "exec", "--", *command], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def small_volume(folder: Path, node: str) -> dict[str, Any]:
+    affinity = {"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolume",
+        "metadata": {"name": "finetune-small"},
+        "spec": {
+            "capacity": {"storage": "3Mi"},
+            "accessModes": ["ReadWriteOnce"],
+            "storageClassName": "small",
+            "local": {"path": str(folder)},
+            "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [affinity]}]}},
+        },
+    }
+
+
+def small_claim(namespace: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": "small", "namespace": namespace},
+        "spec": {
+            "accessModes": ["ReadWriteOnce"],
+            "storageClassName": "small",
+            "volumeName": "finetune-small",
+            "resources": {"requests": {"storage": "3Mi"}},
+        },
+    }
+
+
+def test_a_full_volume_ends_with_a_clear_word_and_keeps_the_last_good_checkpoint(
+    jobs: Jobs, small_disk: tuple[str, Path]
+) -> None:
+    claim, folder = small_disk
+    training = LONG_TRAINING["training"] | {"checkpoint": {"everySteps": 2, "keep": 100}}
+    jobs.apply("full", training=training, output={"volume": {"existing": {"claimName": claim}}})
+    status = jobs.finish("full")
+    assert status["phase"] == "Failed"
+    assert jobs.condition("full", "Succeeded")["reason"] == "VolumeFull", jobs.tell("full")
+    assert "checkpoint" in status["message"]
+    listing = in_cluster("find", str(folder), "-path", "*/checkpoints/*", "-name", "manifest.json").split()
+    assert listing, "no checkpoint was left"
+    for manifest in map(Path, listing):
+        for file in json.loads(in_cluster("cat", str(manifest)))["files"]:
+            digest = in_cluster("sha256sum", str(manifest.parent / file["path"])).split()[0]
+            assert digest == file["sha256"].removeprefix("sha256:")
+    assert not [line for line in in_cluster("find", str(folder), "-name", "*partial*").split() if line]
