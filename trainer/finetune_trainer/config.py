@@ -34,7 +34,15 @@ class Model(BaseModel):
         return self.model_dump_json(by_alias=True, exclude_none=True)
 
 
-ClaimName = Annotated[str, Field(min_length=1, max_length=253, description="Name of a PersistentVolumeClaim.")]
+ClaimName = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=253,
+        pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$",
+        description="Name of a PersistentVolumeClaim in the namespace of the job.",
+    ),
+]
 ShortName = Annotated[str, Field(min_length=1, max_length=40, pattern=NAME_PATTERN)]
 RelativePath = Annotated[str, Field(min_length=1, max_length=1024, pattern=RELATIVE_PATH_PATTERN)]
 SecretName = Annotated[str, Field(min_length=1, max_length=253)]

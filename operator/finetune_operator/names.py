@@ -1,0 +1,78 @@
+"""Every name of a child and every path in a pod, computed in one place. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune_operator.api import FineTuneJob, Phase, Spec
+from finetune_trainer.progress import Stage
+
+UID_CHARACTERS = 8
+
+WORK = "/work"
+SOURCES = "/sources"
+SECRETS = "/secrets"
+CONFIG = "/etc/finetune"
+CONFIG_FILE = "job.json"
+TOKEN_FILE = "model-token"  # noqa: S105 - a file name
+
+PHASES = {
+    Stage.PREPARE: Phase.PREPARING,
+    Stage.TRAIN: Phase.TRAINING,
+    Stage.MERGE: Phase.MERGING,
+    Stage.QUANTIZE: Phase.QUANTIZING,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of one job's line. `key` goes into names and labels, `title` into the status."""
+
+    stage: Stage
+    key: str
+    title: str
+    entry: str | None = None
+
+    @property
+    def phase(self) -> Phase:
+        """The job's phase while this step is due."""
+        return PHASES[self.stage]
+
+
+def line(spec: Spec) -> tuple[Step, ...]:
+    """The steps of a job, in their order."""
+    stages = [Stage.PREPARE, Stage.TRAIN, *([Stage.MERGE] if spec.merges else [])]
+    steps = [Step(stage, stage.value, stage.value) for stage in stages]
+    for index, entry in enumerate(spec.quantize or ()):
+        steps.append(Step(Stage.QUANTIZE, f"quantize-{index}", f"quantize-{entry.name}", entry.name))
+    return tuple(steps)
+
+
+def stage_job(job: FineTuneJob, step: Step, attempt: int) -> str:
+    """Name of the Job of one attempt."""
+    return f"{job.name}-{step.key}-{attempt}"
+
+
+def config_map(job: FineTuneJob) -> str:
+    """Name of the ConfigMap with the trainer's configuration."""
+    return f"{job.name}-config"
+
+
+def folder(job: FineTuneJob) -> str:
+    """The job's folder in its claim, and the name of a claim made for it: jobs of one name never meet."""
+    return f"{job.name}-{job.uid[:UID_CHARACTERS]}"
+
+
+def claim(job: FineTuneJob) -> str:
+    """Name of the claim the job works in."""
+    output = job.valid_spec.output
+    if output and output.volume and output.volume.existing:
+        return output.volume.existing.claim_name
+    return folder(job)
+
+
+def source_claims(spec: Spec) -> tuple[str, ...]:
+    """The claims that prepare reads from, each once, in the order of the spec."""
+    datasets = [*spec.datasets, *((spec.evaluation.datasets or ()) if spec.evaluation else ())]
+    volumes = [spec.model.volume, *(dataset.volume for dataset in datasets)]
+    return tuple(dict.fromkeys(volume.claim_name for volume in volumes if volume is not None))
