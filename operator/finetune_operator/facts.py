@@ -1,0 +1,243 @@
+"""What is observed of a job's children, parsed once from what the API server says. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_operator.api import API_VERSION, JSON, KIND, FineTuneJob, Label, parse_time
+from finetune_trainer.progress import LastWord, Progress
+
+CONTAINER = 0
+"""A stage pod has one container."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who owns a child, as far as it says."""
+
+    uid: str | None = None
+    namesake: bool = False
+    """Whether the owner is, or was, a FineTuneJob of the same name."""
+
+    @classmethod
+    def parse(cls, body: Mapping[str, Any], job: FineTuneJob) -> Owner:
+        """The owner that is a FineTuneJob; a retained claim has its owner in a label only."""
+        metadata = body["metadata"]
+        for reference in metadata.get("ownerReferences") or ():
+            if reference["kind"] == KIND and reference["apiVersion"].split("/")[0] == API_VERSION.split("/")[0]:
+                return cls(reference["uid"], reference["name"] == job.name)
+        if body.get("kind") == "PersistentVolumeClaim":
+            return cls((metadata.get("labels") or {}).get(Label.JOB_UID))
+        return cls()
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One Job of ours: one attempt of one stage."""
+
+    name: str
+    uid: str
+    step: str
+    attempt: int
+    created: datetime
+    complete: bool = False
+    failed: bool = False
+    """Failed, or bound to fail: on a lost node a Job never gets further than FailureTarget."""
+    message: str = ""
+    deleting: bool = False
+    completed: datetime | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it will do no more."""
+        return self.complete or self.failed or self.deleting
+
+
+@dataclass(frozen=True)
+class StagePod:
+    """The pod of one attempt."""
+
+    name: str
+    uid: str
+    step: str
+    attempt: int
+    created: datetime
+    phase: str = "Pending"
+    ip: str = ""
+    reason: str = ""
+    message: str = ""
+    disruption: str | None = None
+    """Reason of the condition DisruptionTarget."""
+    disruption_message: str = ""
+    unschedulable: str | None = None
+    """What the scheduler says."""
+    scheduled: datetime | None = None
+    waiting_reason: str = ""
+    waiting_message: str = ""
+    exit_code: int | None = None
+    exit_reason: str = ""
+    words: str = ""
+    """The termination message as it is."""
+    started: datetime | None = None
+    ended_at: datetime | None = None
+    gone_by: datetime | None = None
+    """When a pod being deleted has been given all its time."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the pod will do no more."""
+        return self.phase in ("Succeeded", "Failed") or self.exit_code is not None
+
+    @property
+    def running(self) -> bool:
+        """Whether its container runs."""
+        return self.started is not None and not self.ended
+
+    @property
+    def last_word(self) -> LastWord | None:
+        """The trainer's last word of this very attempt, if it can be read."""
+        try:
+            word = LastWord.model_validate_json(self.words)
+        except ValidationError:
+            return None
+        of_this = word.attempt == self.attempt and word.stage.value == self.step.split("-")[0]
+        return word if of_this else None
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A name of ours that is taken by an object that is not ours."""
+
+    kind: str
+    name: str
+    leftover: bool
+    """Of an earlier job of this name, and about to be collected."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything a decision rests on."""
+
+    job: FineTuneJob
+    jobs: tuple[StageJob, ...] = ()
+    pods: tuple[StagePod, ...] = ()
+    progress: Progress | None = None
+    warnings: tuple[str, ...] = ()
+    """Warnings about the live Job or its pod, newest first."""
+    conflicts: tuple[Conflict, ...] = field(default=())
+
+    def pod_of(self, attempt: int) -> StagePod | None:
+        """The newest pod of an attempt."""
+        pods = [pod for pod in self.pods if pod.attempt == attempt]
+        return max(pods, key=lambda pod: pod.created, default=None)
+
+    def job_of(self, attempt: int) -> StageJob | None:
+        """The Job of an attempt."""
+        return next((job for job in self.jobs if job.attempt == attempt), None)
+
+
+def parse_jobs(bodies: Iterable[JSON], uid: str) -> tuple[StageJob, ...]:
+    """The Jobs of the FineTuneJob with this uid, by attempt."""
+    ours = [body for body in bodies if _labels(body).get(Label.JOB_UID) == uid and _is_numbered(body)]
+    return tuple(sorted((parse_job(body) for body in ours), key=lambda job: job.attempt))
+
+
+def parse_pods(bodies: Iterable[JSON], uid: str) -> tuple[StagePod, ...]:
+    """The pods of the FineTuneJob with this uid, by attempt."""
+    ours = [body for body in bodies if _labels(body).get(Label.JOB_UID) == uid and _is_numbered(body)]
+    return tuple(sorted((parse_pod(body) for body in ours), key=lambda pod: pod.attempt))
+
+
+def _labels(body: Mapping[str, Any]) -> dict[str, str]:
+    return body["metadata"].get("labels") or {}
+
+
+def _is_numbered(body: Mapping[str, Any]) -> bool:
+    labels = _labels(body)
+    return labels.get(Label.ATTEMPT, "").isdecimal() and bool(labels.get(Label.STAGE))
+
+
+def parse_job(body: Mapping[str, Any]) -> StageJob:
+    """One Job of batch/v1."""
+    metadata, status, labels = body["metadata"], body.get("status") or {}, _labels(body)
+    true = {c["type"]: c for c in status.get("conditions") or () if c["status"] == "True"}
+    failure = true.get("Failed") or true.get("FailureTarget")
+    return StageJob(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        step=labels[Label.STAGE],
+        attempt=int(labels[Label.ATTEMPT]),
+        created=parse_time(metadata["creationTimestamp"]),
+        complete="Complete" in true or "SuccessCriteriaMet" in true,
+        failed=failure is not None,
+        message=(failure or {}).get("message", ""),
+        deleting="deletionTimestamp" in metadata,
+        completed=_time(status.get("completionTime") or (failure or {}).get("lastTransitionTime")),
+    )
+
+
+def parse_pod(body: Mapping[str, Any]) -> StagePod:
+    """One Pod, with the state of its one container."""
+    metadata, status, labels = body["metadata"], body.get("status") or {}, _labels(body)
+    conditions = {c["type"]: c for c in status.get("conditions") or ()}
+    return StagePod(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        step=labels[Label.STAGE],
+        attempt=int(labels[Label.ATTEMPT]),
+        created=parse_time(metadata["creationTimestamp"]),
+        phase=status.get("phase", "Pending"),
+        ip=status.get("podIP", ""),
+        reason=status.get("reason", ""),
+        message=status.get("message", ""),
+        gone_by=_time(metadata.get("deletionTimestamp")),
+        **_disruption(conditions.get("DisruptionTarget")),
+        **_scheduling(conditions.get("PodScheduled")),
+        **_container(status),
+    )
+
+
+def _disruption(condition: JSON | None) -> JSON:
+    if condition is None or condition["status"] != "True":
+        return {}
+    return {"disruption": condition.get("reason", ""), "disruption_message": condition.get("message", "")}
+
+
+def _scheduling(condition: JSON | None) -> JSON:
+    if condition is None:
+        return {}
+    if condition["status"] == "True":
+        return {"scheduled": _time(condition.get("lastTransitionTime"))}
+    return {"unschedulable": condition.get("message", "")}
+
+
+def _container(status: Mapping[str, Any]) -> JSON:
+    statuses = status.get("containerStatuses") or ()
+    state: JSON = statuses[CONTAINER].get("state") or {} if statuses else {}
+    if waiting := state.get("waiting"):
+        return {"waiting_reason": waiting.get("reason", ""), "waiting_message": waiting.get("message", "")}
+    if running := state.get("running"):
+        return {"started": _time(running.get("startedAt"))}
+    if ended := state.get("terminated"):
+        return {
+            "exit_code": ended.get("exitCode"),
+            "exit_reason": ended.get("reason", ""),
+            "words": ended.get("message", ""),
+            "started": _time(ended.get("startedAt")),
+            "ended_at": _time(ended.get("finishedAt")),
+        }
+    return {}
+
+
+def _time(text: str | None) -> datetime | None:
+    return parse_time(text) if text else None
+
+
+def after(time: datetime, seconds: float) -> datetime:
+    """So many seconds later."""
+    return time + timedelta(seconds=seconds)

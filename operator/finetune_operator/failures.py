@@ -1,0 +1,222 @@
+"""Why a stage ended, or does not begin, in the order in which the evidence is believed. Pure.
+
+`classify` is for an attempt that ended, `delay` for a pod that does not start. Each failure carries a sentence with the
+way out, and whether the stage is run again. `REMEDIES` and the two tables are all there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from finetune_operator.api import cut
+from finetune_operator.facts import StageJob, StagePod
+from finetune_trainer.progress import ExitCode
+from finetune_trainer.progress import Reason as Said
+
+TAIL_CHARACTERS = 600
+"""Of a log that stands in for a last word."""
+
+
+class Reason(StrEnum):
+    """What the operator itself finds; what the trainer says of itself is `finetune_trainer.progress.Reason`."""
+
+    COMPLETED = "Completed"
+    DISRUPTED = "Disrupted"
+    EVICTED = "Evicted"
+    OUT_OF_HOST_MEMORY = "OutOfHostMemory"
+    LOST_WORD = "LostWord"
+    POD_LOST = "PodLost"
+    JOB_DELETED = "JobDeleted"
+    IMAGE_PULL_FAILED = "ImagePullFailed"
+    CANNOT_START = "CannotStart"
+    MOUNT_FAILED = "MountFailed"
+    CLAIM_NOT_FOUND = "ClaimNotFound"
+    CLAIM_NOT_BOUND = "ClaimNotBound"
+    POD_REFUSED = "PodRefused"
+    UNSCHEDULABLE = "Unschedulable"
+    QUOTA_EXCEEDED = "QuotaExceeded"
+    NAME_CONFLICT = "NameConflict"
+    UNKNOWN = "Unknown"
+
+
+class Retry(StrEnum):
+    """Whether a stage is run again after a failure."""
+
+    FREE = "Free"
+    """Nobody's fault: again, and it does not count against maxRetries."""
+    COUNTED = "Counted"
+    NEVER = "Never"
+    """Only a person can mend it."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a stage ended or does not begin."""
+
+    reason: str
+    message: str
+    retry: Retry
+    deadline: bool = True
+    """For a delay: whether waiting has an end."""
+
+
+REMEDIES: dict[str, tuple[Retry, str]] = {
+    Said.INVALID_CONFIG: (Retry.NEVER, "Correct the spec and apply it under a new name."),
+    Said.INVALID_DATASET: (Retry.NEVER, "Correct the dataset or its columns and apply the job under a new name."),
+    Said.INVALID_MODEL: (Retry.NEVER, "Name a folder with config, tokenizer and safetensors, or one GGUF file."),
+    Said.NOT_FOUND: (Retry.NEVER, "Correct the path or put the files there, then apply the job under a new name."),
+    Said.ACCESS_DENIED: (Retry.NEVER, "Check the token in tokenSecretRef and who may read the files."),
+    Said.VOLUME_FULL: (Retry.NEVER, "Give output.volume more space; the last good checkpoint is kept."),
+    Said.OUT_OF_MEMORY: (Retry.NEVER, "Use a smaller perDeviceTrainBatchSize, a shorter maxLength or a larger GPU."),
+    Said.NON_FINITE_LOSS: (Retry.NEVER, "Lower training.learningRate, or compute in BF16 or FP32."),
+    Said.VERIFICATION_FAILED: (Retry.COUNTED, "What was read is not what was written: check the volume."),
+    Said.INTERRUPTED: (Retry.FREE, "It goes on from its last checkpoint."),
+    Said.UNKNOWN: (Retry.COUNTED, "See the log of the stage's Job."),
+    Reason.DISRUPTED: (Retry.FREE, "The stage is run again; this does not count as a retry."),
+    Reason.EVICTED: (Retry.COUNTED, "Raise pod.resources.requests, or free space on the node."),
+    Reason.OUT_OF_HOST_MEMORY: (
+        Retry.NEVER,
+        "Raise pod.resources.limits.memory, or use a smaller perDeviceTrainBatchSize or maxLength.",
+    ),
+    Reason.LOST_WORD: (Retry.FREE, "It is run again and ends at once if its manifest holds."),
+    Reason.POD_LOST: (Retry.FREE, "The stage is run again; this does not count as a retry."),
+    Reason.JOB_DELETED: (Retry.FREE, "To stop a job, delete the FineTuneJob; the stage is run again."),
+    Reason.UNKNOWN: (Retry.COUNTED, "See the log of the stage's Job."),
+}
+
+
+def failure(reason: str, what: str) -> Failure:
+    """A failure of this reason: what happened, and the way out that belongs to it unless what happened says it."""
+    retry, remedy = REMEDIES[reason]
+    what = what.strip() or reason
+    stop = "" if what.endswith((".", "!", "?", "…")) else "."
+    return Failure(str(reason), cut(f"{cut(what, 800)}{stop} {remedy}"), retry)
+
+
+# --- an attempt that ended -------------------------------------------------------------------------------------------
+
+Judge = Callable[[StagePod], Failure | None]
+
+
+def _disrupted(pod: StagePod) -> Failure | None:
+    if pod.reason == "Evicted":
+        return failure(Reason.EVICTED, f"The kubelet evicted pod {pod.name}: {pod.message}")
+    if pod.disruption is None:
+        return None
+    why = pod.disruption_message or "its node was drained, lost or needed for others"
+    return failure(Reason.DISRUPTED, f"Pod {pod.name} was taken away ({pod.disruption}): {why}")
+
+
+def _out_of_host_memory(pod: StagePod) -> Failure | None:
+    if pod.exit_reason != "OOMKilled":
+        return None
+    return failure(Reason.OUT_OF_HOST_MEMORY, f"Stage {pod.step} took more memory than its limit and was killed")
+
+
+def _said(pod: StagePod) -> Failure | None:
+    """The trainer's own word. It names the way out itself, so ours is not added."""
+    word = pod.last_word
+    if word is None or word.reason is Said.COMPLETED:
+        return None
+    retry, _ = REMEDIES[word.reason]
+    return Failure(word.reason, cut(word.message.strip() or word.reason), retry)
+
+
+def _exit_code(pod: StagePod) -> Failure | None:
+    """A reserved exit code, where the word is lost."""
+    reserved = {code.value: code for code in ExitCode if code not in (ExitCode.COMPLETED, ExitCode.UNKNOWN)}
+    code = reserved.get(pod.exit_code if pod.exit_code is not None else -1)
+    if code is None:
+        return None
+    return failure(code.reason, f"Stage {pod.step} ended with exit code {code.value} ({code.reason}). {tail(pod)}")
+
+
+def _lost_word(pod: StagePod) -> Failure | None:
+    """It says it succeeded, but does not prove it."""
+    if pod.exit_code != 0:
+        return None
+    return failure(Reason.LOST_WORD, f"Stage {pod.step} ended well, but without a last word that proves it")
+
+
+JUDGES: tuple[Judge, ...] = (_disrupted, _out_of_host_memory, _said, _exit_code, _lost_word)
+
+
+def classify(pod: StagePod | None, job: StageJob | None) -> Failure:
+    """The first failure whose evidence is there. Only for attempts that ended without proof of success."""
+    if pod is not None:
+        found = next((found for judge in JUDGES if (found := judge(pod)) is not None), None)
+        if found is not None:
+            return found
+        if pod.ended:
+            return failure(Reason.UNKNOWN, f"Stage {pod.step} ended with exit code {pod.exit_code}. {tail(pod)}")
+    if job is not None and job.complete:
+        return failure(Reason.LOST_WORD, f"The pod of {job.name} is gone, and its last word with it")
+    if job is not None and not job.deleting:
+        return failure(Reason.POD_LOST, f"The pod of {job.name} vanished without saying why")
+    return failure(Reason.JOB_DELETED, "The stage's Job was deleted")
+
+
+def tail(pod: StagePod) -> str:
+    """The end of the log, on one line, where that is all there is."""
+    text = " ".join(pod.words.split())
+    return "" if not text else f"Its last lines: …{text[-TAIL_CHARACTERS:]}"
+
+
+# --- a pod that does not start ---------------------------------------------------------------------------------------
+
+IMAGE_REASONS = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
+START_REASONS = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
+
+
+def delay(pod: StagePod | None, warnings: tuple[str, ...]) -> Failure | None:
+    """Why the pod of a live attempt does not run yet, or None if nothing is wrong that can be seen."""
+    if pod is None:
+        return _no_pod(warnings)
+    if pod.waiting_reason in IMAGE_REASONS:
+        what = f"The trainer's image cannot be pulled ({pod.waiting_reason}): {pod.waiting_message}"
+        return waiting(Reason.IMAGE_PULL_FAILED, what, "Check the image's name and pod.imagePullSecrets.")
+    if pod.waiting_reason in START_REASONS:
+        what = f"The container cannot start ({pod.waiting_reason}): {pod.waiting_message}"
+        return waiting(Reason.CANNOT_START, what, "Check that the Secret and the key in tokenSecretRef exist.")
+    if pod.unschedulable is not None:
+        return _unschedulable(pod.unschedulable)
+    return _mount(warnings)
+
+
+def waiting(reason: str, what: str, remedy: str, *, deadline: bool = True) -> Failure:
+    """Something that keeps a pod from running."""
+    what = what.strip().rstrip(".:")
+    return Failure(reason, cut(f"{cut(what, 800)}. {remedy}"), Retry.NEVER, deadline)
+
+
+def _no_pod(warnings: tuple[str, ...]) -> Failure | None:
+    refused = next((warning for warning in warnings if warning.startswith("FailedCreate: ")), None)
+    if refused is None:
+        return None
+    if "exceeded quota" in refused:
+        remedy = "It waits until the namespace's quota has room, or the quota is raised."
+        return waiting(Reason.QUOTA_EXCEEDED, refused.removeprefix("FailedCreate: "), remedy, deadline=False)
+    what = f"The pod was refused: {refused.removeprefix('FailedCreate: ')}"
+    return waiting(Reason.POD_REFUSED, what, "Ask who administers the namespace's policies.")
+
+
+def _unschedulable(said: str) -> Failure:
+    if "persistentvolumeclaim" in said and "not found" in said:
+        claim = said.partition('persistentvolumeclaim "')[2].partition('"')[0]
+        what = f"PersistentVolumeClaim {claim!r} is not there" if claim else said
+        return waiting(Reason.CLAIM_NOT_FOUND, what, "Create it in the job's namespace, or correct claimName.")
+    if "PersistentVolumeClaim" in said or "persistentvolumeclaim" in said:
+        remedy = "Check that the claim's StorageClass exists and can make volumes."
+        return waiting(Reason.CLAIM_NOT_BOUND, f"A claim has no volume yet: {said}", remedy)
+    remedy = "It waits until a node has room; lower pod.resources or parallelism, or add nodes, if none ever will."
+    return waiting(Reason.UNSCHEDULABLE, f"No node can take the pod: {said}", remedy, deadline=False)
+
+
+def _mount(warnings: tuple[str, ...]) -> Failure | None:
+    refused = next((w for w in warnings if w.startswith(("FailedMount: ", "FailedAttachVolume: "))), None)
+    if refused is None:
+        return None
+    what = f"A volume cannot be mounted: {refused.partition(': ')[2]}"
+    return waiting(Reason.MOUNT_FAILED, what, "Check the claims and secrets that the spec names.")
