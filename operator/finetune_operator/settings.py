@@ -55,6 +55,9 @@ class Settings(BaseSettings):
     start_deadline_seconds: float = Field(
         default=300, gt=0, description="For what has to be mended before a pod can start: image, claim, mount, secret."
     )
+    retry_backoff_seconds: float = Field(
+        default=10, ge=0, description="Before a first retry; doubled with each further one of a stage, at most 300."
+    )
     resync_seconds: float = Field(default=300, gt=0, description="Between two looks at all jobs, whatever was heard.")
     request_timeout_seconds: float = Field(default=30, gt=0, description="Of a call to the API server.")
 

@@ -1,0 +1,122 @@
+"""Figures as the status tells them: text of 4 digits, never NaN. Pure."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from finetune_operator.api import JSON, ArtifactStatus, DataStatus, MeasuredStatus, TrainingStatus
+from finetune_trainer.progress import Artifact, DataFacts, Progress, Resolved, TrainFacts
+
+MINUTE, HOUR, DAY = 60, 3600, 86400
+
+
+def digits(value: float | None) -> str | None:
+    """A figure with 4 digits; None for what is unknown or not a number."""
+    if value is None or not math.isfinite(value):
+        return None
+    text = f"{value:.4g}"
+    return f"{value:.0f}" if "e+" in text else text
+
+
+def gib(size_bytes: int | None) -> str | None:
+    """Bytes in GiB."""
+    return None if size_bytes is None else digits(size_bytes / 2**30)
+
+
+def size(size_bytes: int) -> str:
+    """Bytes for people: 269 MiB."""
+    amount, unit = float(size_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024:  # noqa: PLR2004 - a unit
+            break
+        amount, unit = amount / 1024, larger
+    return f"{amount:.0f} {unit}" if amount >= 10 or unit == "B" else f"{amount:.1f} {unit}"  # noqa: PLR2004
+
+
+def share(done: int, total: int) -> str | None:
+    """Done of total: 128/300 (43%). None where the total is not known."""
+    return f"{done}/{total} ({100 * done // total}%)" if total > 0 else None
+
+
+def duration(seconds: float | None) -> str | None:
+    """Time left, as coarse as it is certain: 45s, 12m, 3h20m, 2d4h."""
+    if seconds is None or not math.isfinite(seconds) or seconds < 0:
+        return None
+    whole = int(seconds)
+    if whole < MINUTE:
+        return f"{whole}s"
+    if whole < HOUR:
+        return f"{whole // MINUTE}m"
+    if whole < 2 * DAY:
+        return f"{whole // HOUR}h{whole % HOUR // MINUTE}m"
+    return f"{whole // DAY}d{whole % DAY // HOUR}h"
+
+
+def live_training(progress: Progress, before: TrainingStatus | None) -> TrainingStatus:
+    """Training as the running stage tells it; what it does not say yet stays as it was."""
+    told: dict[str, Any] = {
+        "step": progress.done,
+        "total_steps": progress.total or None,
+        "epoch": digits(progress.epoch),
+        "loss": digits(progress.loss),
+        "eval_loss": digits(progress.eval_loss),
+        "tokens_per_second": digits(progress.tokens_per_second),
+        "peak_memory": gib(progress.peak_memory_bytes),
+        "progress": share(progress.done, progress.total),
+        "last_checkpoint_step": progress.checkpoint_step,
+    }
+    kept = (before or TrainingStatus()).model_copy(update={k: v for k, v in told.items() if v is not None})
+    return kept.model_copy(update={"eta": duration(progress.eta_seconds)})
+
+
+def final_training(facts: TrainFacts, before: TrainingStatus | None) -> TrainingStatus:
+    """Training as its last word tells it."""
+    before = before or TrainingStatus()
+    return before.model_copy(
+        update={
+            "step": facts.steps,
+            "total_steps": facts.steps,
+            "epoch": digits(facts.epochs),
+            "loss": digits(facts.loss) or before.loss,
+            "tokens_per_second": digits(facts.tokens_per_second) or before.tokens_per_second,
+            "peak_memory": gib(facts.peak_memory_bytes) or before.peak_memory,
+            "progress": share(facts.steps, facts.steps),
+            "eta": None,
+            "resumed_from_step": facts.resumed_from_step,
+            "trainable_parameters": facts.trainable_parameters,
+            "total_parameters": facts.total_parameters,
+        }
+    )
+
+
+def data_status(facts: DataFacts) -> DataStatus:
+    """The rows."""
+    return DataStatus.model_validate(facts.model_dump())
+
+
+def resolved_status(resolved: Resolved) -> JSON:
+    """The settings; fractions as text, so that they come back as they were written."""
+    return {name: _plain(value) for name, value in resolved.model_dump(by_alias=True, exclude_none=True).items()}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return list(value) if isinstance(value, tuple) else value
+
+
+def artifact_status(artifact: Artifact, claim: str, folder: str) -> ArtifactStatus:
+    """An artifact, with the place where it can be fetched."""
+    measured = artifact.measured
+    figures = {name: digits(value) for name, value in measured.model_dump().items()} if measured else None
+    return ArtifactStatus(
+        name=artifact.name,
+        type=artifact.type,
+        claim_name=claim,
+        path=f"{folder}/{artifact.path}",
+        size=size(artifact.size_bytes),
+        size_bytes=artifact.size_bytes,
+        digest=artifact.digest,
+        measured=MeasuredStatus(**figures) if figures else None,
+    )

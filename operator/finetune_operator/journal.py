@@ -1,0 +1,241 @@
+"""The attempts of a job: what the status remembers, folded with what is seen of Jobs and pods. Pure.
+
+The status may lag behind (a write was lost, the operator was killed), so attempts are counted by what is there: each Job
+that the status does not know is entered, each open attempt that has ended is judged, in the order of their numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from finetune_operator import names
+from finetune_operator.api import (
+    ATTEMPTS_KEPT,
+    ArtifactStatus,
+    AttemptStatus,
+    DataStatus,
+    FineTuneJob,
+    JSON,
+    StageStatus,
+    TrainingStatus,
+    cut,
+    format_time,
+)
+from finetune_operator.facts import Facts, StageJob, StagePod, after
+from finetune_operator.failures import Failure, Reason, Retry, classify, delay
+from finetune_operator.figures import artifact_status, data_status, final_training, resolved_status
+from finetune_operator.names import Step
+from finetune_operator.settings import Settings
+from finetune_trainer.progress import LastWord
+
+SLACK_SECONDS = 30
+"""A pod that is being deleted and still not gone so long after its time is on a lost node: it is waited for no more."""
+
+LOST_WORDS_IN_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Where a job is: its attempts, the stages proven, and what they said."""
+
+    stages: dict[str, StageStatus]
+    attempts: tuple[AttemptStatus, ...] = ()
+    count: int = 0
+    retries: int = 0
+    artifacts: tuple[ArtifactStatus, ...] = ()
+    data: DataStatus | None = None
+    resolved: JSON | None = None
+    training: TrainingStatus | None = None
+
+    @classmethod
+    def remembered(cls, job: FineTuneJob) -> Journal:
+        """What the stored status says."""
+        status = job.status
+        known = {stage.name: stage for stage in status.stages or ()}
+        titles = [step.title for step in names.line(job.valid_spec)]
+        return cls(
+            stages={title: known.get(title, StageStatus(name=title, state="Waiting")) for title in titles},
+            attempts=status.attempts or (),
+            count=status.attempt_count or 0,
+            retries=status.retries or 0,
+            artifacts=status.artifacts or (),
+            data=status.data,
+            resolved=status.resolved,
+            training=status.training,
+        )
+
+    @property
+    def live(self) -> AttemptStatus | None:
+        """The attempt that has not ended."""
+        last = self.attempts[-1] if self.attempts else None
+        return last if last is not None and last.completion_time is None else None
+
+    @property
+    def last_failure(self) -> AttemptStatus | None:
+        """The last attempt, if it failed."""
+        last = self.attempts[-1] if self.attempts else None
+        return last if last is not None and last.retry is not None else None
+
+    def proven(self, step: Step) -> bool:
+        """Whether a step's proof has been seen."""
+        return self.stages[step.title].manifest_digest is not None
+
+    def failures_in_a_row(self, stage: str) -> tuple[AttemptStatus, ...]:
+        """The last attempts, as far back as this stage only failed."""
+        row: list[AttemptStatus] = []
+        for attempt in reversed(self.attempts):
+            if attempt.stage != stage or attempt.retry is None:
+                break
+            row.append(attempt)
+        return tuple(row)
+
+    def with_stage(self, stage: StageStatus) -> Journal:
+        """The journal with one stage told anew."""
+        return replace(self, stages=self.stages | {stage.name: stage})
+
+
+def alive(pod: StagePod | None, now: datetime) -> bool:
+    """Whether a pod may still be at work."""
+    if pod is None or pod.ended:
+        return False
+    return pod.gone_by is None or now < after(pod.gone_by, SLACK_SECONDS)
+
+
+def read(facts: Facts, settings: Settings, now: datetime) -> Journal:
+    """The journal, up to date with what is seen."""
+    journal = Journal.remembered(facts.job)
+    steps = names.line(facts.job.valid_spec)
+    by_key = {step.key: step for step in steps}
+    if journal.live is not None:
+        step = next((step for step in steps if step.title == journal.live.stage), None)
+        journal = journal if step is None else _look(journal, facts, step, journal.live.number, settings, now)
+    for job in facts.jobs:
+        if job.attempt > journal.count and job.step in by_key:
+            journal = enter(journal, by_key[job.step], job.attempt, job.name, job.created)
+            journal = _look(journal, facts, by_key[job.step], job.attempt, settings, now)
+    return journal
+
+
+def enter(journal: Journal, step: Step, number: int, name: str, now: datetime) -> Journal:
+    """A new attempt begins."""
+    attempt = AttemptStatus(number=number, stage=step.title, start_time=format_time(now))
+    stage = StageStatus(
+        name=step.title, state="Pending", attempt=number, job=name, start_time=format_time(now), message="Starting."
+    )
+    kept = (*journal.attempts, attempt)[-ATTEMPTS_KEPT:]
+    return replace(journal.with_stage(stage), attempts=kept, count=number)
+
+
+def _look(journal: Journal, facts: Facts, step: Step, number: int, settings: Settings, now: datetime) -> Journal:
+    """Judge the open attempt, if it has ended."""
+    pod, job = facts.pod_of(number), facts.job_of(number)
+    word = pod.last_word if pod is not None and pod.ended else None
+    if word is not None and word.succeeded:
+        return prove(journal, facts.job, step, word, _ended_at(pod, job, now))
+    found = verdict(pod, job, facts.warnings, settings, now)
+    if found is None:
+        return journal
+    return close(journal, step, found, facts.job.valid_spec.max_retries, _ended_at(pod, job, now))
+
+
+def verdict(
+    pod: StagePod | None, job: StageJob | None, warnings: tuple[str, ...], settings: Settings, now: datetime
+) -> Failure | None:
+    """Why the attempt is over without proof, or None while it may still come to something."""
+    if alive(pod, now):
+        return overdue(pod, job, warnings, settings, now)
+    if pod is None and job is not None and not job.ended:
+        return overdue(pod, job, warnings, settings, now)
+    return classify(pod, job)
+
+
+def overdue(
+    pod: StagePod | None, job: StageJob | None, warnings: tuple[str, ...], settings: Settings, now: datetime
+) -> Failure | None:
+    """What kept the pod from starting for too long."""
+    found = None if pod is not None and pod.started else delay(pod, warnings)
+    since = deadline_begin(pod, job)
+    if found is None or not found.deadline or since is None:
+        return None
+    limit = settings.start_deadline_seconds
+    if now < after(since, limit):
+        return None
+    return replace(found, message=cut(f"{found.message} Not mended within {limit:.0f} s."))
+
+
+def deadline_begin(pod: StagePod | None, job: StageJob | None) -> datetime | None:
+    """From when on a pod should have started: time without a node does not count."""
+    if pod is not None:
+        return pod.scheduled or pod.created
+    return job.created if job is not None else None
+
+
+def prove(journal: Journal, job: FineTuneJob, step: Step, word: LastWord, ended: datetime) -> Journal:
+    """The stage ended complete, and its manifest's digest is known."""
+    time = format_time(ended)
+    stage = journal.stages[step.title].model_copy(
+        update={
+            "state": "Succeeded",
+            "completion_time": time,
+            "message": cut(word.message),
+            "manifest_digest": word.manifest_digest,
+        }
+    )
+    ending = {"completion_time": time, "reason": Reason.COMPLETED.value, "message": cut(word.message)}
+    return replace(_hear(journal.with_stage(stage), job, word), attempts=_ended(journal, ending))
+
+
+def _hear(journal: Journal, job: FineTuneJob, word: LastWord) -> Journal:
+    """Keep what a last word tells."""
+    if word.artifact is not None:
+        told = artifact_status(word.artifact, names.claim(job), names.folder(job))
+        others = tuple(artifact for artifact in journal.artifacts if artifact.name != told.name)
+        journal = replace(journal, artifacts=(*others, told))
+    return replace(
+        journal,
+        data=data_status(word.data) if word.data else journal.data,
+        resolved=resolved_status(word.resolved) if word.resolved else journal.resolved,
+        training=final_training(word.training, journal.training) if word.training else journal.training,
+    )
+
+
+def close(journal: Journal, step: Step, found: Failure, max_retries: int, ended: datetime) -> Journal:
+    """The attempt failed: whether the stage is run again is settled here, once."""
+    found = _last_straw(journal, step, found, max_retries)
+    stage = journal.stages[step.title].model_copy(
+        update={"state": "Failed", "completion_time": format_time(ended), "message": found.message}
+    )
+    ending = {
+        "completion_time": format_time(ended),
+        "reason": str(found.reason),
+        "message": found.message,
+        "retry": found.retry.value,
+    }
+    counted = found.retry is Retry.COUNTED
+    return replace(journal.with_stage(stage), attempts=_ended(journal, ending), retries=journal.retries + counted)
+
+
+def _last_straw(journal: Journal, step: Step, found: Failure, max_retries: int) -> Failure:
+    """No retry where none is left."""
+    if found.retry is Retry.COUNTED and journal.retries >= max_retries:
+        return replace(found, retry=Retry.NEVER, message=cut(f"{found.message} Gave up after {max_retries} retries."))
+    if found.reason != Reason.LOST_WORD:
+        return found
+    earlier = replace(journal, attempts=journal.attempts[:-1]).failures_in_a_row(step.title)
+    lost = tuple(itertools.takewhile(lambda attempt: attempt.reason == Reason.LOST_WORD, earlier))
+    if len(lost) + 1 < LOST_WORDS_IN_A_ROW:
+        return found
+    message = f"Stage {step.title} ended well {LOST_WORDS_IN_A_ROW} times without a last word that proves it. "
+    remedy = "Check that the trainer's image fits this operator, and that nothing removes pods as they end."
+    return replace(found, retry=Retry.NEVER, message=message + remedy)
+
+
+def _ended(journal: Journal, ending: JSON) -> tuple[AttemptStatus, ...]:
+    return (*journal.attempts[:-1], journal.attempts[-1].model_copy(update=ending))
+
+
+def _ended_at(pod: StagePod | None, job: StageJob | None, now: datetime) -> datetime:
+    """When an attempt ended, as far as anything tells."""
+    return (pod.ended_at if pod else None) or (job.completed if job else None) or now

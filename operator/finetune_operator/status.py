@@ -1,0 +1,380 @@
+"""Status and next actions from observed facts. Pure: same facts, same decision; every phase is decided here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from finetune_operator import names
+from finetune_operator.api import (
+    AttemptStatus,
+    Condition,
+    ConditionType,
+    FineTuneJob,
+    Phase,
+    Status,
+    cut,
+    format_time,
+    parse_time,
+)
+from finetune_operator.facts import Conflict, Facts, StageJob, StagePod, after
+from finetune_operator.failures import Failure, Reason, Retry, delay
+from finetune_operator.figures import live_training, share
+from finetune_operator.journal import SLACK_SECONDS, Journal, alive, deadline_begin, enter, read
+from finetune_operator.names import Step
+from finetune_operator.settings import Settings
+from finetune_trainer.progress import Stage
+
+BACKOFF_LIMIT_SECONDS = 300
+LOOK_AGAIN_SECONDS = 10
+"""For what is told by no watch: events, a taken name that becomes free."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Make the Job of an attempt, and before it what it mounts."""
+
+    step: Step
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Delete a Job of ours and its pod."""
+
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True)
+class News:
+    """An Event to be told once. `key` makes its name."""
+
+    key: str
+    reason: str
+    message: str
+    warning: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to be done, what is to be said, and when to look again."""
+
+    status: Status
+    actions: tuple[Start | Stop, ...] = ()
+    events: tuple[News, ...] = ()
+    requeue_after_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """What the status says of a job that is under way: phase, reason, message."""
+
+    phase: Phase
+    reason: str
+    message: str
+
+
+def decide(facts: Facts, settings: Settings, now: datetime) -> Decision:
+    """The next actions and the status. A finished job is never touched again."""
+    job = facts.job
+    if job.status.finished or job.deleting:
+        return Decision(job.status)
+    if job.problem is not None:
+        return _reject(job, now)
+    return _advance(facts, read(facts, settings, now), settings, now)
+
+
+def _advance(facts: Facts, journal: Journal, settings: Settings, now: datetime) -> Decision:
+    """One of: go on watching the live attempt, clear up after a judged one, end, or start the next."""
+    if journal.live is not None:
+        return _watch(facts, journal, journal.live, settings, now)
+    if (clearing := _clear_up(facts, journal, now)) is not None:
+        return clearing
+    last = journal.last_failure
+    if last is not None and last.retry == Retry.NEVER:
+        return _end(facts, journal, Phase.FAILED, last.reason or Reason.UNKNOWN, last.message or "", now)
+    step = next((step for step in names.line(facts.job.valid_spec) if not journal.proven(step)), None)
+    if step is None:
+        return _end(facts, journal, Phase.SUCCEEDED, Reason.COMPLETED, _summary(journal), now)
+    if facts.conflicts:
+        return _conflicted(facts, journal, step, settings, now)
+    return _start(facts, journal, step, settings, now)
+
+
+# --- the live attempt ------------------------------------------------------------------------------------------------
+
+
+def _watch(facts: Facts, journal: Journal, live: AttemptStatus, settings: Settings, now: datetime) -> Decision:
+    """An attempt is under way: tell how it fares."""
+    pod, job = facts.pod_of(live.number), facts.job_of(live.number)
+    step = _step(facts.job, live.stage)
+    found = None if pod is not None and pod.started else delay(pod, facts.warnings)
+    journal = _observe_progress(facts, journal, step, pod)
+    view = _view(facts, journal, step, pod, found)
+    stage = journal.stages[step.title]
+    state = "Running" if pod is not None and pod.running else "Pending"
+    journal = journal.with_stage(stage.model_copy(update={"state": state, "message": view.message}))
+    status = _status(facts, journal, view, now, progress=_progress(facts, live))
+    after_seconds = _look_again(pod, job, found, settings, now)
+    return Decision(status, events=_news(facts.job, journal, status), requeue_after_seconds=after_seconds)
+
+
+def _step(job: FineTuneJob, title: str) -> Step:
+    return next(step for step in names.line(job.valid_spec) if step.title == title)
+
+
+def _observe_progress(facts: Facts, journal: Journal, step: Step, pod: StagePod | None) -> Journal:
+    if step.stage is not Stage.TRAIN or pod is None or not pod.running or facts.progress is None:
+        return journal
+    return replace(journal, training=live_training(facts.progress, journal.training))
+
+
+def _progress(facts: Facts, live: AttemptStatus) -> str | None:
+    """The live stage's own count: as just told, or as told before of this same attempt."""
+    if facts.progress is not None and facts.progress.attempt == live.number:
+        return share(facts.progress.done, facts.progress.total)
+    same = facts.job.status.attempt_count == live.number
+    return facts.job.status.progress if same else None
+
+
+def _view(facts: Facts, journal: Journal, step: Step, pod: StagePod | None, found: Failure | None) -> View:
+    """What is to be said of a live attempt."""
+    if found is not None:
+        return View(_phase(journal, step, running=False), found.reason, found.message)
+    if pod is not None and pod.running:
+        doing = facts.progress.activity if facts.progress is not None else _before(facts.job, step)
+        message = f"Stage {step.title} runs{f': {doing}' if doing else ''}."
+        return View(step.phase, "Running", cut(message.replace("..", ".")))
+    return View(_phase(journal, step, running=False), "Starting", f"Stage {step.title} starts.")
+
+
+def _before(job: FineTuneJob, step: Step) -> str:
+    """The activity that was told before, where nothing new is told."""
+    message = next((stage.message or "" for stage in job.status.stages or () if stage.name == step.title), "")
+    prefix = f"Stage {step.title} runs: "
+    return message.removeprefix(prefix).removesuffix(".") if message.startswith(prefix) else ""
+
+
+def _phase(journal: Journal, step: Step, *, running: bool) -> Phase:
+    """Pending until a first pod runs, then the phase of the step that is due."""
+    fresh = step.stage is Stage.PREPARE and journal.count <= 1
+    return Phase.PENDING if fresh and not running else step.phase
+
+
+def _look_again(
+    pod: StagePod | None, job: StageJob | None, found: Failure | None, settings: Settings, now: datetime
+) -> float:
+    """Seconds until the next look at a live attempt."""
+    if pod is not None and pod.gone_by is not None:
+        return max((after(pod.gone_by, SLACK_SECONDS) - now).total_seconds(), 1)
+    if pod is not None and pod.running:
+        return settings.progress_interval_seconds
+    since = deadline_begin(pod, job)
+    if found is None or not found.deadline or since is None:
+        return LOOK_AGAIN_SECONDS
+    left = (after(since, settings.start_deadline_seconds) - now).total_seconds()
+    return min(max(left, 0.1), LOOK_AGAIN_SECONDS)
+
+
+# --- between attempts ------------------------------------------------------------------------------------------------
+
+
+def _clear_up(facts: Facts, journal: Journal, now: datetime) -> Decision | None:
+    """Nothing of a judged attempt may be at work any more. It is deleted once its end is on record, not before."""
+    strays = [job for job in facts.jobs if not job.ended and _may_work(facts.pod_of(job.attempt), now)]
+    leaving = [pod for pod in facts.pods if alive(pod, now)]
+    if not strays and not leaving:
+        return None
+    last = journal.attempts[-1]
+    step = _step(facts.job, last.stage)
+    view = View(_phase(journal, step, running=False), last.reason or "", last.message or "")
+    status = _status(facts, journal, view, now)
+    recorded = status.attempts == facts.job.status.attempts
+    actions = tuple(Stop(job.name, job.uid) for job in strays) if recorded else ()
+    return Decision(status, actions, _news(facts.job, journal, status), 1 if recorded else 0)
+
+
+def _may_work(pod: StagePod | None, now: datetime) -> bool:
+    """Whether a Job may still bring forth work: its pod is alive, gone for good, or yet to come."""
+    return pod is None or not pod.ended or alive(pod, now)
+
+
+def _start(facts: Facts, journal: Journal, step: Step, settings: Settings, now: datetime) -> Decision:
+    """The next attempt, at once or after the wait that its failures ask for."""
+    wait = _backoff(journal, step, settings, now)
+    if wait > 0:
+        view = _retrying(journal, step, facts.job.valid_spec.max_retries)
+        status = _status(facts, journal, view, now)
+        return Decision(status, events=_news(facts.job, journal, status), requeue_after_seconds=wait)
+    attempt = max([journal.count, *(job.attempt for job in facts.jobs), *(pod.attempt for pod in facts.pods)]) + 1
+    entered = enter(journal, step, attempt, names.stage_job(facts.job, step, attempt), now)
+    view = View(_phase(entered, step, running=False), "Starting", f"Stage {step.title} starts.")
+    if journal.last_failure is not None:
+        view = _retrying(journal, step, facts.job.valid_spec.max_retries)
+    status = _status(facts, entered, view, now)
+    return Decision(status, (Start(step, attempt),), _news(facts.job, entered, status), LOOK_AGAIN_SECONDS)
+
+
+def _backoff(journal: Journal, step: Step, settings: Settings, now: datetime) -> float:
+    """Seconds to wait yet: none before a first uncounted retry, else doubling with each failure in a row."""
+    row = journal.failures_in_a_row(step.title)
+    if not row or row[0].completion_time is None:
+        return 0
+    exponent = len(row) - (1 if row[0].retry == Retry.COUNTED else 2)
+    if exponent < 0:
+        return 0
+    pause = min(settings.retry_backoff_seconds * 2.0**exponent, BACKOFF_LIMIT_SECONDS)
+    return (after(parse_time(row[0].completion_time), pause) - now).total_seconds()
+
+
+def _retrying(journal: Journal, step: Step, max_retries: int) -> View:
+    last = journal.last_failure
+    if last is None:
+        return View(step.phase, "Starting", f"Stage {step.title} starts.")
+    count = f" (retry {journal.retries} of {max_retries})" if last.retry == Retry.COUNTED else ""
+    message = f"Stage {step.title} is run again{count}: {last.message}"
+    return View(step.phase, last.reason or "Retrying", cut(message))
+
+
+def _conflicted(facts: Facts, journal: Journal, step: Step, settings: Settings, now: datetime) -> Decision:
+    """A name of ours is taken: never adopted, never deleted, waited for a while."""
+    conflict = facts.conflicts[0]
+    since = _settled_at(facts.job, journal)
+    expired = not conflict.leftover and now >= after(since, settings.start_deadline_seconds)
+    message = _conflict_message(conflict)
+    if expired:
+        return _end(facts, journal, Phase.FAILED, Reason.NAME_CONFLICT, message, now)
+    phase = _phase(replace(journal, count=journal.count + 1), step, running=False)
+    status = _status(facts, journal, View(phase, Reason.NAME_CONFLICT, message), now)
+    return Decision(status, events=_news(facts.job, journal, status), requeue_after_seconds=LOOK_AGAIN_SECONDS / 2)
+
+
+def _conflict_message(conflict: Conflict) -> str:
+    if conflict.leftover:
+        return f"{conflict.kind} {conflict.name} is left from an earlier job of this name; waiting until it is deleted."
+    remedy = "Delete or rename it, or give the FineTuneJob another name."
+    return f"{conflict.kind} {conflict.name} is there already and does not belong to this job. {remedy}"
+
+
+def _settled_at(job: FineTuneJob, journal: Journal) -> datetime:
+    """Since when the next step was due."""
+    ended = journal.attempts[-1].completion_time if journal.attempts else None
+    return parse_time(ended) if ended else job.created
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+def _end(facts: Facts, journal: Journal, phase: Phase, reason: str, message: str, now: datetime) -> Decision:
+    """Terminal, for good."""
+    status = _status(facts, journal, View(phase, reason, cut(message)), now, progress=_final_progress(facts, journal))
+    return Decision(status, events=_news(facts.job, journal, status))
+
+
+def _final_progress(facts: Facts, journal: Journal) -> str | None:
+    training = journal.training.progress if journal.training else None
+    return training or facts.job.status.progress
+
+
+def _reject(job: FineTuneJob, now: datetime) -> Decision:
+    """A stored spec that this operator cannot act on."""
+    message = cut(f"{job.problem} Correct it and apply the job under a new name.")
+    view = View(Phase.FAILED, "InvalidSpec", message)
+    status = Status(
+        observed_generation=job.generation,
+        phase=view.phase.value,
+        reason=view.reason,
+        message=view.message,
+        start_time=job.status.start_time or format_time(now),
+        completion_time=format_time(now),
+        conditions=_conditions(job, view, now, accepted=False),
+    )
+    return Decision(status, events=(News("invalid", "InvalidSpec", message, warning=True),))
+
+
+def _summary(journal: Journal) -> str:
+    made = ", ".join(artifact.name for artifact in journal.artifacts)
+    return f"All stages are complete and verified{f': {made}' if made else ''}."
+
+
+# --- putting it together ---------------------------------------------------------------------------------------------
+
+
+def _status(facts: Facts, journal: Journal, view: View, now: datetime, *, progress: str | None = None) -> Status:
+    """The whole status."""
+    job = facts.job
+    finished = view.phase in (Phase.SUCCEEDED, Phase.FAILED)
+    training = journal.training
+    if training is not None and view.reason != "Running":
+        training = training.model_copy(update={"eta": None})
+    return Status(
+        observed_generation=job.generation,
+        phase=view.phase.value,
+        reason=str(view.reason),
+        message=view.message,
+        progress=progress,
+        start_time=job.status.start_time or format_time(now),
+        completion_time=format_time(now) if finished else None,
+        claim_name=names.claim(job),
+        folder=names.folder(job),
+        attempt_count=journal.count,
+        retries=journal.retries,
+        training=training,
+        data=journal.data,
+        resolved=journal.resolved,
+        conditions=_conditions(job, view, now, accepted=True),
+        stages=tuple(journal.stages.values()),
+        artifacts=journal.artifacts or None,
+        attempts=journal.attempts or None,
+    )
+
+
+def _conditions(job: FineTuneJob, view: View, now: datetime, *, accepted: bool) -> tuple[Condition, ...]:
+    """Accepted, Succeeded and Finished, each with the time since when it stands."""
+    ended = view.phase in (Phase.SUCCEEDED, Phase.FAILED)
+    yes = ("True", "Accepted", "The spec is understood.")
+    accepted_as = yes if accepted else ("False", view.reason, view.message)
+    succeeded = ("Unknown", "InProgress", "The job is under way.")
+    finished = ("False", "InProgress", "The job is under way.")
+    if ended:
+        succeeded = (str(view.phase is Phase.SUCCEEDED), str(view.reason), view.message)
+        finished = ("True", view.phase.value, view.message)
+    return (
+        _condition(job, ConditionType.ACCEPTED, *accepted_as, now),
+        _condition(job, ConditionType.SUCCEEDED, *succeeded, now),
+        _condition(job, ConditionType.FINISHED, *finished, now),
+    )
+
+
+def _condition(
+    job: FineTuneJob, kind: ConditionType, status: str, reason: str, message: str, now: datetime
+) -> Condition:
+    before = next((c for c in job.status.conditions or () if c.type == kind and c.status == status), None)
+    return Condition(
+        type=kind.value,
+        status=status,
+        reason=reason,
+        message=message,
+        last_transition_time=before.last_transition_time if before else format_time(now),
+        observed_generation=job.generation,
+    )
+
+
+QUIET = frozenset({"Running", "Starting", Reason.COMPLETED})
+
+
+def _news(job: FineTuneJob, journal: Journal, status: Status) -> tuple[News, ...]:
+    """What has changed and is worth an Event: failed attempts, obstacles, phases."""
+    known = {a.number for a in job.status.attempts or () if a.completion_time is not None}
+    news = [
+        News(f"{attempt.number}-failed", attempt.reason or "", attempt.message or "", warning=True)
+        for attempt in journal.attempts
+        if attempt.retry is not None and attempt.number not in known
+    ]
+    if status.phase != job.status.phase:
+        failed = status.phase == Phase.FAILED
+        news.append(News(f"{journal.count}-{status.phase}", status.phase or "", status.message or "", warning=failed))
+    elif status.reason != job.status.reason and status.reason not in QUIET and not news:
+        news.append(News(f"{journal.count}-{status.reason}", status.reason or "", status.message or "", warning=True))
+    return tuple(news)
