@@ -261,7 +261,7 @@ def test_it_can_be_a_dependency_of_another_chart(helm: Helm, tmp_path: Path) -> 
 
 
 def test_the_notes_say_what_to_do_next(helm: Helm) -> None:
-    rendered = helm.run("template", "tuner", str(CHART), "--namespace", "tuning", "--notes")
+    rendered = helm.run("install", "tuner", str(CHART), "--namespace", "tuning", "--dry-run=client")
     assert "kubectl -n tuning rollout status deployment/tuner-finetune-operator" in rendered
     assert "kind: FineTuneJob" in rendered
 
