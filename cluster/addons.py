@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from cluster import base_image, build, kubeconfig
+from cluster.files import write_json, write_text
 from cluster.namespace import Namespace, name_servers
 from cluster.processes import Component
 
@@ -29,8 +30,7 @@ def apply(namespace: Namespace, api: Api) -> None:
 def coredns(namespace: Namespace, layout: Layout) -> Component:
     """Return CoreDNS, listening on the node's address behind the Service kube-dns."""
     state = namespace.state
-    corefile = state.config / "Corefile"
-    corefile.write_text(_corefile(namespace, layout))
+    corefile = write_text(state.config / "Corefile", _corefile(namespace, layout))
     command = (str(build.command("coredns")), "-conf", str(corefile))
     return Component(
         "coredns", command, str(state.logs / "coredns.log"), f"http://127.0.0.1:{DNS_HEALTH_PORT}/health"
@@ -89,8 +89,7 @@ def _dns_manifests(address: str) -> list[Manifest]:
 
 def local_path_provisioner(state: State, layout: Layout) -> Component:
     """Return the provisioner of PersistentVolumes below the state folder."""
-    config = state.config / "local-path.json"
-    config.write_text(json.dumps(_storage_config(state)))
+    config = write_json(state.config / "local-path.json", _storage_config(state))
     options = {
         "config": config,
         "namespace": STORAGE_NAMESPACE,

@@ -8,13 +8,13 @@ The light one runs as plain child processes on free ports of the loopback addres
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from cluster import build, certificates, kubeconfig
 from cluster.api import Api
+from cluster.files import write_json
 from cluster.processes import Component, free_ports, spawn, stop, wait_until
 
 if TYPE_CHECKING:
@@ -112,7 +112,6 @@ def api_server(layout: Layout) -> Component:
         "authorization-mode": "Node,RBAC",
         "enable-admission-plugins": "NodeRestriction",
         "allow-privileged": "true",
-        "anonymous-auth": "false",
         "profiling": "false",
         "client-ca-file": own / "ca.crt",
         "tls-cert-file": own / "kube-apiserver.crt",
@@ -152,7 +151,6 @@ def controller_manager(layout: Layout) -> Component:
 def scheduler(layout: Layout) -> Component:
     """Return the scheduler."""
     identity = certificates.scheduler().file
-    config = layout.config / "kube-scheduler.json"
     content = {
         "apiVersion": "kubescheduler.config.k8s.io/v1",
         "kind": "KubeSchedulerConfiguration",
@@ -163,7 +161,7 @@ def scheduler(layout: Layout) -> Component:
             "burst": CLIENT_BURST,
         },
     }
-    config.write_text(json.dumps(content, indent=2) + "\n")
+    config = write_json(layout.config / "kube-scheduler.json", content)
     options = {"config": config, "bind-address": "127.0.0.1", "secure-port": layout.scheduler_port}
     health = f"https://127.0.0.1:{layout.scheduler_port}/healthz"
     return Component(identity, _command(identity, options), layout.log(identity), health)

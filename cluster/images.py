@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from cluster import base_image, build, node
 from cluster.errors import ClusterError
+from cluster.files import write_text
 from cluster.namespace import Namespace, find, require
 from cluster.paths import CHECKOUT, State, locked
 from cluster.processes import Component, tail, wait_until
@@ -130,8 +131,7 @@ def _check_space(state: State, target: str) -> None:
 def _buildkit(live: Namespace) -> Iterator[None]:
     """Run BuildKit while it is needed: it starts in half a second and would hold 100 MB for nothing."""
     state = live.state
-    config = state.config / "buildkitd.toml"
-    config.write_text(BUILDKIT_CONFIG.format(cgroup=state.cgroup))
+    config = write_text(state.config / "buildkitd.toml", BUILDKIT_CONFIG.format(cgroup=state.cgroup))
     command = (str(build.command("buildkitd")), "--config", str(config))
     log = state.logs / "buildkitd.log"
     live.start(Component("buildkitd", command, str(log)))

@@ -56,7 +56,7 @@ def prepare(state: State) -> None:
 
 
 def _mount(*arguments: str) -> None:
-    subprocess.run(["mount", *arguments], check=True)
+    subprocess.run(["mount", "--no-mtab", *arguments], check=True)  # without it, /run/mount appears on the host
 
 
 def _will_be_hidden(path: Path) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
 from cluster import base_image, build, requirements
 from cluster.addons import DNS_ADDRESS
 from cluster.errors import ClusterError
+from cluster.files import write_json, write_text
 from cluster.namespace import POD_NETWORK, Namespace
 from cluster.processes import Component
 
@@ -30,9 +30,8 @@ def containerd(state: State) -> Component:
     runc = shutil.which("runc")
     if folder is None or runc is None:
         raise ClusterError("The network plugins or runc are missing.", "Run 'python3 -m cluster build'.")
-    config = state.config / "containerd.toml"
-    config.write_text(_containerd_config(folder, state.config / "cni", runc))
-    _write(state.config / "cni" / "10-finetune.conflist", _network_config())
+    network = write_json(state.config / "cni" / "10-finetune.conflist", _network_config())
+    config = write_text(state.config / "containerd.toml", _containerd_config(folder, network.parent, runc))
     tools = build.command("containerd").parent
     path = f"{tools}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     command = (str(tools / "containerd"), "--config", str(config))
@@ -74,11 +73,16 @@ oom_score = 0
 
 def _network_config() -> dict[str, Any]:
     """Return the pods' network: a cable each, routed; unlike a bridge it needs no br_netfilter for Services."""
-    ranges = {"type": "host-local", "ranges": [[{"subnet": POD_NETWORK}]], "dataDir": "/run/cni-addresses"}
+    addresses = {
+        "type": "host-local",
+        "ranges": [[{"subnet": POD_NETWORK}]],
+        "routes": [{"dst": "0.0.0.0/0"}],
+        "dataDir": "/run/cni-addresses",
+    }
     return {
         "cniVersion": "1.0.0",
         "name": "finetune",
-        "plugins": [{"type": "ptp", "ipam": ranges}, {"type": "portmap", "capabilities": {"portMappings": True}}],
+        "plugins": [{"type": "ptp", "ipam": addresses}, {"type": "portmap", "capabilities": {"portMappings": True}}],
     }
 
 
@@ -86,8 +90,7 @@ def kubelet(namespace: Namespace, layout: Layout) -> Component:
     """Return the kubelet; a container that breaks its memory limit is really killed."""
     state = namespace.state
     identity = f"kubelet-{state.node_name}"
-    config = state.config / "kubelet.json"
-    _write(config, _kubelet_config(namespace, layout, identity))
+    config = write_json(state.config / "kubelet.json", _kubelet_config(namespace, layout, identity))
     options = {
         "config": config,
         "kubeconfig": layout.kubeconfig(identity),
@@ -148,8 +151,7 @@ def kube_proxy(namespace: Namespace, layout: Layout) -> Component:
         "healthzBindAddress": f"127.0.0.1:{PROXY_HEALTH_PORT}",
         "metricsBindAddress": "127.0.0.1:10249",
     }
-    config = state.config / "kube-proxy.json"
-    _write(config, content)
+    config = write_json(state.config / "kube-proxy.json", content)
     command = (str(build.command("kube-proxy")), f"--config={config}")
     health = f"http://127.0.0.1:{PROXY_HEALTH_PORT}/livez"
     return Component("kube-proxy", command, str(state.logs / "kube-proxy.log"), health)
@@ -191,7 +193,3 @@ def remove_containers(namespace: Namespace) -> bool:
         ctr(namespace, "containers", "delete", *containers)
     return bool(containers)
 
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2) + "\n")
