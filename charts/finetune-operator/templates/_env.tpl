@@ -18,6 +18,7 @@
   "DEFAULT_ACCESS_MODE" .Values.trainer.volume.accessMode
   "START_DEADLINE_SECONDS" .Values.operator.startDeadlineSeconds
   "PROGRESS_INTERVAL_SECONDS" .Values.operator.progressIntervalSeconds
+  "RETRY_BACKOFF_SECONDS" .Values.operator.retryBackoffSeconds
   "WATCH_NAMESPACE" .Values.operator.watchNamespace
   "WORKERS" .Values.operator.workers
   "RESYNC_SECONDS" .Values.operator.resyncSeconds

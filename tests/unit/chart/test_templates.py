@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from finetune_operator.api import Spec
 from finetune_operator.settings import PREFIX, Settings
 
 from .conftest import CHART, ROOT, Helm, HelmError, Manifest
@@ -30,6 +31,7 @@ EVERY_OPTION: dict[str, object] = {
     "trainer.volume": {"size": "5Gi", "storageClassName": "fast", "accessMode": "ReadWriteMany"},
     "operator.startDeadlineSeconds": 60,
     "operator.progressIntervalSeconds": 2.5,
+    "operator.retryBackoffSeconds": 0.5,
     "operator.workers": 8,
     "operator.resyncSeconds": 86400,
     "operator.requestTimeoutSeconds": 10,
@@ -117,6 +119,7 @@ def test_the_operator_reads_what_was_set(helm: Helm, monkeypatch: pytest.MonkeyP
         "default_storage_class": "fast",
         "default_access_mode": "ReadWriteMany",
         "watch_namespace": "team-a",
+        "retry_backoff_seconds": 0.5,
         "workers": 8,
         "progress_interval_seconds": 2.5,
         "start_deadline_seconds": 60,
@@ -263,7 +266,8 @@ def test_it_can_be_a_dependency_of_another_chart(helm: Helm, tmp_path: Path) -> 
 def test_the_notes_say_what_to_do_next(helm: Helm) -> None:
     rendered = helm.run("install", "tuner", str(CHART), "--namespace", "tuning", "--dry-run=client")
     assert "kubectl -n tuning rollout status deployment/tuner-finetune-operator" in rendered
-    assert "kind: FineTuneJob" in rendered
+    job = yaml.safe_load(rendered.split("<<'EOF'\n")[1].split("\nEOF\n")[0])
+    assert Spec.model_validate(job["spec"]).model.hugging_face
 
 
 def test_an_old_cluster_is_refused(helm: Helm) -> None:
