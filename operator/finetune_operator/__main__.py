@@ -1,0 +1,59 @@
+"""finetune-operator: turns FineTuneJobs into stage Jobs. Settings come from the environment; --help lists them."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+
+from finetune_operator import logs
+from finetune_operator.settings import PREFIX, Settings, SettingsError
+
+
+def main() -> int:
+    """Run until SIGTERM or SIGINT; exit code 2 for an environment that makes no sense."""
+    parse_arguments()
+    try:
+        settings = Settings.from_environment()
+    except SettingsError as error:
+        print(error, file=sys.stderr)  # noqa: T201 - before logs are configured
+        return 2
+    logs.configure(settings.log_level, settings.log_format)
+    asyncio.run(serve(settings))
+    return 0
+
+
+def parse_arguments() -> None:
+    """There is nothing to parse but --help."""
+    parser = argparse.ArgumentParser(
+        prog="finetune-operator",
+        description="Turns FineTuneJobs into stage Jobs on the cluster of the pod's service account or the kubeconfig.",
+        epilog=describe_settings(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args()
+
+
+def describe_settings() -> str:
+    """Every environment variable with its default."""
+    lines = ["environment:"]
+    for name, field in Settings.model_fields.items():
+        default = "required" if field.is_required() else f"default {field.default!r}"
+        lines.append(f"  {PREFIX}{name.upper()} ({default})  {field.description or ''}".rstrip())
+    return "\n".join(lines)
+
+
+async def serve(settings: Settings) -> None:
+    """The operator, stopped by a signal."""
+    from finetune_operator.handlers import run  # noqa: PLC0415 - --help and a bad environment need no kopf
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await run(settings, stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

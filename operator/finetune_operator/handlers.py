@@ -1,0 +1,199 @@
+"""kopf's part: it watches FineTuneJobs and puts their keys into the queue. And the loops that empty the queue."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+import kopf
+
+from finetune_operator.api import GROUP, KIND, PLURAL, VERSION
+from finetune_operator.health import Health, serve
+from finetune_operator.kube import Kube, StaleError
+from finetune_operator.logs import key_in_logs
+from finetune_operator.progress import ProgressReader
+from finetune_operator.queue import Key, Queue
+from finetune_operator.reconcile import World, reconcile
+from finetune_operator.settings import Settings
+from finetune_operator.watch import ERRORS, WATCH_SECONDS, resync, watch_children
+
+PASS_LIMIT_SECONDS = 180
+"""A pass is many calls, each with its own limit; one that takes longer hangs."""
+
+WORKER_WAIT_SECONDS = 30
+
+log = logging.getLogger(__name__)
+
+
+class EndlessBackoffs:
+    """1, 2, 4 ... 30 s with jitter, for ever: a watcher must never give up (kopf's own list ends after 54 s)."""
+
+    def __iter__(self) -> Iterator[float]:
+        for attempt in itertools.count():
+            yield min(2.0 ** min(attempt, 5), 30.0) * (0.5 + random.random())  # noqa: S311 - jitter
+
+
+async def run(settings: Settings, stop: asyncio.Event) -> None:
+    """Everything, until `stop`: probes, kopf, the watches of children, resync, workers."""
+    health = Health()
+    probes = await serve(health, settings.health_port)
+    kube = await Kube.connect(settings.request_timeout_seconds)
+    progress = ProgressReader(settings.progress_interval_seconds)
+    world = World(kube, progress, settings, clock=lambda: datetime.now(UTC))
+    try:
+        await wait_for_resource(kube, settings, health, stop)
+        if not stop.is_set():
+            await _run_loops(world, health, stop)
+    finally:
+        await progress.close()
+        await kube.close()
+        await probes.cleanup()
+
+
+async def _run_loops(world: World, health: Health, stop: asyncio.Event) -> None:
+    """The first loop to end ends all: none of them ever should but kopf, on `stop`."""
+    queue = Queue()
+    settings = world.settings
+    namespace = settings.watch_namespace or None
+    watching = asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        loops = [
+            watch_children(world.kube, kind, namespace, queue.add, health.expect(f"watch of {kind}s", WATCH_SECONDS * 2))
+            for kind in ("Job", "Pod")
+        ]
+        beat = health.expect("resync", settings.resync_seconds * 3)
+        loops.append(resync(world.kube, namespace, settings.resync_seconds, queue.add, beat))
+        for number in range(settings.workers):
+            loops.append(work(queue, world, health.expect(f"worker {number}", PASS_LIMIT_SECONDS * 2)))
+        tasks = [group.create_task(loop) for loop in loops]
+        ready = group.create_task(_tell_ready(watching, health))
+        await run_kopf(queue.add, settings, stop, watching)
+        if not stop.is_set():
+            raise RuntimeError("kopf ended by itself")
+        health.ready = False
+        for task in (*tasks, ready):
+            task.cancel()
+
+
+async def _tell_ready(watching: asyncio.Event, health: Health) -> None:
+    await watching.wait()
+    while not health.kopf_watches():
+        await asyncio.sleep(0.1)
+    health.ready = True
+    log.info("Watching FineTuneJobs")
+
+
+async def wait_for_resource(kube: Kube, settings: Settings, health: Health, stop: asyncio.Event) -> None:
+    """Until the API server knows FineTuneJobs: kopf would look for them once, and then watch nothing."""
+    beat = health.expect("start", 120)
+    for pause in EndlessBackoffs():
+        beat()
+        try:
+            await kube.list_page(KIND, settings.watch_namespace or None, limit=1)
+        except ERRORS as error:
+            log.warning("FineTuneJobs cannot be listed yet, trying again in %.0f s: %s", pause, error or type(error))
+        else:
+            health.forget("start")
+            return
+        try:
+            await asyncio.wait_for(stop.wait(), pause)
+        except TimeoutError:
+            continue
+        return
+
+
+# --- workers ---------------------------------------------------------------------------------------------------------
+
+
+async def work(queue: Queue, world: World, beat: Callable[[], None]) -> None:
+    """Take keys and reconcile them. Never returns: what a pass raises is logged and the key tried again."""
+    while True:
+        beat()
+        try:
+            key = await asyncio.wait_for(queue.get(), WORKER_WAIT_SECONDS)
+        except TimeoutError:
+            continue
+        with key_in_logs(key):
+            requeue = await attempt(queue, world, key)
+        queue.done(key)
+        if requeue is not None:
+            queue.add_after(key, requeue)
+
+
+async def attempt(queue: Queue, world: World, key: Key) -> float | None:
+    """One pass; seconds until the next, None if only changes matter."""
+    try:
+        async with asyncio.timeout(PASS_LIMIT_SECONDS):
+            requeue = await reconcile(key, world)
+    except StaleError:
+        return 0.05  # somebody else wrote: look again
+    except ERRORS as error:
+        return _later(queue, key, f"The API server did not do as asked: {error or type(error)}", None)
+    except Exception as error:  # noqa: BLE001 - a bug in one job's pass must not stop the others
+        return _later(queue, key, "The pass failed", error)
+    queue.forget(key)
+    return requeue
+
+
+def _later(queue: Queue, key: Key, what: str, error: Exception | None) -> float:
+    pause = queue.backoff(key)
+    log.warning("%s; trying again in %.1f s", what, pause, exc_info=error)
+    return pause
+
+
+# --- kopf ------------------------------------------------------------------------------------------------------------
+
+
+async def run_kopf(
+    on_key: Callable[[Key], None], settings: Settings, stop: asyncio.Event, watching: asyncio.Event
+) -> None:
+    """kopf, embedded; returns when `stop` is set."""
+    registry = kopf.OperatorRegistry()
+    kopf.on.startup(registry=registry)(_configure)
+    kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(partial(_on_event, on_key))
+    flag = asyncio.Event()
+    forward = asyncio.create_task(_forward(stop, flag))
+    try:
+        await kopf.operator(
+            registry=registry,
+            standalone=True,
+            clusterwide=not settings.watch_namespace,
+            namespaces=[settings.watch_namespace] if settings.watch_namespace else [],
+            stop_flag=flag,
+            ready_flag=watching,
+        )
+    finally:
+        forward.cancel()
+
+
+async def _forward(stop: asyncio.Event, flag: asyncio.Event) -> None:
+    await stop.wait()
+    flag.set()
+
+
+def _configure(settings: kopf.OperatorSettings, **_: Any) -> None:  # noqa: ANN401 - kopf's
+    """No peering, no finalizers, no events of its own, and no giving up."""
+    settings.peering.standalone = True
+    settings.posting.enabled = False
+    settings.scanning.disabled = True
+    settings.networking.error_backoffs = EndlessBackoffs()
+    settings.networking.request_timeout = 30
+    settings.networking.connect_timeout = 10
+    settings.watching.server_timeout = 300
+    settings.watching.client_timeout = 330
+    settings.watching.connect_timeout = 10
+    settings.watching.inactivity_timeout = 330
+    settings.watching.chunk_size = 500
+    settings.queueing.idle_timeout = 1.0
+    settings.process.ultimate_exiting_timeout = 10
+
+
+async def _on_event(on_key: Callable[[Key], None], name: str, namespace: str | None, **_: Any) -> None:  # noqa: ANN401
+    """Any change of a FineTuneJob."""
+    on_key(Key(namespace or "", name))

@@ -1,0 +1,229 @@
+"""Every call to the API server, with a time limit on each. Objects are plain dicts.
+
+Errors::
+
+    KubeError           the server refused: `.status`, `.message`
+    ├── NotFoundError   404
+    ├── ExistsError     409 on create
+    ├── StaleError      409 on a write of an object that has changed since
+    └── GoneError       410: the resource version is too old to go on from
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from kubernetes.aio import config
+from kubernetes.aio.client.api_client import ApiClient
+from kubernetes.aio.client.configuration import Configuration
+
+from finetune_operator.api import API_VERSION, JSON, KIND, MANAGER, PLURAL, Label
+
+PAGE = 500
+CONNECT_SECONDS = 10
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+
+PATHS = {
+    "ConfigMap": ("/api/v1", "configmaps"),
+    "PersistentVolumeClaim": ("/api/v1", "persistentvolumeclaims"),
+    "Event": ("/api/v1", "events"),
+    "Pod": ("/api/v1", "pods"),
+    "Job": ("/apis/batch/v1", "jobs"),
+    KIND: (f"/apis/{API_VERSION}", PLURAL),
+}
+"""Root and plural of every kind that the operator touches."""
+
+
+class KubeError(Exception):
+    """The API server refused a call."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"{status}: {message}")
+        self.status = status
+        self.message = message
+
+
+class NotFoundError(KubeError):
+    """There is no such object."""
+
+
+class ExistsError(KubeError):
+    """There is an object of this name already."""
+
+
+class StaleError(KubeError):
+    """The object has changed since it was read."""
+
+
+class GoneError(KubeError):
+    """The resource version is too old."""
+
+
+def url_of(kind: str, namespace: str | None, name: str | None = None, subresource: str | None = None) -> str:
+    """Path of a collection (all namespaces, or one), an object, or a part of it."""
+    root, plural = PATHS[kind]
+    middle = f"/namespaces/{namespace}" if namespace else ""
+    return "/".join([f"{root}{middle}/{plural}", *(part for part in (name, subresource) if part)])
+
+
+class Kube:
+    """A client for the few kinds of `PATHS`."""
+
+    def __init__(self, configuration: Configuration, request_timeout_seconds: float) -> None:
+        self._api = ApiClient(configuration)
+        self._timeout = aiohttp.ClientTimeout(total=request_timeout_seconds, sock_connect=CONNECT_SECONDS)
+
+    @classmethod
+    async def connect(cls, request_timeout_seconds: float) -> Kube:
+        """In a pod by its service account, elsewhere by the kubeconfig."""
+        configuration = Configuration()
+        if "KUBECONFIG" not in os.environ and await asyncio.to_thread(SERVICE_ACCOUNT.exists):
+            config.load_incluster_config(client_configuration=configuration)
+        else:
+            await config.load_kube_config(client_configuration=configuration)
+        configuration.client_session_kwargs = {"trust_env": False}
+        return cls(configuration, request_timeout_seconds)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._api.close()
+
+    # --- reading
+
+    async def read(self, kind: str, namespace: str, name: str) -> JSON:
+        """One object, as it is now."""
+        return await self._request("GET", url_of(kind, namespace, name))
+
+    async def list_page(self, kind: str, namespace: str | None, **query: str | int) -> JSON:
+        """One page of a list: items, and metadata with resourceVersion and continue."""
+        return await self._request("GET", url_of(kind, namespace), query={"limit": PAGE, **query})
+
+    async def pages(self, kind: str, namespace: str | None, **query: str | int) -> AsyncIterator[JSON]:
+        """A list, page by page."""
+        more = ""
+        while True:
+            page = await self.list_page(kind, namespace, **query, **({"continue": more} if more else {}))
+            yield page
+            more = page["metadata"].get("continue", "")
+            if not more:
+                return
+
+    async def children(self, kind: str, namespace: str, job_name: str) -> list[JSON]:
+        """Jobs or pods of a FineTuneJob and of its namesakes, as they are now."""
+        selector = f"{Label.MANAGED_BY}={MANAGER},{Label.JOB_NAME}={job_name}"
+        return [
+            item async for page in self.pages(kind, namespace, labelSelector=selector) for item in page.get("items") or ()
+        ]
+
+    async def warnings(self, namespace: str, uid: str) -> tuple[str, ...]:
+        """Warning events about one object, newest first, as 'Reason: message'."""
+        page = await self.list_page("Event", namespace, fieldSelector=f"involvedObject.uid={uid},type=Warning")
+        events = sorted(page.get("items") or (), key=_event_time, reverse=True)
+        return tuple(f"{event.get('reason', '')}: {event.get('message', '')}" for event in events)
+
+    async def watch(self, kind: str, namespace: str | None, **query: str | int) -> AsyncIterator[JSON]:
+        """Events of a watch until the server ends it; a wrong resource version raises `GoneError`."""
+        url = url_of(kind, namespace)
+        seconds = int(query["timeoutSeconds"])
+        limit = aiohttp.ClientTimeout(total=seconds + 30, sock_connect=CONNECT_SECONDS)
+        response = await self._send("GET", url, query={"watch": "true", "allowWatchBookmarks": "true", **query}, limit=limit)
+        async with response:
+            if response.status != 200:  # noqa: PLR2004 - OK
+                raise _refusal("GET", response.status, await response.read())
+            async for line in response.content:
+                event = json.loads(line)
+                if event["type"] == "ERROR":
+                    raise _refusal("GET", int(event["object"].get("code", 500)), json.dumps(event["object"]).encode())
+                yield event
+
+    # --- writing
+
+    async def create(self, manifest: JSON) -> JSON:
+        """Make an object; `ExistsError` if its name is taken."""
+        url = url_of(manifest["kind"], manifest["metadata"]["namespace"])
+        return await self._request("POST", url, query={"fieldManager": MANAGER}, body=manifest)
+
+    async def delete_job(self, namespace: str, name: str, uid: str) -> None:
+        """Delete this very Job and its pods; that it is gone already is no error."""
+        body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
+        try:
+            await self._request("DELETE", url_of("Job", namespace, name), body=body)
+        except (NotFoundError, StaleError):
+            return
+
+    async def apply_status(self, namespace: str, name: str, uid: str, resource_version: str, status: JSON) -> None:
+        """Write the whole status, unless the resource has changed since it was read (`StaleError`).
+
+        Without the resource version a write could land on a recreated namesake.
+        """
+        metadata = {"name": name, "namespace": namespace, "uid": uid, "resourceVersion": resource_version}
+        body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": status}
+        await self._request(
+            "PATCH",
+            url_of(KIND, namespace, name, "status"),
+            query={"fieldManager": MANAGER, "force": "true"},
+            body=body,
+            content_type="application/apply-patch+yaml",
+        )
+
+    # --- below
+
+    async def _request(
+        self,
+        method: str,
+        url: str,
+        *,
+        query: dict[str, Any] | None = None,
+        body: JSON | None = None,
+        content_type: str = "application/json",
+    ) -> JSON:
+        response = await self._send(method, url, query=query, body=body, content_type=content_type, limit=self._timeout)
+        async with response:
+            content = await response.read()
+        if response.status >= 400:  # noqa: PLR2004 - refused
+            raise _refusal(method, response.status, content)
+        parsed: JSON = json.loads(content) if content else {}
+        return parsed
+
+    async def _send(
+        self,
+        method: str,
+        url: str,
+        *,
+        limit: aiohttp.ClientTimeout,
+        query: dict[str, Any] | None = None,
+        body: JSON | None = None,
+        content_type: str = "application/json",
+    ) -> aiohttp.ClientResponse:
+        _, full, headers, content, _ = await self._api.param_serialize(
+            method,
+            url,
+            query_params=list((query or {}).items()),
+            header_params={"Accept": "application/json", "Content-Type": content_type},
+            body=body,
+            auth_settings=["BearerToken"],
+        )
+        answer = await self._api.call_api(method, full, headers, content, _request_timeout=limit)
+        response: aiohttp.ClientResponse = answer.response
+        return response
+
+
+def _event_time(event: JSON) -> str:
+    return event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp") or ""
+
+
+def _refusal(method: str, status: int, content: bytes) -> KubeError:
+    """The error that the server's answer stands for."""
+    try:
+        message = json.loads(content).get("message", "")
+    except ValueError:
+        message = content[:200].decode(errors="replace")
+    conflict = ExistsError if method == "POST" else StaleError
+    kinds: dict[int, type[KubeError]] = {404: NotFoundError, 409: conflict, 410: GoneError}
+    return kinds.get(status, KubeError)(status, message)

@@ -1,0 +1,109 @@
+"""A queue of keys: each once, never two at work on the same key, failures tried again ever later.
+
+The semantics are those of client-go's workqueue: a key added while it is in work is handed out again afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+FIRST_BACKOFF_SECONDS = 0.5
+LAST_BACKOFF_SECONDS = 120.0
+JITTER = 0.25
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """One FineTuneJob."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+class Queue:
+    """Keys to be worked on, some of them later."""
+
+    def __init__(self, jitter: Callable[[], float] = random.random) -> None:
+        self._ready: dict[Key, None] = {}
+        self._working: set[Key] = set()
+        self._again: set[Key] = set()
+        self._later: dict[Key, asyncio.TimerHandle] = {}
+        self._failures: dict[Key, int] = {}
+        self._available = asyncio.Condition()
+        self._wake: set[asyncio.Task[None]] = set()
+        self._jitter = jitter
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    def add(self, key: Key) -> None:
+        """Have the key worked on as soon as there is a hand free."""
+        if key in self._working:
+            self._again.add(key)
+            return
+        self._cancel_later(key)
+        self._ready[key] = None
+        self._notify()
+
+    def add_after(self, key: Key, seconds: float) -> None:
+        """Have the key worked on in so many seconds, or earlier if that was asked for before."""
+        if seconds <= 0:
+            self.add(key)
+            return
+        loop = asyncio.get_running_loop()
+        earlier = self._later.get(key)
+        if key in self._ready or (earlier is not None and earlier.when() <= loop.time() + seconds):
+            return
+        self._cancel_later(key)
+        self._later[key] = loop.call_later(seconds, self._due, key)
+
+    def backoff(self, key: Key) -> float:
+        """The key failed: seconds until it should be tried again, ever more."""
+        failures = self._failures.get(key, 0)
+        self._failures[key] = failures + 1
+        pause = min(FIRST_BACKOFF_SECONDS * 2.0 ** min(failures, 20), LAST_BACKOFF_SECONDS)
+        return pause * (1 + JITTER * self._jitter())
+
+    def forget(self, key: Key) -> None:
+        """The key went well: its next failure is a first one."""
+        self._failures.pop(key, None)
+
+    async def get(self) -> Key:
+        """The next key; it is in work until `done`."""
+        async with self._available:
+            await self._available.wait_for(lambda: bool(self._ready))
+            key = next(iter(self._ready))
+            del self._ready[key]
+            self._working.add(key)
+            return key
+
+    def done(self, key: Key) -> None:
+        """The key is in work no more; if it was added meanwhile, it is next in line again."""
+        self._working.discard(key)
+        if key in self._again:
+            self._again.discard(key)
+            self.add(key)
+
+    def _due(self, key: Key) -> None:
+        self._later.pop(key, None)
+        self.add(key)
+
+    def _cancel_later(self, key: Key) -> None:
+        handle = self._later.pop(key, None)
+        if handle is not None:
+            handle.cancel()
+
+    def _notify(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._notify_one())
+        self._wake.add(task)
+        task.add_done_callback(self._wake.discard)
+
+    async def _notify_one(self) -> None:
+        async with self._available:
+            self._available.notify()

@@ -1,0 +1,157 @@
+"""One pass: observe, decide, act, write the status once, tell the news. Nothing is remembered between passes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from finetune_operator import names
+from finetune_operator.api import JSON, KIND, FineTuneJob, Status
+from finetune_operator.facts import Conflict, Facts, Owner, StageJob, StagePod, after, parse_jobs, parse_pods
+from finetune_operator.kube import ExistsError, Kube, KubeError, NotFoundError
+from finetune_operator.manifests import build_claim, build_config_map, build_event, build_stage_job
+from finetune_operator.progress import ProgressReader
+from finetune_operator.queue import Key
+from finetune_operator.settings import Settings
+from finetune_operator.status import Decision, News, Start, Stop, decide
+
+SETTLE_SECONDS = 5
+"""A pod that does not run after so long may have a warning to tell."""
+
+log = logging.getLogger(__name__)
+
+
+class TakenError(Exception):
+    """A name of ours is taken by an object that is not ours."""
+
+    def __init__(self, conflict: Conflict) -> None:
+        super().__init__(f"{conflict.kind} {conflict.name} is not ours")
+        self.conflict = conflict
+
+
+@dataclass(frozen=True)
+class World:
+    """What a pass has at hand."""
+
+    kube: Kube
+    progress: ProgressReader
+    settings: Settings
+    clock: Callable[[], datetime]
+
+
+async def reconcile(key: Key, world: World) -> float | None:
+    """Bring one FineTuneJob nearer to its spec; seconds until the next look, None if only changes matter.
+
+    Safe to run at any moment, any number of times.
+    """
+    facts = await observe(key, world)
+    if facts is None:
+        return None  # deleted: its children go by owner reference
+    decision = decide(facts, world.settings, world.clock())
+    try:
+        await act(facts.job, decision, world)
+    except TakenError as taken:
+        facts = replace(facts, conflicts=(taken.conflict,))
+        decision = decide(facts, world.settings, world.clock())
+    await write_status(facts.job, decision.status, world.kube)
+    await tell(facts.job, decision.events, world)
+    return decision.requeue_after_seconds
+
+
+# --- observe ---------------------------------------------------------------------------------------------------------
+
+
+async def observe(key: Key, world: World) -> Facts | None:
+    """The job and its children as they are now; None if the job is gone."""
+    try:
+        body = await world.kube.read(KIND, key.namespace, key.name)
+    except NotFoundError:
+        return None
+    job = FineTuneJob.parse(body)
+    if job.status.finished or job.deleting or job.problem is not None:
+        return Facts(job)
+    jobs = parse_jobs(await world.kube.children("Job", key.namespace, key.name), job.uid)
+    pods = parse_pods(await world.kube.children("Pod", key.namespace, key.name), job.uid)
+    facts = Facts(job, jobs, pods)
+    latest = max(jobs, key=lambda child: child.attempt, default=None)
+    if latest is None or latest.ended:
+        return facts
+    return await _look_closer(facts, latest, facts.pod_of(latest.attempt), world)
+
+
+async def _look_closer(facts: Facts, job: StageJob, pod: StagePod | None, world: World) -> Facts:
+    """The live attempt's progress, or what keeps it from starting."""
+    if pod is not None and pod.running:
+        return replace(facts, progress=await world.progress.read(pod) if pod.ip else None)
+    since = (pod.scheduled or pod.created) if pod is not None else job.created
+    if (pod is not None and pod.ended) or world.clock() < after(since, SETTLE_SECONDS):
+        return facts
+    about = pod.uid if pod is not None else job.uid
+    return replace(facts, warnings=await world.kube.warnings(facts.job.namespace, about))
+
+
+# --- act -------------------------------------------------------------------------------------------------------------
+
+
+async def act(job: FineTuneJob, decision: Decision, world: World) -> None:
+    """Create and delete; `TakenError` if a name is taken."""
+    for action in decision.actions:
+        if isinstance(action, Stop):
+            await world.kube.delete_job(job.namespace, action.name, action.uid)
+        else:
+            await start(job, action, world)
+
+
+async def start(job: FineTuneJob, action: Start, world: World) -> None:
+    """What the attempt mounts, then its Job. What is there already and ours is left as it is."""
+    claim = build_claim(job, world.settings)
+    if claim is not None:
+        await ensure(job, claim, world.kube)
+    await ensure(job, build_config_map(job), world.kube)
+    await ensure(job, build_stage_job(job, action.step, action.attempt, world.settings), world.kube)
+
+
+async def ensure(job: FineTuneJob, manifest: JSON, kube: Kube) -> None:
+    """Create the object unless it is there and ours."""
+    try:
+        await kube.create(manifest)
+    except ExistsError:
+        await _check_owner(job, manifest, kube)
+    else:
+        log.info("%s %s created", manifest["kind"], manifest["metadata"]["name"])
+
+
+async def _check_owner(job: FineTuneJob, manifest: JSON, kube: Kube) -> None:
+    kind, name = manifest["kind"], manifest["metadata"]["name"]
+    there = await kube.read(kind, job.namespace, name)
+    owner = Owner.parse({"kind": kind, **there}, job)
+    if owner.uid != job.uid:
+        raise TakenError(Conflict(kind, name, leftover=owner.namesake and owner.uid is not None))
+
+
+# --- tell ------------------------------------------------------------------------------------------------------------
+
+
+async def write_status(job: FineTuneJob, status: Status, kube: Kube) -> None:
+    """Write the status if it says anything new."""
+    told = status.to_dict()
+    if told == job.stored_status or job.deleting or job.status.finished:
+        return
+    await kube.apply_status(job.namespace, job.name, job.uid, job.resource_version, told)
+    if status.phase != job.status.phase or status.reason != job.status.reason:
+        log.info("%s (%s): %s", status.phase, status.reason, status.message)
+
+
+async def tell(job: FineTuneJob, news: tuple[News, ...], world: World) -> None:
+    """Record Events, each once. News that cannot be told holds nothing up."""
+    for item in news:
+        name = f"{names.folder(job)}.{item.key}".lower()
+        event = build_event(job, name, item.reason, item.message, warning=item.warning, now=world.clock())
+        try:
+            await world.kube.create(event)
+        except ExistsError:
+            continue
+        except KubeError as error:
+            log.warning("The event %s was not recorded: %s", item.reason, error)
