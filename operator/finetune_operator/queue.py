@@ -35,8 +35,7 @@ class Queue:
         self._again: set[Key] = set()
         self._later: dict[Key, asyncio.TimerHandle] = {}
         self._failures: dict[Key, int] = {}
-        self._available = asyncio.Condition()
-        self._wake: set[asyncio.Task[None]] = set()
+        self._filled = asyncio.Event()
         self._jitter = jitter
 
     def __len__(self) -> int:
@@ -49,7 +48,7 @@ class Queue:
             return
         self._cancel_later(key)
         self._ready[key] = None
-        self._notify()
+        self._filled.set()
 
     def add_after(self, key: Key, seconds: float) -> None:
         """Have the key worked on in so many seconds, or earlier if that was asked for before."""
@@ -76,12 +75,13 @@ class Queue:
 
     async def get(self) -> Key:
         """The next key; it is in work until `done`."""
-        async with self._available:
-            await self._available.wait_for(lambda: bool(self._ready))
-            key = next(iter(self._ready))
-            del self._ready[key]
-            self._working.add(key)
-            return key
+        while not self._ready:
+            self._filled.clear()
+            await self._filled.wait()
+        key = next(iter(self._ready))
+        del self._ready[key]
+        self._working.add(key)
+        return key
 
     def done(self, key: Key) -> None:
         """The key is in work no more; if it was added meanwhile, it is next in line again."""
@@ -98,12 +98,3 @@ class Queue:
         handle = self._later.pop(key, None)
         if handle is not None:
             handle.cancel()
-
-    def _notify(self) -> None:
-        task = asyncio.get_running_loop().create_task(self._notify_one())
-        self._wake.add(task)
-        task.add_done_callback(self._wake.discard)
-
-    async def _notify_one(self) -> None:
-        async with self._available:
-            self._available.notify()
