@@ -211,10 +211,10 @@ OPERATOR_MAY = {
     "finetunejobs.finetune.dev": "get list watch",
     "finetunejobs.finetune.dev/status": "patch",
     "jobs.batch": "get list watch create delete",
-    "pods": "get list watch",
+    "pods": "list watch",
     "configmaps": "get create",
-    "persistentvolumeclaims": "get list watch create",
-    "events": "list create patch",
+    "persistentvolumeclaims": "get create",
+    "events": "list create",
 }
 OPERATOR_MUST_NOT = [
     "finetunejobs.finetune.dev/finalizers",

@@ -100,8 +100,8 @@ def test_defaults_make_these_objects_and_no_other(helm: Helm) -> None:
 
 
 def test_the_operator_reads_the_charts_defaults_as_its_own(helm: Helm, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = settings_of(helm.template(), monkeypatch)
-    assert read == Settings(trainer_image=f"finetune-trainer:{chart_metadata()['appVersion']}")
+    own = Settings(trainer_image=f"finetune-trainer:{chart_metadata()['appVersion']}")
+    assert settings_of(helm.template(), monkeypatch) == own
 
 
 def test_the_chart_writes_every_setting_of_the_operator_and_no_other(helm: Helm) -> None:
