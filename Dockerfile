@@ -23,6 +23,17 @@ RUN --mount=type=bind,from=certs,target=/host-certs \
 COPY . /source
 RUN /tools/bin/uv build --wheel --no-build-isolation --python /tools/bin/python --offline --out-dir /wheel /source
 
+# GPTQModel needs PyPcre, which is published as C source only: compiled here, so that the trainer has no compiler.
+FROM tools AS compiled
+RUN test -f "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || headers=python3-dev; \
+    apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev libpcre2-dev pkg-config ${headers:-} \
+    && rm -rf /var/lib/apt/lists/*
+RUN --mount=type=bind,from=certs,target=/host-certs \
+    --mount=type=bind,source=constraints/trainer.txt,target=/constraints.txt \
+    if [ -f /host-certs/ca.crt ]; then export PIP_CERT=/host-certs/ca.crt; fi \
+    && /tools/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /compiled $(grep '^pypcre==' /constraints.txt)
+
 # What both images share: an empty environment, an unprivileged user, and every writable path below /tmp.
 FROM ${BASE_IMAGE} AS runtime
 ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
@@ -50,9 +61,10 @@ ENTRYPOINT ["finetune-operator"]
 FROM runtime AS trainer
 RUN --mount=type=bind,from=certs,target=/host-certs \
     --mount=type=bind,from=tools,source=/tools,target=/tools \
+    --mount=type=bind,from=compiled,source=/compiled,target=/compiled \
     --mount=type=bind,source=constraints/trainer.txt,target=/requirements.txt \
     if [ -f /host-certs/ca.crt ]; then export SSL_CERT_FILE=/host-certs/ca.crt; fi \
-    && /tools/bin/uv pip install --no-cache --compile-bytecode --requirement /requirements.txt
+    && /tools/bin/uv pip install --no-cache --compile-bytecode --find-links /compiled --requirement /requirements.txt
 RUN --mount=type=bind,from=tools,source=/tools,target=/tools \
     --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     /tools/bin/uv pip install --no-cache --offline --no-deps --compile-bytecode /wheel/*.whl

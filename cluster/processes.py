@@ -17,7 +17,7 @@ from cluster.errors import ClusterError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-TAIL_LINES = 5
+TAIL_LINES = 12
 POLL_SECONDS = 0.05
 
 
