@@ -32,9 +32,7 @@ def coredns(namespace: Namespace, layout: Layout) -> Component:
     state = namespace.state
     corefile = write_text(state.config / "Corefile", _corefile(namespace, layout))
     command = (str(build.command("coredns")), "-conf", str(corefile))
-    return Component(
-        "coredns", command, str(state.logs / "coredns.log"), f"http://127.0.0.1:{DNS_HEALTH_PORT}/health"
-    )
+    return Component("coredns", command, str(state.logs / "coredns.log"), f"http://127.0.0.1:{DNS_HEALTH_PORT}/health")
 
 
 def _corefile(namespace: Namespace, layout: Layout) -> str:

@@ -61,8 +61,7 @@ def build_image(state: State, target: str) -> str:
         with progress.step(f"{target} (its log is {state.logs}/image-{target}.log)"), _buildkit(live):
             _solve(live, target, reference)
         _remember_dependencies(state, target)
-        for old in _unused(live, target, keep=reference):
-            node.ctr(live, "images", "remove", old)
+        _remove_unused(live, target, keep=reference)
     return reference
 
 
@@ -72,9 +71,7 @@ def prune(state: State) -> list[str]:
     if live is None:
         say("The cluster is not running: its images stay. 'python3 -m cluster up' first to prune them, too.")
         return []
-    removed = [name for target in TARGETS for name in _unused(live, target)]
-    for name in removed:
-        node.ctr(live, "images", "remove", name)
+    removed = [name for target in TARGETS for name in _remove_unused(live, target)]
     with _buildkit(live):
         live.run(str(build.command("buildctl")), "prune", "--all")
     shutil.rmtree(state.root / "dependencies", ignore_errors=True)
@@ -123,7 +120,9 @@ def _check_space(state: State, target: str) -> None:
     needed = GIBIBYTES_FOR_CODE if only_code else GIBIBYTES_WHILE_MADE[target]
     free = shutil.disk_usage(state.root).free / GIBIBYTE
     if free < needed:
-        message = f"The {target} image takes about {needed} GiB below {state.root} while it is made; {free:.1f} are free."
+        message = (
+            f"The {target} image takes about {needed} GiB below {state.root} while it is made; {free:.1f} are free."
+        )
         raise ClusterError(message, "Free some space, for example with 'python3 -m cluster prune'.")
 
 
@@ -193,9 +192,26 @@ def _copy_authorities(folder: Path) -> None:
         shutil.copyfile(bundle, folder / "ca.crt")
 
 
-def _unused(live: Namespace, target: str, keep: str = "") -> list[str]:
-    """Return the target's images that are neither the kept one nor in a container's use."""
+def _remove_unused(live: Namespace, target: str, keep: str = "") -> list[str]:
+    """Remove the target's images but the kept one and those that a container uses; return their names."""
+    digests = _digests(live)
     listed = node.ctr(live, "containers", "list").splitlines()[1:]
-    used = {line.split()[1] for line in listed}
-    mine = [name for name in node.images(live) if name.startswith(f"{REGISTRY}finetune-operator/{target}:")]
-    return [name for name in mine if name not in used and name != f"{REGISTRY}{keep}"]
+    used = {digests.get(line.split()[1]) for line in listed}
+    mine = [name for name in digests if name.startswith(f"{REGISTRY}finetune-operator/{target}:")]
+    old = [name for name in mine if digests[name] not in used and name != f"{REGISTRY}{keep}"]
+    staying = {digest for name, digest in digests.items() if not _is_alias(name) and name not in old}
+    aliases = [name for name, digest in digests.items() if _is_alias(name) and digest not in staying]
+    if old or aliases:
+        node.ctr(live, "images", "remove", *old, *aliases)
+    return old
+
+
+def _digests(live: Namespace) -> dict[str, str]:
+    """Return the manifest's digest of every name in the store."""
+    lines = node.ctr(live, "images", "list").splitlines()[1:]
+    return {line.split()[0]: line.split()[2] for line in lines}
+
+
+def _is_alias(name: str) -> bool:
+    """Tell whether containerd's Kubernetes part gave the name, from the image's ID; it holds the content too."""
+    return name.startswith("sha256:")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cluster.processes import Component
 
 # Benchmarks of network devices own this range (RFC 2544), so no real network is behind it.
-NETWORKS = ipaddress.ip_network("198.18.0.0/15")
+NETWORKS = ipaddress.IPv4Network("198.18.0.0/15")
 POD_NETWORK = "10.244.0.0/16"
 HOST_FACTS = Path("/run/finetune-operator")  # shared by the clusters of all checkouts; gone with the last of them
 FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
@@ -212,11 +212,11 @@ def _cable(namespace: Namespace, host_address: str, prefix: int) -> None:
 
 def _free_network(state: State) -> ipaddress.IPv4Network:
     """Return a network of two addresses that the host has no other use for, the same one each time if it can be."""
-    taken = [ipaddress.ip_network(found) for found in _networks_of_host()]
+    taken = [ipaddress.IPv4Network(found) for found in _networks_of_host()]
     candidates = list(NETWORKS.subnets(new_prefix=30))
     first = int(state.id, 16) % len(candidates)
     for network in candidates[first:] + candidates[:first]:
-        if not any(network.overlaps(other) for other in taken) and isinstance(network, ipaddress.IPv4Network):
+        if not any(network.overlaps(other) for other in taken):
             return network
     raise ClusterError(f"Every network of {NETWORKS} is in use.", "Stop clusters of other checkouts.")
 

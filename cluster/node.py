@@ -192,4 +192,3 @@ def remove_containers(namespace: Namespace) -> bool:
     if containers:
         ctr(namespace, "containers", "delete", *containers)
     return bool(containers)
-

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,7 @@ class State:
         """Commands for people and tests: kubectl, helm, ctr, buildctl."""
         return self.root / "bin"
 
-    def lock(self) -> object:
+    def lock(self) -> AbstractContextManager[None]:
         """Let one command at a time change this cluster."""
         return locked(self.root / "lock")
 

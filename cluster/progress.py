@@ -18,7 +18,7 @@ LOG_LINE_SECONDS = 30.0
 
 def say(message: str) -> None:
     """Print one line of progress. Standard output stays free for results."""
-    print(message, file=sys.stderr, flush=True)  # noqa: T201  this is the command line's own output
+    print(message, file=sys.stderr, flush=True)
 
 
 class Progress:

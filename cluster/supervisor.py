@@ -19,11 +19,14 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import mounts
 from cluster.paths import State
 from cluster.processes import Component
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 HEALTH_SECONDS = 2.0
 ANSWER_SECONDS = 5.0
@@ -47,18 +50,23 @@ class Supervisor:
         """Nothing runs yet."""
         self.state = state
         self.children: dict[str, Child] = {}
-        self.verbs = {"start": self.start, "signal": self.signal, "list": self.report, "quit": self.quit}
+        self.verbs: dict[str, Callable[..., dict[str, Any]]] = {
+            "start": self.start,
+            "signal": self.signal,
+            "list": self.report,
+            "quit": self.quit,
+        }
 
     def serve(self) -> None:
         """Listen until told to quit."""
-        wakeup = _wakeup_on_child()
-        with listening(self.state) as server, selectors.DefaultSelector() as selector:
+        wakeup, written_by_kernel = _wakeup_on_child()
+        with wakeup, written_by_kernel, _listening(self.state) as server, selectors.DefaultSelector() as selector:
             selector.register(server, selectors.EVENT_READ)
             selector.register(wakeup, selectors.EVENT_READ)
             while True:
                 for key, _ in selector.select():
                     if key.fileobj is server:
-                        self._answer(server)
+                        self._answer(server.accept()[0])
                     else:
                         wakeup.recv(4096)
                         self._reap()
@@ -96,8 +104,7 @@ class Supervisor:
         """End; the kernel clears away the rest."""
         raise SystemExit(0)
 
-    def _answer(self, server: socket.socket) -> None:
-        connection, _ = server.accept()
+    def _answer(self, connection: socket.socket) -> None:
         connection.settimeout(ANSWER_SECONDS)
         with connection, contextlib.suppress(OSError), connection.makefile("rw") as stream:
             try:
@@ -151,7 +158,7 @@ def _ask(address: str) -> str:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     try:
-        with urllib.request.urlopen(address, timeout=HEALTH_SECONDS, context=context):
+        with urllib.request.urlopen(address, timeout=HEALTH_SECONDS, context=context):  # noqa: S310  a component's own
             return "healthy"
     except urllib.error.HTTPError as error:
         return f"unhealthy: HTTP {error.code}"
@@ -159,18 +166,17 @@ def _ask(address: str) -> str:
         return f"unhealthy: {error}"
 
 
-def _wakeup_on_child() -> socket.socket:
-    """Return a socket that becomes readable whenever a child ends."""
+def _wakeup_on_child() -> tuple[socket.socket, socket.socket]:
+    """Return a socket that becomes readable whenever a child ends, and its other end, to be kept open."""
     ours, kernels = socket.socketpair()
     kernels.setblocking(False)
     signal.set_wakeup_fd(kernels.fileno(), warn_on_full_buffer=False)
-    _wakeup_on_child.kept = kernels  # type: ignore[attr-defined]  # must outlive this call
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
-    return ours
+    return ours, kernels
 
 
 @contextlib.contextmanager
-def listening(state: State) -> Any:  # noqa: ANN401  a context manager of the socket
+def _listening(state: State) -> Iterator[socket.socket]:
     """Listen on the state folder's socket through the folder's descriptor: its path may be longer than 107 bytes."""
     folder = os.open(state.root, os.O_PATH)
     path = Path(f"/proc/self/fd/{folder}/{SOCKET}")
