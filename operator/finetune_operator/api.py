@@ -87,7 +87,10 @@ class CreateClaim(Model):
 
     size: Quantity | None = Field(default=None, description="Capacity, e.g. 100Gi. Default: the operator's.")
     storage_class_name: str | None = Field(
-        default=None, min_length=1, max_length=253, description="StorageClass. Default: the operator's, or the cluster's."
+        default=None,
+        min_length=1,
+        max_length=253,
+        description="StorageClass. Default: the operator's, or the cluster's.",
     )
     access_modes: Annotated[tuple[AccessMode, ...] | None, AfterValidator(_distinct)] = Field(
         default=None, min_length=1, max_length=3, description="Who may mount it. Default ReadWriteOnce."
@@ -335,9 +338,7 @@ class MeasuredStatus(Model):
     eval_loss_base: Number | None = Field(default=None, description="Of the base model before training, nats a token.")
     kl_divergence: Number | None = Field(default=None, description="From the model it was made from, nats a token.")
     top1_agreement: Number | None = Field(default=None, description="Share of tokens with the same first choice.")
-    perplexity_increase_percent: Number | None = Field(
-        default=None, description="Against the model it was made from."
-    )
+    perplexity_increase_percent: Number | None = Field(default=None, description="Against the model it was made from.")
 
 
 class ArtifactStatus(Model):
@@ -474,7 +475,9 @@ def _parse_spec(spec: JSON) -> tuple[Spec | None, str | None]:
 def _name_problem(name: str) -> str | None:
     if len(name) <= NAME_LIMIT_CHARACTERS and "." not in name:
         return None
-    return f"metadata.name: at most {NAME_LIMIT_CHARACTERS} characters without dots, so that stages can be named after it."
+    return (
+        f"metadata.name: at most {NAME_LIMIT_CHARACTERS} characters without dots, so that stages can be named after it."
+    )
 
 
 def _parse_status(stored: JSON) -> Status:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import random
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -57,14 +58,16 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
 
 
 async def _run_loops(world: World, health: Health, stop: asyncio.Event) -> None:
-    """The first loop to end ends all: none of them ever should but kopf, on `stop`."""
+    """Until kopf ends, on `stop` or on a signal (it takes the signals over). A loop that breaks ends all."""
     queue = Queue()
     settings = world.settings
     namespace = settings.watch_namespace or None
     watching = asyncio.Event()
     async with asyncio.TaskGroup() as group:
         loops = [
-            watch_children(world.kube, kind, namespace, queue.add, health.expect(f"watch of {kind}s", WATCH_SECONDS * 2))
+            watch_children(
+                world.kube, kind, namespace, queue.add, health.expect(f"watch of {kind}s", WATCH_SECONDS * 2)
+            )
             for kind in ("Job", "Pod")
         ]
         beat = health.expect("resync", settings.resync_seconds * 3)
@@ -74,8 +77,7 @@ async def _run_loops(world: World, health: Health, stop: asyncio.Event) -> None:
         tasks = [group.create_task(loop) for loop in loops]
         ready = group.create_task(_tell_ready(watching, health))
         await run_kopf(queue.add, settings, stop, watching)
-        if not stop.is_set():
-            raise RuntimeError("kopf ended by itself")
+        log.info("Stopping")
         health.ready = False
         for task in (*tasks, ready):
             task.cancel()
@@ -156,6 +158,7 @@ async def run_kopf(
     """kopf, embedded; returns when `stop` is set."""
     registry = kopf.OperatorRegistry()
     kopf.on.startup(registry=registry)(_configure)
+    kopf.on.login(registry=registry)(_login)
     kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(partial(_on_event, on_key))
     flag = asyncio.Event()
     forward = asyncio.create_task(_forward(stop, flag))
@@ -192,6 +195,13 @@ def _configure(settings: kopf.OperatorSettings, **_: Any) -> None:  # noqa: ANN4
     settings.watching.chunk_size = 500
     settings.queueing.idle_timeout = 1.0
     settings.process.ultimate_exiting_timeout = 10
+
+
+def _login(**kwargs: Any) -> kopf.ConnectionInfo | None:  # noqa: ANN401
+    """As `Kube.connect` does, without the sync client's weight."""
+    if "KUBECONFIG" not in os.environ and (found := kopf.login_with_service_account(**kwargs)):
+        return found
+    return kopf.login_with_kubeconfig(**kwargs)
 
 
 async def _on_event(on_key: Callable[[Key], None], name: str, namespace: str | None, **_: Any) -> None:  # noqa: ANN401

@@ -118,7 +118,9 @@ class Kube:
         """Jobs or pods of a FineTuneJob and of its namesakes, as they are now."""
         selector = f"{Label.MANAGED_BY}={MANAGER},{Label.JOB_NAME}={job_name}"
         return [
-            item async for page in self.pages(kind, namespace, labelSelector=selector) for item in page.get("items") or ()
+            item
+            async for page in self.pages(kind, namespace, labelSelector=selector)
+            for item in page.get("items") or ()
         ]
 
     async def warnings(self, namespace: str, uid: str) -> tuple[str, ...]:
@@ -132,7 +134,9 @@ class Kube:
         url = url_of(kind, namespace)
         seconds = int(query["timeoutSeconds"])
         limit = aiohttp.ClientTimeout(total=seconds + 30, sock_connect=CONNECT_SECONDS)
-        response = await self._send("GET", url, query={"watch": "true", "allowWatchBookmarks": "true", **query}, limit=limit)
+        response = await self._send(
+            "GET", url, query={"watch": "true", "allowWatchBookmarks": "true", **query}, limit=limit
+        )
         async with response:
             if response.status != 200:  # noqa: PLR2004 - OK
                 raise _refusal("GET", response.status, await response.read())

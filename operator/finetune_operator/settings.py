@@ -61,7 +61,9 @@ class Settings(BaseSettings):
     resync_seconds: float = Field(default=300, gt=0, description="Between two looks at all jobs, whatever was heard.")
     request_timeout_seconds: float = Field(default=30, gt=0, description="Of a call to the API server.")
 
-    health_port: int = Field(default=8081, ge=0, le=65535, description="Serves /healthz (alive) and /readyz (watching).")
+    health_port: int = Field(
+        default=8081, ge=0, le=65535, description="Serves /healthz (alive) and /readyz (watching)."
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "text"] = "json"
 

@@ -76,7 +76,11 @@ async def _follow(
     kube: Kube, kind: str, namespace: str | None, version: str, on_key: Callable[[Key], None], beat: Beat
 ) -> str:
     """Hear until the server ends the watch; the version to go on from."""
-    query: dict[str, str | int] = {"labelSelector": SELECTOR, "resourceVersion": version, "timeoutSeconds": WATCH_SECONDS}
+    query: dict[str, str | int] = {
+        "labelSelector": SELECTOR,
+        "resourceVersion": version,
+        "timeoutSeconds": WATCH_SECONDS,
+    }
     async for event in kube.watch(kind, namespace, **query):
         beat()
         version = event["object"]["metadata"]["resourceVersion"]
@@ -85,9 +89,7 @@ async def _follow(
     return version
 
 
-async def resync(
-    kube: Kube, namespace: str | None, seconds: float, on_key: Callable[[Key], None], beat: Beat
-) -> None:
+async def resync(kube: Kube, namespace: str | None, seconds: float, on_key: Callable[[Key], None], beat: Beat) -> None:
     """Put every FineTuneJob into the queue now and then, whatever was or was not heard. Never returns."""
     while True:
         beat()

@@ -170,7 +170,9 @@ def _sources(job: FineTuneJob) -> list[tuple[JSON, JSON]]:
     for index, claim in enumerate(names.source_claims(job.valid_spec)):
         path = f"{names.SOURCES}/{claim}"
         if claim == work:
-            pairs.append((_claim("work", work, path, read_only=False)[0], {"name": "work", "mountPath": path, "readOnly": True}))
+            pairs.append(
+                (_claim("work", work, path, read_only=False)[0], {"name": "work", "mountPath": path, "readOnly": True})
+            )
         else:
             pairs.append(_claim(f"source-{index}", claim, path, read_only=True))
     source = job.valid_spec.model.hugging_face

@@ -1,0 +1,275 @@
+"""Jobs, pods and words for tests of decisions, and a small cluster that plays them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from finetune_operator import names
+from finetune_operator.api import JSON, FineTuneJob, Label, format_time
+from finetune_operator.facts import Facts, parse_jobs, parse_pods
+from finetune_operator.manifests import build_stage_job
+from finetune_operator.settings import Settings
+from finetune_operator.status import Decision, Start, Stop, decide
+from finetune_trainer.progress import (
+    Artifact,
+    DataFacts,
+    LastWord,
+    Measured,
+    Progress,
+    Reason,
+    Resolved,
+    Stage,
+    TrainFacts,
+)
+
+START = datetime(2026, 11, 22, 12, 0, 0, tzinfo=UTC)
+UID = "0123abcd-0000-4000-8000-000000000000"
+SETTINGS = Settings(trainer_image="registry.test/trainer:1", retry_backoff_seconds=10)
+SPEC: JSON = {
+    "model": {"volume": {"claimName": "models", "path": "smollm2"}},
+    "datasets": [{"volume": {"claimName": "datasets", "path": "train.jsonl"}}],
+    "parallelism": {"gpusPerNode": 0},
+}
+WHOLE = SPEC | {"quantize": [{"name": "gptq4", "method": "GPTQ"}]}
+
+
+def job_body(spec: JSON = SPEC, status: JSON | None = None, *, name: str = "demo", **metadata: Any) -> JSON:
+    return {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {
+            "name": name,
+            "namespace": "default",
+            "uid": UID,
+            "resourceVersion": "7",
+            "generation": 1,
+            "creationTimestamp": format_time(START),
+            **metadata,
+        },
+        "spec": spec,
+        "status": status or {},
+    }
+
+
+def a_job(spec: JSON = SPEC, status: JSON | None = None, **metadata: Any) -> FineTuneJob:
+    return FineTuneJob.parse(job_body(spec, status, **metadata))
+
+
+def pod_body(step: str = "train", attempt: int = 1, uid: str = UID, **status: Any) -> JSON:
+    return {
+        "metadata": {
+            "name": f"demo-{step}-{attempt}-x",
+            "uid": f"pod-{attempt}",
+            "creationTimestamp": format_time(START),
+            "labels": {Label.JOB_UID: uid, Label.STAGE: step, Label.ATTEMPT: str(attempt)},
+        },
+        "status": {"phase": "Pending", **status},
+    }
+
+
+def condition(kind: str, reason: str = "", message: str = "", status: str = "True") -> JSON:
+    return {
+        "type": kind,
+        "status": status,
+        "reason": reason,
+        "message": message,
+        "lastTransitionTime": format_time(START),
+    }
+
+
+def container(**state: Any) -> list[JSON]:
+    return [{"name": "trainer", "state": state}]
+
+
+def ended(code: int, reason: str = "Error", message: str = "") -> JSON:
+    """Status of a pod whose container ended."""
+    state = {"exitCode": code, "reason": reason, "message": message, "finishedAt": format_time(START)}
+    return {
+        "phase": "Failed" if code else "Succeeded",
+        "containerStatuses": container(terminated=state | {"startedAt": format_time(START)}),
+    }
+
+
+RUNNING: JSON = {
+    "phase": "Running",
+    "podIP": "10.0.0.9",
+    "containerStatuses": container(running={"startedAt": format_time(START)}),
+}
+
+
+def resolved() -> Resolved:
+    return Resolved(
+        model_digest="m" * 64,
+        data_digest="d" * 64,
+        architecture="LlamaForCausalLM",
+        parameters=134_515_008,
+        max_length=128,
+        global_batch_size=8,
+        micro_batch_size=4,
+        gradient_accumulation_steps=2,
+        total_steps=40,
+        num_train_epochs=0.1,
+        learning_rate=0.0002,
+        lr_scheduler="Cosine",
+        warmup_steps=4,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optimizer="adamw",
+        compute_dtype="FP32",
+        attention="SDPA",
+        gradient_checkpointing=False,
+        base_format="NF4",
+        double_quantization=True,
+        lora_r=16,
+        lora_alpha=32,
+        lora_dropout=0.0,
+        target_modules=("q_proj", "v_proj"),
+        seed=42,
+        logging_steps=1,
+        eval_steps=4,
+        checkpoint_steps=4,
+        checkpoint_keep=2,
+    )
+
+
+def word(step: str, attempt: int, reason: Reason = Reason.COMPLETED, message: str = "Done.", **more: Any) -> LastWord:
+    """What the trainer says at the end of a stage, with all that goes with success."""
+    stage = Stage(step.split("-", maxsplit=1)[0])
+    told: dict[str, Any] = {}
+    if reason is Reason.COMPLETED:
+        told["manifest_digest"] = f"{step}-digest"
+        if stage is Stage.PREPARE:
+            told |= {"resolved": resolved(), "data": DataFacts(**dict.fromkeys(DataFacts.model_fields, 7))}
+        if stage is Stage.TRAIN:
+            told["training"] = TrainFacts(
+                steps=40, epochs=0.1, loss=1.20441, trainable_parameters=5, total_parameters=9, peak_memory_bytes=2**30
+            )
+        if stage is not Stage.PREPARE:
+            kind = {Stage.TRAIN: "Adapter", Stage.MERGE: "Merged", Stage.QUANTIZE: "Quantized"}[stage]
+            told["artifact"] = Artifact(
+                name=step, type=kind, path=step, size_bytes=2**20, digest="a" * 64, measured=Measured(eval_loss=1.5)
+            )
+    return LastWord(stage=stage, attempt=attempt, reason=reason, message=message, **{**told, **more})
+
+
+@dataclass
+class Cluster:
+    """A FineTuneJob with its Jobs and pods, played. `crash` loses the next status write."""
+
+    spec: JSON = field(default_factory=lambda: WHOLE)
+    settings: Settings = SETTINGS
+    status: JSON = field(default_factory=dict)
+    jobs: dict[str, JSON] = field(default_factory=dict)
+    pods: dict[str, JSON] = field(default_factory=dict)
+    created: list[str] = field(default_factory=list)
+    writes: int = 0
+    now: datetime = START
+    progress: Progress | None = None
+    warnings: tuple[str, ...] = ()
+    lose_status: bool = False
+    said: list[str] = field(default_factory=list)
+
+    @property
+    def job(self) -> FineTuneJob:
+        return a_job(self.spec, copy.deepcopy(self.status))
+
+    @property
+    def facts(self) -> Facts:
+        jobs, pods = parse_jobs(self.jobs.values(), UID), parse_pods(self.pods.values(), UID)
+        return Facts(self.job, jobs, pods, self.progress, self.warnings)
+
+    def step(self) -> Decision:
+        """One pass: decide, act, write."""
+        decision = decide(self.facts, self.settings, self.now)
+        for action in decision.actions:
+            if isinstance(action, Start):
+                self._create(action)
+            if isinstance(action, Stop):
+                self.delete(action.name)
+        told = decision.status.to_dict()
+        if not self.lose_status and told != self.status:
+            self.status = told
+            self.writes += 1
+            self.said += [news.reason for news in decision.events]
+        self.lose_status = False
+        return decision
+
+    def settle(self, limit: int = 20) -> Decision:
+        """Passes until nothing changes."""
+        for _ in range(limit):
+            before = (copy.deepcopy(self.status), sorted(self.jobs))
+            decision = self.step()
+            if before == (self.status, sorted(self.jobs)):
+                return decision
+        raise AssertionError("the decisions never come to rest")
+
+    def _create(self, action: Start) -> None:
+        manifest = build_stage_job(self.job, action.step, action.attempt, self.settings)
+        name = manifest["metadata"]["name"]
+        if name in self.jobs:
+            return
+        assert name not in self.created, f"{name} was made twice"
+        self.created.append(name)
+        manifest["metadata"] |= {"uid": f"job-{name}", "creationTimestamp": format_time(self.now)}
+        self.jobs[name] = manifest
+        pod = pod_body(action.step.key, action.attempt)
+        pod["metadata"]["creationTimestamp"] = format_time(self.now)
+        self.pods[name] = pod
+
+    def delete(self, name: str) -> None:
+        """The Job goes, and its pod with it. If its status was never written, nobody knows that it was there."""
+        if self.jobs.pop(name, None) and int(name.rsplit("-", 1)[1]) > (self.status.get("attemptCount") or 0):
+            self.created.remove(name)
+        self.pods.pop(name, None)
+
+    @property
+    def live(self) -> str:
+        """Name of the newest Job."""
+        return max(self.jobs, key=lambda name: int(name.rsplit("-", 1)[1]))
+
+    def run_pod(self, name: str | None = None) -> None:
+        self.pods[name or self.live]["status"] = copy.deepcopy(RUNNING)
+
+    def end_pod(self, code: int = 0, message: str = "", reason: str = "Completed", **status: Any) -> None:
+        name = self.live
+        self.pods[name]["status"] = ended(code, reason, message) | status
+        kind = "Failed" if code else "Complete"
+        self.jobs[name]["status"] = {"conditions": [condition(kind)]}
+
+    def say(self, **more: Any) -> None:
+        """The live pod ends and says how."""
+        labels = self.pods[self.live]["metadata"]["labels"]
+        told = word(labels[Label.STAGE], int(labels[Label.ATTEMPT]), **more)
+        code = 0 if told.reason is Reason.COMPLETED else 11
+        self.end_pod(code, told.to_json())
+
+    def later(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+
+def play(cluster: Cluster, limit: int = 60) -> None:
+    """Let every stage succeed, to the end."""
+    for _ in range(limit):
+        cluster.settle()
+        if cluster.job.status.finished:
+            return
+        if not cluster.jobs or cluster.facts.job_of(cluster.job.status.attempt_count or 0) is None:
+            cluster.later(400)
+            continue
+        cluster.say()
+    raise AssertionError("the job never ends")
+
+
+def stages_made(cluster: Cluster) -> list[str]:
+    return [name.removeprefix("demo-").rsplit("-", 1)[0] for name in cluster.created]
+
+
+def steps() -> list[str]:
+    return [step.key for step in names.line(a_job(WHOLE).valid_spec)]
+
+
+def digests(cluster: Cluster) -> list[str | None]:
+    return [stage.manifest_digest for stage in cluster.job.status.stages or ()]

@@ -1,0 +1,449 @@
+"""What a job does next and says, from what is seen of its Jobs and pods."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from finetune_operator.api import FineTuneJob, Status, format_time
+from finetune_operator.facts import Conflict, Facts
+from finetune_operator.status import Start, Stop, decide
+from finetune_trainer.progress import Progress, Reason, Stage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.operator.builders import (
+    RUNNING,
+    SETTINGS,
+    SPEC,
+    START,
+    WHOLE,
+    Cluster,
+    a_job,
+    condition,
+    container,
+    digests,
+    play,
+    job_body,
+    stages_made,
+    steps,
+    word,
+)
+
+
+def finished(status: Status) -> dict[str, str]:
+    return {c.type: c.status for c in status.conditions or ()}
+
+
+def test_a_new_job_gets_its_first_stage_and_a_whole_status() -> None:
+    cluster = Cluster()
+    decision = cluster.step()
+    assert decision.actions == (Start(decision.actions[0].step, 1),)  # type: ignore[union-attr]
+    status = decision.status
+    assert (status.phase, status.attempt_count, status.retries) == ("Pending", 1, 0)
+    assert [stage.state for stage in status.stages or ()] == ["Pending", "Waiting", "Waiting", "Waiting"]
+    assert finished(status) == {"Accepted": "True", "Succeeded": "Unknown", "Finished": "False"}
+    assert cluster.said == ["Pending"]
+
+
+def test_every_stage_runs_once_in_order_and_the_job_succeeds() -> None:
+    cluster = Cluster()
+    play(cluster)
+    status = cluster.job.status
+    assert stages_made(cluster) == steps() == ["prepare", "train", "merge", "quantize-0"]
+    assert (status.phase, status.reason, status.retries) == ("Succeeded", "Completed", 0)
+    assert finished(status) == {"Accepted": "True", "Succeeded": "True", "Finished": "True"}
+    assert digests(cluster) == [f"{step}-digest" for step in steps()]
+    assert [artifact.path for artifact in status.artifacts or ()] == [
+        "demo-0123abcd/train",
+        "demo-0123abcd/merge",
+        "demo-0123abcd/quantize-0",
+    ]
+    assert status.resolved is not None
+    assert status.resolved["learningRate"] == "0.0002"
+    assert status.training is not None
+    assert (status.training.loss, status.training.eta, status.progress) == ("1.204", None, "40/40 (100%)")
+    assert "Succeeded" in cluster.said
+
+
+def test_the_phase_is_that_of_the_stage_that_is_due() -> None:
+    cluster = Cluster()
+    phases = []
+    for _ in steps():
+        cluster.settle()
+        cluster.run_pod()
+        phases.append(cluster.settle().status.phase)
+        cluster.say()
+    assert phases == ["Preparing", "Training", "Merging", "Quantizing"]
+
+
+def test_a_job_without_merge_ends_with_the_adapter() -> None:
+    cluster = Cluster(spec=SPEC | {"merge": {"policy": "Never"}})
+    play(cluster)
+    assert stages_made(cluster) == ["prepare", "train"]
+
+
+def test_a_finished_job_is_never_touched_again() -> None:
+    cluster = Cluster()
+    play(cluster)
+    cluster.jobs.clear()
+    cluster.pods.clear()
+    writes = cluster.writes
+    decision = cluster.step()
+    assert (decision.actions, decision.events, decision.requeue_after_seconds) == ((), (), None)
+    assert cluster.writes == writes
+
+
+def test_nothing_is_written_when_nothing_has_changed() -> None:
+    cluster = Cluster()
+    cluster.settle()
+    cluster.run_pod()
+    cluster.settle()
+    writes = cluster.writes
+    for _ in range(5):
+        cluster.later(30)
+        cluster.step()
+    assert cluster.writes == writes
+
+
+def test_a_deleted_job_resource_is_left_alone() -> None:
+    job = a_job(deletionTimestamp=format_time(START))
+    assert decide(Facts(job), SETTINGS, START).actions == ()
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+def training(cluster: Cluster, **told: float) -> Status:
+    cluster.settle()
+    cluster.say()
+    cluster.settle()
+    cluster.run_pod()
+    cluster.progress = Progress(stage=Stage.TRAIN, attempt=2, activity="training", done=128, total=300, **told)  # type: ignore[arg-type]
+    return cluster.settle().status
+
+
+def test_progress_is_told_in_figures_a_person_can_read() -> None:
+    status = training(Cluster(), loss=1.20441, eta_seconds=725, tokens_per_second=1234.56, epoch=0.43)
+    assert status.training is not None
+    assert status.progress == "128/300 (42%)"
+    assert (status.training.loss, status.training.eta) == ("1.204", "12m")
+    assert status.message == "Stage train runs: training."
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_figure_that_is_no_number_never_reaches_the_status(value: float) -> None:
+    told = Progress.model_construct(
+        stage=Stage.TRAIN,
+        attempt=2,
+        activity="x",
+        done=1,
+        total=2,
+        loss=value,
+        unit="steps",
+        epoch=None,
+        eval_loss=value,
+        tokens_per_second=value,
+        eta_seconds=value,
+        peak_memory_bytes=None,
+        checkpoint_step=None,
+    )
+    cluster = Cluster()
+    training(cluster)
+    cluster.progress = told
+    status = cluster.settle().status
+    assert status.training is not None
+    assert (status.training.loss, status.training.eta) == (None, None)
+
+
+def test_a_pod_that_stops_telling_keeps_what_it_told() -> None:
+    cluster = Cluster()
+    before = training(cluster, loss=1.5, eta_seconds=725)
+    cluster.progress = None
+    assert cluster.settle().status == before
+
+
+# --- failures and retries --------------------------------------------------------------------------------------------
+
+
+def fail(cluster: Cluster, code: int = 1, message: str = "Traceback: boom") -> None:
+    cluster.settle()
+    cluster.later(400)
+    cluster.settle()
+    cluster.end_pod(code, message, "Error")
+    cluster.settle()
+
+
+def test_an_unknown_failure_is_retried_so_often_and_no_more() -> None:
+    cluster = Cluster()
+    for _ in range(4):
+        fail(cluster)
+    status = cluster.job.status
+    assert stages_made(cluster) == ["prepare"] * 4
+    assert (status.phase, status.reason, status.retries) == ("Failed", "Unknown", 3)
+    assert "Gave up after 3 retries" in (status.message or "")
+    assert "boom" in (status.message or "")
+    assert finished(status) == {"Accepted": "True", "Succeeded": "False", "Finished": "True"}
+
+
+def test_max_retries_zero_retries_nothing() -> None:
+    cluster = Cluster(spec=SPEC | {"runPolicy": {"maxRetries": 0}})
+    fail(cluster)
+    assert cluster.job.status.phase == "Failed"
+    assert cluster.created == ["demo-prepare-1"]
+
+
+def test_a_retry_waits_twice_as_long_each_time() -> None:
+    cluster = Cluster()
+    waits = []
+    for _ in range(3):
+        cluster.settle()
+        cluster.end_pod(1, "boom", "Error")
+        cluster.pods[cluster.live]["status"]["containerStatuses"][0]["state"]["terminated"]["finishedAt"] = format_time(
+            cluster.now
+        )
+        waits.append(cluster.settle().requeue_after_seconds)
+        cluster.later(400)
+    assert waits == [10, 20, 40]
+
+
+@pytest.mark.parametrize("reason", [Reason.INVALID_DATASET, Reason.NOT_FOUND, Reason.VOLUME_FULL])
+def test_what_only_the_user_can_mend_ends_at_once_in_the_trainers_words(reason: Reason) -> None:
+    cluster = Cluster()
+    cluster.settle()
+    cluster.say(reason=reason, message="dataset 'dolly', line 3: no field 'text'. Set columns.")
+    cluster.settle()
+    status = cluster.job.status
+    assert (status.phase, status.reason) == ("Failed", reason)
+    assert status.message == "dataset 'dolly', line 3: no field 'text'. Set columns."
+    assert len(cluster.created) == 1
+
+
+def test_a_disrupted_pod_does_not_count() -> None:
+    cluster = Cluster()
+    for _ in range(7):
+        cluster.settle()
+        cluster.later(400)
+        cluster.settle()
+        cluster.end_pod(137, "", "Error", conditions=[condition("DisruptionTarget", "PreemptionByScheduler")])
+        cluster.settle()
+    play(cluster)
+    assert (cluster.job.status.phase, cluster.job.status.retries) == ("Succeeded", 0)
+
+
+def test_a_lost_word_runs_the_stage_again_uncounted() -> None:
+    cluster = Cluster()
+    cluster.settle()
+    cluster.end_pod(0, "this is no JSON")
+    play(cluster)
+    status = cluster.job.status
+    assert stages_made(cluster) == ["prepare", "prepare", "train", "merge", "quantize-0"]
+    assert (status.phase, status.retries) == ("Succeeded", 0)
+
+
+def test_three_lost_words_in_a_row_end_the_job_with_a_clear_word() -> None:
+    cluster = Cluster()
+    for _ in range(3):
+        fail(cluster, 0, "")
+    status = cluster.job.status
+    assert len(cluster.created) == 3
+    assert (status.phase, status.reason) == ("Failed", "LostWord")
+    assert "3 times without a last word" in (status.message or "")
+
+
+def test_a_word_of_another_attempt_proves_nothing() -> None:
+    cluster = Cluster()
+    cluster.settle()
+    cluster.end_pod(0, word("prepare", 9).to_json())
+    cluster.settle()
+    assert digests(cluster)[0] is None
+
+
+def test_a_deleted_stage_job_is_run_again_under_the_next_number() -> None:
+    cluster = Cluster()
+    cluster.settle()
+    cluster.run_pod()
+    cluster.settle()
+    cluster.delete("demo-prepare-1")
+    play(cluster)
+    assert stages_made(cluster)[:3] == ["prepare", "prepare", "train"]
+    assert cluster.job.status.retries == 0
+    assert "JobDeleted" in cluster.said
+
+
+def test_attempts_in_the_status_are_the_last_ten() -> None:
+    cluster = Cluster(spec=WHOLE | {"runPolicy": {"maxRetries": 20}})
+    for _ in range(15):
+        fail(cluster)
+    attempts = cluster.job.status.attempts or ()
+    assert (len(attempts), attempts[-2].number, cluster.job.status.retries) == (10, 15, 15)
+
+
+# --- what may come, and what never starts ----------------------------------------------------------------------------
+
+IMAGE = {"containerStatuses": container(waiting={"reason": "ImagePullBackOff", "message": "no such image"})}
+NO_CLAIM = {
+    "conditions": [condition("PodScheduled", "Unschedulable", 'persistentvolumeclaim "models" not found', "False")]
+}
+NO_ROOM = {
+    "conditions": [condition("PodScheduled", "Unschedulable", "0/3 nodes: Insufficient nvidia.com/gpu", "False")]
+}
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "says"),
+    [(IMAGE, "ImagePullFailed", "no such image"), (NO_CLAIM, "ClaimNotFound", "'models' is not there")],
+)
+def test_an_obstacle_shows_at_once_and_ends_the_job_after_the_deadline(
+    status: dict[str, object], reason: str, says: str
+) -> None:
+    cluster = Cluster()
+    cluster.settle()
+    cluster.pods[cluster.live]["status"] |= status
+    told = cluster.settle().status
+    assert (told.phase, told.reason) == ("Pending", reason)
+    assert says in (told.message or "")
+    cluster.later(299)
+    assert cluster.settle().status.phase == "Pending"
+    cluster.later(2)
+    first = cluster.step()
+    assert (first.actions, first.status.phase) == ((), "Pending")
+    assert any(isinstance(action, Stop) for action in cluster.step().actions)
+    told = cluster.settle().status
+    assert (told.phase, told.reason, cluster.jobs) == ("Failed", reason, {})
+    assert "Not mended within 300 s" in (told.message or "")
+
+
+def test_an_obstacle_that_goes_away_is_forgotten() -> None:
+    cluster = Cluster()
+    cluster.settle()
+    cluster.pods[cluster.live]["status"] |= NO_CLAIM
+    cluster.settle()
+    cluster.run_pod()
+    assert cluster.settle().status.reason == "Running"
+
+
+def test_a_full_cluster_is_waited_for_without_end() -> None:
+    cluster = Cluster()
+    cluster.settle()
+    cluster.pods[cluster.live]["status"] |= NO_ROOM
+    cluster.later(86400)
+    status = cluster.settle().status
+    assert (status.phase, status.reason) == ("Pending", "Unschedulable")
+    assert "Insufficient nvidia.com/gpu" in (status.message or "")
+
+
+def test_a_pod_that_is_being_deleted_has_its_time_to_save_a_checkpoint() -> None:
+    cluster = Cluster()
+    cluster.settle()
+    cluster.run_pod()
+    cluster.settle()
+    cluster.pods[cluster.live]["metadata"]["deletionTimestamp"] = format_time(cluster.now + timedelta(seconds=120))
+    cluster.pods[cluster.live]["status"]["conditions"] = [condition("DisruptionTarget", "DeletionByTaintManager")]
+    cluster.jobs[cluster.live]["status"] = {"conditions": [condition("FailureTarget", "BackoffLimitExceeded")]}
+    cluster.settle()
+    assert len(cluster.created) == 1
+    cluster.later(151)
+    cluster.settle()
+    assert cluster.created == ["demo-prepare-1", "demo-prepare-2"]
+    assert (cluster.job.status.attempts or ())[0].reason == "Disrupted"
+
+
+def test_a_taken_name_is_waited_for_then_ends_the_job() -> None:
+    cluster = Cluster()
+    facts = Facts(cluster.job, conflicts=(Conflict("Job", "demo-prepare-1", leftover=False),))
+    early = decide(facts, SETTINGS, START)
+    late = decide(facts, SETTINGS, START + timedelta(seconds=301))
+    assert (early.actions, early.status.phase, early.status.reason) == ((), "Pending", "NameConflict")
+    assert (late.status.phase, late.status.reason, late.actions) == ("Failed", "NameConflict", ())
+
+
+def test_leftovers_of_a_namesake_are_waited_for_without_end() -> None:
+    facts = Facts(a_job(), conflicts=(Conflict("ConfigMap", "demo-config", leftover=True),))
+    late = decide(facts, SETTINGS, START + timedelta(days=1))
+    assert (late.status.phase, late.status.reason) == ("Pending", "NameConflict")
+
+
+# --- stored specs that make no sense ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [{}, SPEC | {"suspend": True}, SPEC | {"quantize": [{"name": "x", "method": "AWQ9"}]}])
+def test_a_stored_spec_of_another_version_is_an_end_not_a_crash(spec: dict[str, object]) -> None:
+    decision = decide(Facts(a_job(spec)), SETTINGS, START)
+    assert finished(decision.status) == {"Accepted": "False", "Succeeded": "False", "Finished": "True"}
+    assert (decision.status.phase, decision.status.reason) == ("Failed", "InvalidSpec")
+    assert decision.actions == ()
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["phase", "conditions", "stages", "attempts", "type", "status", "name", "training"]),
+                inner,
+                max_size=4,
+            )
+        ),
+        max_leaves=12,
+    )
+)
+def test_no_stored_status_makes_a_pass_crash(junk: object) -> None:
+    status = junk if isinstance(junk, dict) else {"conditions": junk, "attempts": junk, "stages": junk}
+    job = FineTuneJob.parse({**job_body(), "status": status})
+    decide(Facts(job), SETTINGS, START)
+
+
+# --- restarts --------------------------------------------------------------------------------------------------------
+
+MISHAPS = ("lose the status", "delete the Job", "lose the word", "disrupt", "crash", "run", "succeed", "wait")
+
+
+def mishap(cluster: Cluster, what: str) -> None:
+    """Something happens to the live Job, or to the operator."""
+    if what == "lose the status":
+        cluster.lose_status = True
+    elif what == "wait" or not cluster.jobs or "status" in cluster.jobs[cluster.live]:
+        cluster.later(60)
+    elif what == "delete the Job":
+        cluster.delete(cluster.live)
+    elif what == "lose the word":
+        cluster.end_pod(0, "")
+    elif what == "disrupt":
+        cluster.end_pod(137, "", "Error", conditions=[condition("DisruptionTarget", "EvictionByEvictionAPI")])
+    elif what == "crash":
+        cluster.end_pod(1, "boom", "Error")
+    elif what == "run":
+        cluster.pods[cluster.live]["status"] = dict(RUNNING)
+    else:
+        cluster.say()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(MISHAPS), max_size=40))
+def test_whatever_happens_no_job_is_made_twice_and_the_line_stays_in_order(events: list[str]) -> None:
+    cluster = Cluster()
+    for what in events:
+        mishap(cluster, what)
+        cluster.step()  # asserts itself that no name is made twice
+        proven = [digest is not None for digest in digests(cluster)]
+        assert proven == sorted(proven, reverse=True)
+    made = [steps().index(stage) for stage in stages_made(cluster)]
+    assert made == sorted(made)
+    assert (cluster.job.status.retries or 0) <= 3
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sets(st.integers(0, 40)))
+def test_lost_status_writes_change_nothing_in_the_outcome(lost: set[int]) -> None:
+    cluster, passes = Cluster(), 0
+    while not cluster.job.status.finished and passes < 100:
+        cluster.lose_status = passes in lost
+        cluster.step()
+        passes += 1
+        if cluster.jobs and "status" not in cluster.jobs[cluster.live] and passes % 2:
+            cluster.say()
+    assert stages_made(cluster) == steps()
+    assert cluster.job.status.phase == "Succeeded"
+    assert digests(cluster) == [f"{step}-digest" for step in steps()]
