@@ -52,7 +52,7 @@ def make_tokenizer(folder: Path, *, chat_template: bool = True, vocabulary: int 
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def make_tiny_model(  # noqa: PLR0913 - a recipe
+def make_tiny_model(
     folder: Path,
     *,
     dtype: str = "bfloat16",

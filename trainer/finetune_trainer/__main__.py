@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from finetune_trainer import manifest, stages
 from finetune_trainer.context import Context, rank
-from finetune_trainer.errors import InvalidConfig, translate
+from finetune_trainer.errors import InvalidConfig, VerificationFailed, translate
 from finetune_trainer.farewell import say, shortened, write_last_word
 from finetune_trainer.parsing import load_config
 from finetune_trainer.progress import ExitCode, LastWord, Reason, Stage, exit_code
@@ -131,6 +131,10 @@ def set_up_logging(command: str) -> None:
     )
     for noisy in ("httpx", "filelock", "urllib3", "datasets", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; the report draws its own
 
 
 def _stop_on_signals(stopping: threading.Event) -> None:
@@ -171,18 +175,24 @@ def _run_stage(config: JobConfig, arguments: argparse.Namespace, name: str | Non
             context = Context(
                 work, arguments.sources, arguments.secrets, arguments.attempt, report, target, name, stopping
             )
-            found = _done_already(target, report) or _work(config, context, target)
+            found = _done_already(target, work, report) or _work(config, context, target)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every end is told
         return _end_badly(arguments, error)
     return _end(arguments, manifest.last_word(found, target, arguments.attempt))
 
 
-def _done_already(target: Target, report: Report) -> Manifest | None:
-    """The manifest of work that an earlier attempt finished, read again in full."""
-    if stages.finished(target) is None:
+def _done_already(target: Target, work: WorkFolder, report: Report) -> Manifest | None:
+    """The manifest of work that an earlier attempt finished, read again in full; None if it is to be made (again)."""
+    try:
+        if stages.finished(target) is None:
+            return None
+        for folder in stages.outputs_of(target, work):
+            report.begin(f"{folder.name}/ is there already: verifying it", unit="bytes")
+            found = manifest.verify(folder, report.bytes_progress)
+    except VerificationFailed as error:
+        log.warning("%s Making it anew.", error)
         return None
-    report.begin(f"{target.path}/ is there already: verifying it", unit="bytes")
-    return manifest.verify(target.folder, report.bytes_progress)
+    return found
 
 
 def _work(config: JobConfig, context: Context, target: Target) -> Manifest:

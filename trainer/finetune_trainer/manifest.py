@@ -99,8 +99,11 @@ class Target:
 
     def matches(self, manifest: Manifest) -> bool:
         """Whether the manifest is of this very target: same settings, same inputs."""
-        same_inputs = dict(self.inputs) == manifest.inputs
-        return same_inputs and (self.stage, self.config_digest) == (manifest.stage, manifest.config_digest)
+        return self.has_settings_of(manifest) and dict(self.inputs) == manifest.inputs
+
+    def has_settings_of(self, manifest: Manifest) -> bool:
+        """Whether the manifest is of the same settings, whatever it was made from."""
+        return (self.stage, self.config_digest) == (manifest.stage, manifest.config_digest)
 
 
 def digest_of_bytes(data: bytes) -> str:

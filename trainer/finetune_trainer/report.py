@@ -105,7 +105,12 @@ class Report:
             from tqdm import tqdm  # noqa: PLC0415 - only on a terminal
 
             self._bar = tqdm(
-                desc=progress.activity, unit=" " + progress.unit, unit_scale=True, dynamic_ncols=True, leave=True
+                disable=False,
+                desc=progress.activity,
+                unit=" " + progress.unit,
+                unit_scale=True,
+                dynamic_ncols=True,
+                leave=True,
             )
         self._bar.total = progress.total or None
         if progress.loss is not None:

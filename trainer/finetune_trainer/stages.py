@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer import manifest
-from finetune_trainer.errors import InvalidConfig, NotFound
+from finetune_trainer.errors import InvalidConfig, NotFound, VerificationFailed
 from finetune_trainer.manifest import Manifest, Target, digest_of
 from finetune_trainer.progress import Stage
 
@@ -43,6 +43,8 @@ def finished(target: Target) -> Manifest | None:
     if not (target.folder / manifest.MANIFEST_NAME).exists():
         return None
     found = manifest.read(target.folder)
+    if target.stage is Stage.PREPARE and not target.inputs and found.inputs and target.has_settings_of(found):
+        return None  # the rows are there, their model is not: prepare fetches it and looks again
     if not target.matches(found):
         msg = (
             f"{target.folder} was made from another config or other inputs. "
@@ -50,6 +52,11 @@ def finished(target: Target) -> Manifest | None:
         )
         raise InvalidConfig(msg)
     return found
+
+
+def outputs_of(target: Target, work: WorkFolder) -> list[Path]:
+    """The folders that a finished stage leaves; the last is its proof."""
+    return [work.model, work.data] if target.stage is Stage.PREPARE else [target.folder]
 
 
 def inputs_of(target: Target, work: WorkFolder) -> dict[str, Path]:
@@ -65,7 +72,10 @@ def model_target(config: JobConfig, work: WorkFolder) -> Target:
 
 def _prepare_target(config: JobConfig, work: WorkFolder) -> Target:
     target = Target(Stage.PREPARE, work.data, "data", digest_of({"prepare": _plain(config)}))
-    model = finished(model_target(config, work))
+    try:
+        model = finished(model_target(config, work))
+    except VerificationFailed:
+        model = None  # damaged: prepare fetches it again
     return target if model is None else target.with_inputs(model=model.digest)
 
 
