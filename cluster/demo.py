@@ -213,8 +213,10 @@ def show_sample(sample: dict[str, str]) -> None:
 def next_steps(target: Target, *, local: bool) -> str:
     """What to try now."""
     export = f"  export KUBECONFIG={target.kubeconfig} PATH={ROOT / '.cluster/bin'}:$PATH\n" if local else ""
-    stop = "make cluster-down        # stops the cluster; its images stay for the next time" if local else (
-        f"helm uninstall finetune-operator -n {OPERATOR_NAMESPACE} && kubectl delete namespace {NAMESPACE}"
+    stop = (
+        "make cluster-down        # stops the cluster; its images stay for the next time"
+        if local
+        else (f"helm uninstall finetune-operator -n {OPERATOR_NAMESPACE} && kubectl delete namespace {NAMESPACE}")
     )
     return (
         f"\nThe cluster is still running. Try next:\n{export}"

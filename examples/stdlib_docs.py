@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, TypedDict
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-HELD_OUT = frozenset({"argparse", "calendar", "csv", "fractions", "heapq", "pathlib", "shutil", "statistics", "tarfile"})
+HELD_OUT = frozenset(
+    {"argparse", "calendar", "csv", "fractions", "heapq", "pathlib", "shutil", "statistics", "tarfile"}
+)
 """Top-level modules that are never trained on."""
 
 NOT_DOCUMENTATION = ("test", "idlelib", "lib2to3", "site-packages", "turtledemo", "ensurepip", "__")

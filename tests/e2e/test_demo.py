@@ -31,8 +31,9 @@ def status(demo: subprocess.CompletedProcess[str], cluster: Target) -> dict[str,
 
 
 def artifact(status: dict[str, Any], kind: str) -> dict[str, Any]:
-    (found,) = [artifact for artifact in status["artifacts"] if artifact["type"] == kind]
-    return found
+    found: list[dict[str, Any]] = [artifact for artifact in status["artifacts"] if artifact["type"] == kind]
+    assert len(found) == 1
+    return found[0]
 
 
 def test_the_demo_shows_each_phase_the_outcome_and_what_to_try_next(
@@ -72,7 +73,8 @@ def test_kubectl_tells_the_story(status: dict[str, Any], cluster: Target) -> Non
 
 
 def test_all_pods_fit_pod_security_restricted_and_are_read_only(status: dict[str, Any], cluster: Target) -> None:
-    pods = json.loads(cluster.kubectl("get", "pods", "-n", NAMESPACE, "-l", f"finetune.dev/job-name={JOB}", "-o", "json"))
+    selector = f"finetune.dev/job-name={JOB}"
+    pods = json.loads(cluster.kubectl("get", "pods", "-n", NAMESPACE, "-l", selector, "-o", "json"))
     assert len(pods["items"]) == len(status["stages"])
     for pod in pods["items"]:
         (container,) = pod["spec"]["containers"]
