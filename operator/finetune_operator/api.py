@@ -129,7 +129,7 @@ class RetentionPolicy(Model):
 
     when_deleted: WhenDeleted | None = Field(
         default=None,
-        description="Retain keeps a created claim when the FineTuneJob is deleted, Delete deletes it too. Default Retain.",
+        description="Retain keeps a created claim when the FineTuneJob is deleted, Delete does not. Default Retain.",
     )
 
 

@@ -77,7 +77,7 @@ def _version() -> JSON:
 def _root() -> JSON:
     return {
         "type": "object",
-        "description": "One language model, fine-tuned, merged and quantized: from files on a claim to files on a claim.",
+        "description": "A language model, fine-tuned, merged and quantized: from files on a claim to files on a claim.",
         "required": ["spec"],
         "properties": {
             "apiVersion": {"type": "string"},

@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -22,12 +22,15 @@ from finetune_operator.progress import ProgressReader
 from finetune_operator.queue import Key, Queue
 from finetune_operator.reconcile import World, reconcile
 from finetune_operator.settings import Settings
-from finetune_operator.watch import ERRORS, WATCH_SECONDS, resync, watch_children
+from finetune_operator.watch import ERRORS, WATCH_SECONDS, ChildWatch, resync
 
 PASS_LIMIT_SECONDS = 180
 """A pass is many calls, each with its own limit; one that takes longer hangs."""
 
 WORKER_WAIT_SECONDS = 30
+
+OnKey = Callable[[Key], None]
+Loop = Coroutine[Any, Any, None]
 
 log = logging.getLogger(__name__)
 
@@ -65,15 +68,10 @@ async def _run_loops(world: World, health: Health, stop: asyncio.Event) -> None:
     watching = asyncio.Event()
     async with asyncio.TaskGroup() as group:
         loops = [
-            watch_children(
-                world.kube, kind, namespace, queue.add, health.expect(f"watch of {kind}s", WATCH_SECONDS * 2)
-            )
-            for kind in ("Job", "Pod")
+            *_watches(world.kube, namespace, queue.add, health),
+            _resync(world, namespace, queue.add, health),
+            *_workers(queue, world, health),
         ]
-        beat = health.expect("resync", settings.resync_seconds * 3)
-        loops.append(resync(world.kube, namespace, settings.resync_seconds, queue.add, beat))
-        for number in range(settings.workers):
-            loops.append(work(queue, world, health.expect(f"worker {number}", PASS_LIMIT_SECONDS * 2)))
         tasks = [group.create_task(loop) for loop in loops]
         ready = group.create_task(_tell_ready(watching, health))
         await run_kopf(queue.add, settings, stop, watching)
@@ -83,9 +81,25 @@ async def _run_loops(world: World, health: Health, stop: asyncio.Event) -> None:
             task.cancel()
 
 
+def _watches(kube: Kube, namespace: str | None, on_key: OnKey, health: Health) -> Iterator[Loop]:
+    for kind in ("Job", "Pod"):
+        beat = health.expect(f"watch of {kind}s", WATCH_SECONDS * 2)
+        yield ChildWatch(kube, kind, namespace, on_key, beat).run()
+
+
+def _resync(world: World, namespace: str | None, on_key: OnKey, health: Health) -> Loop:
+    seconds = world.settings.resync_seconds
+    return resync(world.kube, namespace, seconds, on_key, health.expect("resync", seconds * 3))
+
+
+def _workers(queue: Queue, world: World, health: Health) -> Iterator[Loop]:
+    for number in range(world.settings.workers):
+        yield work(queue, world, health.expect(f"worker {number}", PASS_LIMIT_SECONDS * 2))
+
+
 async def _tell_ready(watching: asyncio.Event, health: Health) -> None:
     await watching.wait()
-    while not health.kopf_watches():
+    while not health.kopf_watches():  # noqa: ASYNC110 - kopf tells nobody
         await asyncio.sleep(0.1)
     health.ready = True
     log.info("Watching FineTuneJobs")
@@ -152,9 +166,7 @@ def _later(queue: Queue, key: Key, what: str, error: Exception | None) -> float:
 # --- kopf ------------------------------------------------------------------------------------------------------------
 
 
-async def run_kopf(
-    on_key: Callable[[Key], None], settings: Settings, stop: asyncio.Event, watching: asyncio.Event
-) -> None:
+async def run_kopf(on_key: OnKey, settings: Settings, stop: asyncio.Event, watching: asyncio.Event) -> None:
     """kopf, embedded; returns when `stop` is set."""
     registry = kopf.OperatorRegistry()
     kopf.on.startup(registry=registry)(_configure)
@@ -204,6 +216,6 @@ def _login(**kwargs: Any) -> kopf.ConnectionInfo | None:  # noqa: ANN401
     return kopf.login_with_kubeconfig(**kwargs)
 
 
-async def _on_event(on_key: Callable[[Key], None], name: str, namespace: str | None, **_: Any) -> None:  # noqa: ANN401
+async def _on_event(on_key: OnKey, name: str, namespace: str | None, **_: Any) -> None:  # noqa: ANN401
     """Any change of a FineTuneJob."""
     on_key(Key(namespace or "", name))

@@ -1,7 +1,7 @@
 """The attempts of a job: what the status remembers, folded with what is seen of Jobs and pods. Pure.
 
-The status may lag behind (a write was lost, the operator was killed), so attempts are counted by what is there: each Job
-that the status does not know is entered, each open attempt that has ended is judged, in the order of their numbers.
+The status may lag behind (a write was lost, the operator was killed), so attempts are counted by what is there: each
+Job that the status does not know is entered, each open attempt that has ended is judged, in the order of their numbers.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from datetime import datetime
 from finetune_operator import names
 from finetune_operator.api import (
     ATTEMPTS_KEPT,
+    JSON,
     ArtifactStatus,
     AttemptStatus,
     DataStatus,
     FineTuneJob,
-    JSON,
     StageStatus,
     TrainingStatus,
     cut,
@@ -110,11 +110,11 @@ def read(facts: Facts, settings: Settings, now: datetime) -> Journal:
     by_key = {step.key: step for step in steps}
     if journal.live is not None:
         step = next((step for step in steps if step.title == journal.live.stage), None)
-        journal = journal if step is None else _look(journal, facts, step, journal.live.number, settings, now)
+        journal = journal if step is None else _look(journal, facts, step, settings, now)
     for job in facts.jobs:
         if job.attempt > journal.count and job.step in by_key:
             journal = enter(journal, by_key[job.step], job.attempt, job.name, job.created)
-            journal = _look(journal, facts, by_key[job.step], job.attempt, settings, now)
+            journal = _look(journal, facts, by_key[job.step], settings, now)
     return journal
 
 
@@ -128,8 +128,9 @@ def enter(journal: Journal, step: Step, number: int, name: str, now: datetime) -
     return replace(journal.with_stage(stage), attempts=kept, count=number)
 
 
-def _look(journal: Journal, facts: Facts, step: Step, number: int, settings: Settings, now: datetime) -> Journal:
+def _look(journal: Journal, facts: Facts, step: Step, settings: Settings, now: datetime) -> Journal:
     """Judge the open attempt, if it has ended."""
+    number = journal.attempts[-1].number
     pod, job = facts.pod_of(number), facts.job_of(number)
     word = pod.last_word if pod is not None and pod.ended else None
     if word is not None and word.succeeded:

@@ -29,6 +29,9 @@ PAGE = 500
 CONNECT_SECONDS = 10
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
+CONTENT_TYPES = {"PATCH": "application/apply-patch+yaml"}
+"""The only patch there is here is a server-side apply."""
+
 PATHS = {
     "ConfigMap": ("/api/v1", "configmaps"),
     "PersistentVolumeClaim": ("/api/v1", "persistentvolumeclaims"),
@@ -84,15 +87,15 @@ class Kube:
         """In a pod by its service account, elsewhere by the kubeconfig."""
         configuration = Configuration()
         if "KUBECONFIG" not in os.environ and await asyncio.to_thread(SERVICE_ACCOUNT.exists):
-            config.load_incluster_config(client_configuration=configuration)
+            config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
         else:
-            await config.load_kube_config(client_configuration=configuration)
+            await config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
         configuration.client_session_kwargs = {"trust_env": False}
         return cls(configuration, request_timeout_seconds)
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._api.close()
+        await self._api.close()  # type: ignore[no-untyped-call]
 
     # --- reading
 
@@ -173,7 +176,6 @@ class Kube:
             url_of(KIND, namespace, name, "status"),
             query={"fieldManager": MANAGER, "force": "true"},
             body=body,
-            content_type="application/apply-patch+yaml",
         )
 
     # --- below
@@ -185,9 +187,8 @@ class Kube:
         *,
         query: dict[str, Any] | None = None,
         body: JSON | None = None,
-        content_type: str = "application/json",
     ) -> JSON:
-        response = await self._send(method, url, query=query, body=body, content_type=content_type, limit=self._timeout)
+        response = await self._send(method, url, query=query, body=body, limit=self._timeout)
         async with response:
             content = await response.read()
         if response.status >= 400:  # noqa: PLR2004 - refused
@@ -203,13 +204,12 @@ class Kube:
         limit: aiohttp.ClientTimeout,
         query: dict[str, Any] | None = None,
         body: JSON | None = None,
-        content_type: str = "application/json",
     ) -> aiohttp.ClientResponse:
         _, full, headers, content, _ = await self._api.param_serialize(
             method,
             url,
             query_params=list((query or {}).items()),
-            header_params={"Accept": "application/json", "Content-Type": content_type},
+            header_params={"Accept": "application/json", "Content-Type": CONTENT_TYPES.get(method, "application/json")},
             body=body,
             auth_settings=["BearerToken"],
         )

@@ -71,6 +71,11 @@ def claim(job: FineTuneJob) -> str:
     return folder(job)
 
 
+def event(job: FineTuneJob, key: str) -> str:
+    """Name of an Event."""
+    return f"{folder(job)}.{key}".lower()
+
+
 def source_claims(spec: Spec) -> tuple[str, ...]:
     """The claims that prepare reads from, each once, in the order of the spec."""
     datasets = [*spec.datasets, *((spec.evaluation.datasets or ()) if spec.evaluation else ())]

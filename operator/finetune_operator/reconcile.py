@@ -7,15 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from finetune_operator import names
 from finetune_operator.api import JSON, KIND, FineTuneJob, Status
 from finetune_operator.facts import Conflict, Facts, Owner, StageJob, StagePod, after, parse_jobs, parse_pods
 from finetune_operator.kube import ExistsError, Kube, KubeError, NotFoundError
-from finetune_operator.manifests import build_claim, build_config_map, build_event, build_stage_job
+from finetune_operator.manifests import News, build_claim, build_config_map, build_event, build_stage_job
 from finetune_operator.progress import ProgressReader
 from finetune_operator.queue import Key
 from finetune_operator.settings import Settings
-from finetune_operator.status import Decision, News, Start, Stop, decide
+from finetune_operator.status import Decision, Start, Stop, decide
 
 SETTLE_SECONDS = 5
 """A pod that does not run after so long may have a warning to tell."""
@@ -147,10 +146,8 @@ async def write_status(job: FineTuneJob, status: Status, kube: Kube) -> None:
 async def tell(job: FineTuneJob, news: tuple[News, ...], world: World) -> None:
     """Record Events, each once. News that cannot be told holds nothing up."""
     for item in news:
-        name = f"{names.folder(job)}.{item.key}".lower()
-        event = build_event(job, name, item.reason, item.message, warning=item.warning, now=world.clock())
         try:
-            await world.kube.create(event)
+            await world.kube.create(build_event(job, item, world.clock()))
         except ExistsError:
             continue
         except KubeError as error:

@@ -35,7 +35,7 @@ def not_both(one: str, other: str, where: str) -> Rule:
 ROOT = (
     Rule(
         f"size(self.metadata.name) <= {NAME_LIMIT_CHARACTERS}",
-        f"metadata.name: at most {NAME_LIMIT_CHARACTERS} characters, so that the Jobs of its stages can be named after it",
+        f"metadata.name: at most {NAME_LIMIT_CHARACTERS} characters, so that its Jobs can be named after it",
     ),
     Rule(
         f"self.metadata.name.matches('{NAME_PATTERN}')",

@@ -21,6 +21,7 @@ from finetune_operator.facts import Conflict, Facts, StageJob, StagePod, after
 from finetune_operator.failures import Failure, Reason, Retry, delay
 from finetune_operator.figures import live_training, share
 from finetune_operator.journal import SLACK_SECONDS, Journal, alive, deadline_begin, enter, read
+from finetune_operator.manifests import News
 from finetune_operator.names import Step
 from finetune_operator.settings import Settings
 from finetune_trainer.progress import Stage
@@ -44,16 +45,6 @@ class Stop:
 
     name: str
     uid: str
-
-
-@dataclass(frozen=True)
-class News:
-    """An Event to be told once. `key` makes its name."""
-
-    key: str
-    reason: str
-    message: str
-    warning: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,10 +84,10 @@ def _advance(facts: Facts, journal: Journal, settings: Settings, now: datetime) 
         return clearing
     last = journal.last_failure
     if last is not None and last.retry == Retry.NEVER:
-        return _end(facts, journal, Phase.FAILED, last.reason or Reason.UNKNOWN, last.message or "", now)
+        return _end(facts, journal, View(Phase.FAILED, last.reason or Reason.UNKNOWN, last.message or ""), now)
     step = next((step for step in names.line(facts.job.valid_spec) if not journal.proven(step)), None)
     if step is None:
-        return _end(facts, journal, Phase.SUCCEEDED, Reason.COMPLETED, _summary(journal), now)
+        return _end(facts, journal, View(Phase.SUCCEEDED, Reason.COMPLETED, _summary(journal)), now)
     if facts.conflicts:
         return _conflicted(facts, journal, step, settings, now)
     return _start(facts, journal, step, settings, now)
@@ -244,7 +235,7 @@ def _conflicted(facts: Facts, journal: Journal, step: Step, settings: Settings, 
     expired = not conflict.leftover and now >= after(since, settings.start_deadline_seconds)
     message = _conflict_message(conflict)
     if expired:
-        return _end(facts, journal, Phase.FAILED, Reason.NAME_CONFLICT, message, now)
+        return _end(facts, journal, View(Phase.FAILED, Reason.NAME_CONFLICT, message), now)
     phase = _phase(replace(journal, count=journal.count + 1), step, running=False)
     status = _status(facts, journal, View(phase, Reason.NAME_CONFLICT, message), now)
     return Decision(status, events=_news(facts.job, journal, status), requeue_after_seconds=LOOK_AGAIN_SECONDS / 2)
@@ -266,9 +257,9 @@ def _settled_at(job: FineTuneJob, journal: Journal) -> datetime:
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
-def _end(facts: Facts, journal: Journal, phase: Phase, reason: str, message: str, now: datetime) -> Decision:
+def _end(facts: Facts, journal: Journal, view: View, now: datetime) -> Decision:
     """Terminal, for good."""
-    status = _status(facts, journal, View(phase, reason, cut(message)), now, progress=_final_progress(facts, journal))
+    status = _status(facts, journal, view, now, progress=_final_progress(facts, journal))
     return Decision(status, events=_news(facts.job, journal, status))
 
 
@@ -295,7 +286,7 @@ def _reject(job: FineTuneJob, now: datetime) -> Decision:
 
 def _summary(journal: Journal) -> str:
     made = ", ".join(artifact.name for artifact in journal.artifacts)
-    return f"All stages are complete and verified{f': {made}' if made else ''}."
+    return cut(f"All stages are complete and verified{f': {made}' if made else ''}.")
 
 
 # --- putting it together ---------------------------------------------------------------------------------------------
@@ -334,22 +325,21 @@ def _conditions(job: FineTuneJob, view: View, now: datetime, *, accepted: bool) 
     """Accepted, Succeeded and Finished, each with the time since when it stands."""
     ended = view.phase in (Phase.SUCCEEDED, Phase.FAILED)
     yes = ("True", "Accepted", "The spec is understood.")
-    accepted_as = yes if accepted else ("False", view.reason, view.message)
+    said = yes if accepted else ("False", view.reason, view.message)
     succeeded = ("Unknown", "InProgress", "The job is under way.")
     finished = ("False", "InProgress", "The job is under way.")
     if ended:
         succeeded = (str(view.phase is Phase.SUCCEEDED), str(view.reason), view.message)
         finished = ("True", view.phase.value, view.message)
     return (
-        _condition(job, ConditionType.ACCEPTED, *accepted_as, now),
-        _condition(job, ConditionType.SUCCEEDED, *succeeded, now),
-        _condition(job, ConditionType.FINISHED, *finished, now),
+        _condition(job, ConditionType.ACCEPTED, said, now),
+        _condition(job, ConditionType.SUCCEEDED, succeeded, now),
+        _condition(job, ConditionType.FINISHED, finished, now),
     )
 
 
-def _condition(
-    job: FineTuneJob, kind: ConditionType, status: str, reason: str, message: str, now: datetime
-) -> Condition:
+def _condition(job: FineTuneJob, kind: ConditionType, said: tuple[str, str, str], now: datetime) -> Condition:
+    status, reason, message = said
     before = next((c for c in job.status.conditions or () if c.type == kind and c.status == status), None)
     return Condition(
         type=kind.value,

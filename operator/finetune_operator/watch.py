@@ -9,6 +9,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import aiohttp
 
@@ -40,53 +41,56 @@ def key_of_job(body: JSON) -> Key:
     return Key(body["metadata"]["namespace"], body["metadata"]["name"])
 
 
-async def watch_children(
-    kube: Kube, kind: str, namespace: str | None, on_key: Callable[[Key], None], beat: Beat
-) -> None:
-    """Never returns."""
-    version = ""
-    pause = PAUSE_SECONDS
-    while True:
-        beat()
-        try:
-            version = version or await _list(kube, kind, namespace, on_key, beat)
-            version = await _follow(kube, kind, namespace, version, on_key, beat)
-            pause = PAUSE_SECONDS
-        except GoneError:
-            version = ""
-        except ERRORS as error:
-            log.warning("The watch of %ss broke, trying again in about %.0f s: %s", kind, pause, error or type(error))
-            await asyncio.sleep(pause * (0.5 + random.random()))  # noqa: S311 - jitter
-            pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+@dataclass(frozen=True)
+class ChildWatch:
+    """The children of one kind, in all namespaces or one."""
 
+    kube: Kube
+    kind: str
+    namespace: str | None
+    on_key: Callable[[Key], None]
+    beat: Beat
 
-async def _list(kube: Kube, kind: str, namespace: str | None, on_key: Callable[[Key], None], beat: Beat) -> str:
-    """All children there are; the version from which to watch on."""
-    version = ""
-    async for page in kube.pages(kind, namespace, labelSelector=SELECTOR):
-        beat()
-        version = version or page["metadata"]["resourceVersion"]
-        for body in page.get("items") or ():
-            if (key := key_of_child(body)) is not None:
-                on_key(key)
-    return version
+    async def run(self) -> None:
+        """Never returns."""
+        version = ""
+        pause = PAUSE_SECONDS
+        while True:
+            self.beat()
+            try:
+                version = version or await self._list()
+                version = await self._follow(version)
+                pause = PAUSE_SECONDS
+            except GoneError:
+                version = ""
+            except ERRORS as error:
+                log.warning("The watch of %ss broke, again in about %.0f s: %s", self.kind, pause, error or type(error))
+                await asyncio.sleep(pause * (0.5 + random.random()))  # noqa: S311 - jitter
+                pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
 
+    async def _list(self) -> str:
+        """Hear of all children there are; the version from which to watch on."""
+        version = ""
+        async for page in self.kube.pages(self.kind, self.namespace, labelSelector=SELECTOR):
+            self.beat()
+            version = version or page["metadata"]["resourceVersion"]
+            for body in page.get("items") or ():
+                self._hear(body)
+        return version
 
-async def _follow(
-    kube: Kube, kind: str, namespace: str | None, version: str, on_key: Callable[[Key], None], beat: Beat
-) -> str:
-    """Hear until the server ends the watch; the version to go on from."""
-    query: dict[str, str | int] = {
-        "labelSelector": SELECTOR,
-        "resourceVersion": version,
-        "timeoutSeconds": WATCH_SECONDS,
-    }
-    async for event in kube.watch(kind, namespace, **query):
-        beat()
-        version = event["object"]["metadata"]["resourceVersion"]
-        if event["type"] != "BOOKMARK" and (key := key_of_child(event["object"])) is not None:
-            on_key(key)
-    return version
+    async def _follow(self, version: str) -> str:
+        """Hear of changes until the server ends the watch; the version to go on from."""
+        query = {"labelSelector": SELECTOR, "resourceVersion": version}
+        async for event in self.kube.watch(self.kind, self.namespace, timeoutSeconds=WATCH_SECONDS, **query):
+            self.beat()
+            version = event["object"]["metadata"]["resourceVersion"]
+            if event["type"] != "BOOKMARK":
+                self._hear(event["object"])
+        return version
+
+    def _hear(self, body: JSON) -> None:
+        if (key := key_of_child(body)) is not None:
+            self.on_key(key)
 
 
 async def resync(kube: Kube, namespace: str | None, seconds: float, on_key: Callable[[Key], None], beat: Beat) -> None:

@@ -2,7 +2,7 @@
 
 from finetune_operator.manifests.claim import build_claim
 from finetune_operator.manifests.config import build_config_map
-from finetune_operator.manifests.event import build_event
+from finetune_operator.manifests.event import News, build_event
 from finetune_operator.manifests.jobs import build_stage_job
 
-__all__ = ["build_claim", "build_config_map", "build_event", "build_stage_job"]
+__all__ = ["News", "build_claim", "build_config_map", "build_event", "build_stage_job"]

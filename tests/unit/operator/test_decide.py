@@ -5,13 +5,13 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from finetune_operator.api import FineTuneJob, Status, format_time
 from finetune_operator.facts import Conflict, Facts
 from finetune_operator.status import Start, Stop, decide
 from finetune_trainer.progress import Progress, Reason, Stage
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from tests.unit.operator.builders import (
     RUNNING,
     SETTINGS,
@@ -23,8 +23,8 @@ from tests.unit.operator.builders import (
     condition,
     container,
     digests,
-    play,
     job_body,
+    play,
     stages_made,
     steps,
     word,
@@ -119,7 +119,7 @@ def training(cluster: Cluster, **told: float) -> Status:
     cluster.say()
     cluster.settle()
     cluster.run_pod()
-    cluster.progress = Progress(stage=Stage.TRAIN, attempt=2, activity="training", done=128, total=300, **told)  # type: ignore[arg-type]
+    cluster.progress = Progress(stage=Stage.TRAIN, attempt=2, activity="training", done=128, total=300, **told)
     return cluster.settle().status
 
 
