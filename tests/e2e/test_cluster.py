@@ -136,8 +136,12 @@ def with_volume(manifest: dict[str, Any], claim_name: str) -> dict[str, Any]:
     return manifest
 
 
-SERVE = "open('/data/page', 'w').write('hello from a volume'); import http.server as h; \
-h.test(h.partial(h.SimpleHTTPRequestHandler, directory='/data'), port=8000)"
+SERVE = """
+import os, http.server
+open("/data/page", "w").write("hello from a volume")
+os.chdir("/data")
+http.server.test(http.server.SimpleHTTPRequestHandler, port=8000)
+"""
 FETCH = """
 import time, urllib.request
 for _ in range(100):
@@ -171,7 +175,7 @@ def processes_in(namespaces: set[str]) -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            inside = {os.readlink(entry / "ns" / kind) for kind in ("net", "mnt", "pid")}
+            inside = {str((entry / "ns" / kind).readlink()) for kind in ("net", "mnt", "pid")}
         except OSError:
             continue
         if inside & namespaces:
@@ -181,7 +185,7 @@ def processes_in(namespaces: set[str]) -> list[int]:
 
 def namespaces_of(state: State) -> set[str]:
     live = namespace.require(state)
-    return {os.readlink(f"/proc/{live.pid}/ns/{kind}") for kind in ("net", "mnt", "pid")}
+    return {str(Path(f"/proc/{live.pid}/ns/{kind}").readlink()) for kind in ("net", "mnt", "pid")}
 
 
 def host_settings() -> dict[str, str]:
