@@ -97,12 +97,24 @@ class Namespace:
 
 
 def find(state: State) -> Namespace | None:
-    """Return the cluster's namespaces if they live: the PID must still be the process that was recorded."""
-    facts = state.recorded()
-    pid = facts.get("pid")
-    if pid is None or facts.get("boot") != _boot() or start_time(pid) != facts.get("start_time"):
+    """Return the cluster's namespaces if they live. A killed PID 1 may take a while to end, but listens no more."""
+    pid = _recorded_pid(state)
+    if pid is None:
+        return None
+    try:
+        _connect(state).close()
+    except OSError:
         return None
     return Namespace(state, pid)
+
+
+def _recorded_pid(state: State) -> int | None:
+    """Return PID 1's number if it still is the process that was recorded, and not a stranger's after a restart."""
+    facts = state.recorded()
+    pid: int | None = facts.get("pid")
+    if pid is None or facts.get("boot") != _boot() or start_time(pid) != facts.get("start_time"):
+        return None
+    return pid
 
 
 def require(state: State) -> Namespace:
@@ -131,12 +143,11 @@ def create(state: State) -> Namespace:
 
 def remove(state: State) -> None:
     """Remove all that a cluster of this folder has on the host, whether it lives, was killed or never was."""
-    facts = state.recorded()
-    found = find(state)
-    if found:
+    pid = _recorded_pid(state)
+    if pid is not None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(found.pid, signal.SIGKILL)
-        wait_until(lambda: start_time(found.pid) != facts["start_time"], "The end of the cluster's processes", 20)
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: _recorded_pid(state) is None, "The end of the cluster's processes", 20)
     subprocess.run(["ip", "link", "delete", state.link], check=False, capture_output=True)
     _remove_rules(state)
     _restore_forwarding(state)

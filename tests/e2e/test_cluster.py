@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,8 @@ def make_cluster(tmp_path: Path) -> Iterator[Callable[[str], LocalCluster]]:
     yield make
     for each in made:
         each.run("down", check=False)
+        for store in ("containerd", "buildkit"):  # hundreds of megabytes, which pytest would keep; the logs may stay
+            shutil.rmtree(each.state.root / store, ignore_errors=True)
 
 
 def pod(name: str, *command: str, **container: Any) -> dict[str, Any]:
