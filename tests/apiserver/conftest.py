@@ -1,0 +1,184 @@
+"""One real control plane for all tests here, a namespace for each, and the operator as a process with the chart's role."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster import build
+from cluster.api import Api
+from cluster.control_plane import ControlPlane
+from cluster.processes import free_ports
+from finetune_operator.crd import render
+from tests.apiserver.api import JSON, Space, wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+ACCOUNT = "finetune-operator"
+NUMBERS = itertools.count(1)
+QUICK = {
+    "FINETUNE_TRAINER_IMAGE": "registry.test/trainer:1",
+    "FINETUNE_PROGRESS_INTERVAL_SECONDS": "0.5",
+    "FINETUNE_START_DEADLINE_SECONDS": "4",
+    "FINETUNE_RETRY_BACKOFF_SECONDS": "0.1",
+    "FINETUNE_LOG_FORMAT": "text",
+}
+
+
+@pytest.fixture(scope="session")
+def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    with ControlPlane(tmp_path_factory.mktemp("control-plane"), with_controllers=True) as started:
+        api = Api(started.kubeconfig)
+        api.call("POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", yaml.safe_load(render()))
+        wait_for(lambda: api.get("/apis/finetune.dev/v1alpha1/finetunejobs"), "the CRD in service")
+        yield started
+
+
+@pytest.fixture(scope="session")
+def api(control_plane: ControlPlane) -> Api:
+    return Api(control_plane.kubeconfig)
+
+
+@pytest.fixture(scope="session")
+def kubectl(control_plane: ControlPlane) -> Callable[..., subprocess.CompletedProcess[str]]:
+    def call(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        command = [str(build.command("kubectl")), "--kubeconfig", str(control_plane.kubeconfig), *arguments]
+        return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=60)
+
+    return call
+
+
+@pytest.fixture
+def space(api: Api) -> Space:
+    """A namespace of the test's own."""
+    return make_space(api)
+
+
+@pytest.fixture(scope="module")
+def shared_space(api: Api) -> Space:
+    """A namespace for tests in which nothing comes to be."""
+    return make_space(api)
+
+
+def make_space(api: Api) -> Space:
+    """A new namespace, under Pod Security `restricted`."""
+    name = f"test-{next(NUMBERS)}"
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
+    wait_for(lambda: api.get(f"/api/v1/namespaces/{name}/serviceaccounts/default"), "the default service account")
+    return Space(api, name)
+
+
+@pytest.fixture(scope="session")
+def operator_kubeconfig(control_plane: ControlPlane, api: Api, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The operator's own account, with the chart's role and nothing else."""
+    for manifest in chart_role():
+        kind = f"{manifest['kind'].lower()}s"
+        api.call("POST", f"/apis/rbac.authorization.k8s.io/v1/{kind}", manifest)
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": ACCOUNT, "namespace": "default"}}
+    api.apply(account)
+    path = f"/api/v1/namespaces/default/serviceaccounts/{ACCOUNT}/token"
+    request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 7200}}
+    token = json.loads(api.call("POST", path, request))["status"]["token"]
+    config = json.loads(control_plane.kubeconfig.read_text())
+    config["users"][0]["user"] = {"token": token}
+    file = tmp_path_factory.mktemp("operator") / "kubeconfig"
+    file.write_text(json.dumps(config))
+    return file
+
+
+def chart_role() -> list[JSON]:
+    """ClusterRole and binding as the chart renders them."""
+    command = [str(build.command("helm")), "template", ACCOUNT, str(ROOT / "charts" / "finetune-operator")]
+    command += ["--namespace", "default", "--show-only", "templates/role.yaml"]
+    command += ["--set", f"fullnameOverride={ACCOUNT}"]
+    rendered = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [manifest for manifest in yaml.safe_load_all(rendered) if manifest]
+
+
+@dataclass
+class Operator:
+    """The operator as a process of its own."""
+
+    kubeconfig: Path
+    namespace: str
+    log: Path
+    settings: dict[str, str] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+    port: int = 0
+
+    def start(self) -> None:
+        self.port = free_ports(1)[0]
+        environment = os.environ | QUICK | self.settings
+        environment |= {"KUBECONFIG": str(self.kubeconfig), "FINETUNE_WATCH_NAMESPACE": self.namespace}
+        environment |= {"FINETUNE_HEALTH_PORT": str(self.port)}
+        command = [sys.executable, "-m", "finetune_operator"]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+    @property
+    def running(self) -> subprocess.Popen[bytes]:
+        assert self.process is not None
+        return self.process
+
+    def kill(self) -> None:
+        """SIGKILL: nothing is said, nothing is tidied."""
+        self.running.kill()
+        self.running.wait()
+
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
+    def stop(self) -> int:
+        self.running.terminate()
+        return self.running.wait(timeout=20)
+
+    def memory_mib(self, kind: str = "Pss") -> float:
+        text = Path(f"/proc/{self.running.pid}/smaps_rollup").read_text()
+        return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{kind}:")) / 1024
+
+
+@pytest.fixture
+def new_operator(operator_kubeconfig: Path, space: Space, tmp_path: Path) -> Iterator[Callable[..., Operator]]:
+    """Starts operators; at the end none may be left, nor have been refused anything."""
+    started: list[Operator] = []
+
+    def start(**settings: str) -> Operator:
+        operator = Operator(operator_kubeconfig, space.namespace, tmp_path / "operator.log", settings)
+        operator.start()
+        started.append(operator)
+        return operator
+
+    yield start
+    for operator in started:
+        if operator.running.poll() is None:
+            assert operator.stop() == 0
+        log = operator.log.read_text()
+        print(log[-4000:])
+        assert "forbidden" not in log
+        assert "Traceback" not in log
+
+
+@pytest.fixture
+def operator(new_operator: Callable[..., Operator]) -> Operator:
+    return new_operator()
+
+
+def quiet_for(seconds: float, version: Callable[[], str]) -> bool:
+    """Whether a version stays the same for so long (the one place where time itself is what is tested)."""
+    before, end = version(), time.monotonic() + seconds
+    while time.monotonic() < end:
+        if version() != before:
+            return False
+        time.sleep(0.1)
+    return True

@@ -1,0 +1,63 @@
+"""Pods without a kubelet: the real controllers make them, the test says how they fare."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from finetune_operator.api import Label, format_time
+from tests.apiserver.api import JSON, Space, wait_for
+from tests.unit.operator.builders import word
+
+
+def now() -> str:
+    return format_time(datetime.now(UTC))
+
+
+def pod_of(space: Space, job: str) -> JSON:
+    """The pod that the Job controller made."""
+
+    def probe() -> JSON | None:
+        pods = space.all("pods")
+        return next((pod for pod in pods if pod["metadata"]["labels"].get("batch.kubernetes.io/job-name") == job), None)
+
+    return wait_for(probe, f"a pod of Job {job}")
+
+
+def patch_pod(space: Space, pod: JSON, status: JSON) -> None:
+    path = f"{space.path('pods', pod['metadata']['name'])}/status"
+    space.call("PATCH", path, {"status": status}, "application/merge-patch+json")
+
+
+def container(state: JSON) -> list[JSON]:
+    ready = "running" in state
+    return [{"name": "trainer", "image": "x", "imageID": "x", "restartCount": 0, "ready": ready, "state": state}]
+
+
+def run(space: Space, job: str, address: str = "127.0.0.1") -> JSON:
+    """The pod's container starts."""
+    pod = pod_of(space, job)
+    status = {"phase": "Running", "podIP": address, "podIPs": [{"ip": address}], "startTime": now()}
+    patch_pod(space, pod, status | {"containerStatuses": container({"running": {"startedAt": now()}})})
+    return pod
+
+
+def end(space: Space, job: str, code: int = 0, message: str = "", **status: Any) -> None:
+    """The pod's container ends."""
+    state = {"exitCode": code, "reason": "Error" if code else "Completed", "message": message}
+    state |= {"startedAt": now(), "finishedAt": now()}
+    phase = {"phase": "Failed" if code else "Succeeded", "containerStatuses": container({"terminated": state})}
+    patch_pod(space, pod_of(space, job), phase | status)
+
+
+def succeed(space: Space, job: str) -> None:
+    """The pod ends with the last word that proves its stage."""
+    labels = pod_of(space, job)["metadata"]["labels"]
+    end(space, job, 0, word(labels[Label.STAGE], int(labels[Label.ATTEMPT])).to_json())
+
+
+def next_job(space: Space, name: str, stage: str, attempt: int) -> str:
+    """The name of the Job of this attempt, once it is there."""
+    job = f"{name}-{stage}-{attempt}"
+    wait_for(lambda: space.find("jobs", job), f"Job {job}")
+    return job

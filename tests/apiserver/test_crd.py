@@ -1,0 +1,106 @@
+"""What the API server itself says of a FineTuneJob."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cluster.api import Api
+from finetune_operator.api import API_VERSION, KIND
+from finetune_operator.crd import NAME
+from tests.apiserver.api import RefusedError, Space
+from tests.apiserver.cases import BAD, GOOD, HUB, JSON, spec
+
+Kubectl = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_the_definition_is_established_and_structural(api: Api) -> None:
+    crd = api.get(f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{NAME}")
+    assert crd is not None
+    conditions = {c["type"]: c["status"] for c in crd["status"]["conditions"]}
+    assert conditions == {"NamesAccepted": "True", "Established": "True"}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_spec_is_refused_with_its_own_message(shared_space: Space, case: str) -> None:
+    bad, message = BAD[case]
+    with pytest.raises(RefusedError) as refusal:
+        shared_space.submit("bad", bad)
+    assert message in str(refusal.value)
+
+
+def test_kubectl_apply_says_so_too(kubectl: Kubectl, space: Space) -> None:
+    bad, message = BAD["two sources"]
+    body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "bad"}, "spec": bad}
+    answer = kubectl("apply", "-n", space.namespace, "-f", "-", stdin=json.dumps(body))
+    assert answer.returncode != 0
+    assert message in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("a" * 41, "metadata.name: at most 40 characters"), ("a.b", "no dots")],
+)
+def test_a_name_that_leaves_no_room_for_stages_is_refused(space: Space, name: str, message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        space.submit(name, GOOD)
+
+
+def test_a_name_of_forty_characters_is_taken(space: Space) -> None:
+    assert space.submit("a" * 40, GOOD)
+
+
+CHANGES: dict[str, Any] = {
+    "model": {"volume": {"claimName": "models", "path": "other"}},
+    "datasets": [{"volume": {"claimName": "datasets", "path": "other.jsonl"}}],
+    "training": {"maxSteps": 7},
+    "output": {"volume": {"existing": {"claimName": "other"}}},
+    "runPolicy": {"maxRetries": 9},
+    "pod": {"nodeSelector": {"a": "b"}},
+}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_a_changed_field_is_refused_with_its_name_and_a_way_out(space: Space, field: str) -> None:
+    space.submit("fixed", GOOD)
+    with pytest.raises(RefusedError, match=f"spec.{field} cannot be changed: delete the FineTuneJob"):
+        space.merge("finetunejobs", "fixed", {"spec": {field: CHANGES[field]}})
+
+
+def test_a_field_cannot_be_taken_away(space: Space) -> None:
+    space.submit("fixed", spec(training={"maxSteps": 7}))
+    with pytest.raises(RefusedError, match="spec.training cannot be changed"):
+        space.merge("finetunejobs", "fixed", {"spec": {"training": None}})
+
+
+def test_labels_can_be_changed(space: Space) -> None:
+    space.submit("fixed", GOOD)
+    changed = space.merge("finetunejobs", "fixed", {"metadata": {"labels": {"team": "a"}}})
+    assert changed["metadata"]["labels"] == {"team": "a"}
+
+
+def test_only_what_depends_on_nothing_has_a_default(space: Space) -> None:
+    stored: JSON = space.submit("short", spec(model={"huggingFace": HUB}))["spec"]
+    assert stored == spec(model={"huggingFace": HUB | {"revision": "main"}})
+
+
+def test_quantities_may_be_numbers(space: Space) -> None:
+    stored = space.submit("numbers", spec(pod={"resources": {"requests": {"cpu": 2, "memory": "4Gi"}}}))["spec"]
+    assert stored["pod"]["resources"]["requests"] == {"cpu": 2, "memory": "4Gi"}
+
+
+def test_explain_tells_what_a_person_needs(kubectl: Kubectl, space: Space) -> None:
+    said = kubectl("explain", "ftj.spec.method", "-n", space.namespace).stdout
+    for words in ("What is trained and how the base is held.", "lora", "enum: QLoRA", "Default QLoRA."):
+        assert words in said
+
+
+def test_the_example_is_taken(kubectl: Kubectl, space: Space) -> None:
+    answer = kubectl("apply", "--validate=strict", "-n", space.namespace, "-f", "examples/quickstart.yaml")
+    assert "quickstart created" in answer.stdout
+    table = kubectl("get", "ftj", "-o", "wide", "-n", space.namespace).stdout.split("\n")[0].split()
+    assert table == ["NAME", "PHASE", "PROGRESS", "LOSS", "ETA", "REASON", "ATTEMPT", "TOKENS/S", "AGE"]
