@@ -1,0 +1,176 @@
+"""The command's own behaviour: help, last words, the report, what it imports."""
+
+import json
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_trainer import __main__ as command
+from finetune_trainer.farewell import fitted, shortened
+from finetune_trainer.progress import (
+    LAST_WORD_LIMIT_BYTES,
+    MESSAGE_LIMIT_CHARACTERS,
+    DataFacts,
+    ExitCode,
+    LastWord,
+    Progress,
+    Reason,
+    Stage,
+)
+from finetune_trainer.report import Report, build_server, describe, reporting
+from tests.unit.trainer.conftest import Desk
+
+
+def test_help_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["quantize", "--help"])
+    said = capsys.readouterr().out
+    assert all(option in said for option in ("--config", "--work", "--sources", "--name", "--termination-log"))
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, contextlib, finetune_trainer.__main__ as m\n"
+        "with contextlib.suppress(SystemExit): m.main(['--help'])\n"
+        "print({'torch', 'transformers', 'trl', 'pyarrow', 'tqdm', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
+
+
+def test_prepare_imports_torch_only_when_it_is_needed_and_trl_never() -> None:
+    code = "import sys, finetune_trainer.prepare; print({'torch', 'transformers', 'trl', 'pyarrow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_a_bug_is_told_with_type_text_and_place(
+    desk: Desk, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def surprise(*_: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("finetune_trainer.prepare.fetch_model", surprise)
+    code, word = desk.run("prepare", config)
+    assert code == ExitCode.UNKNOWN
+    assert word is not None
+    assert word.reason is Reason.UNKNOWN
+    assert "KeyError: 'surprise'" in word.message
+    assert "test_command.py" in word.message
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "words"),
+    [
+        pytest.param(None, ExitCode.NOT_FOUND, "is not a file. Give the job's JSON file", id="missing"),
+        pytest.param("{", ExitCode.INVALID_CONFIG, "is not JSON", id="no JSON"),
+        pytest.param("[]", ExitCode.INVALID_CONFIG, "must be a JSON object", id="a list"),
+        pytest.param("{}", ExitCode.INVALID_CONFIG, "model is needed and not set. datasets is needed", id="empty"),
+    ],
+)
+def test_a_config_that_is_none_is_told(
+    tmp_path: Path, content: str | None, code: ExitCode, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "job.json").write_text(content)
+    assert command.main(["prepare", "--config", str(tmp_path / "job.json"), "--work", str(tmp_path / "w")]) == code
+    assert words in capsys.readouterr().err
+
+
+def test_later_stages_say_what_is_missing(desk: Desk, config: dict[str, Any]) -> None:
+    code, word = desk.run("train", config)
+    assert code == ExitCode.NOT_FOUND
+    assert word is not None
+    assert "run `finetune-trainer prepare`" in word.message
+
+
+def test_a_stage_verifies_what_it_reads(desk: Desk, config: dict[str, Any]) -> None:
+    desk.run("prepare", config)
+    path = desk.work / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    code, word = desk.run("train", config)
+    assert code == ExitCode.VERIFICATION_FAILED
+    assert word is not None
+    assert "model.safetensors is not what was written" in word.message
+
+
+@pytest.mark.parametrize("message", ["x" * 900, "\U0001f600" * 1024], ids=["short", "four bytes a character"])
+def test_a_last_word_fits_its_limit(desk: Desk, config: dict[str, Any], message: str) -> None:
+    _, word = desk.run("prepare", config)
+    assert word is not None
+    assert word.resolved is not None
+    many = tuple(f"model.layers.{index}.self_attn.q_proj" for index in range(64))
+    large = word.model_copy(
+        update={"message": message, "resolved": word.resolved.model_copy(update={"target_modules": many})}
+    )
+    data = fitted(large)
+    assert len(data) <= LAST_WORD_LIMIT_BYTES
+    kept = LastWord.model_validate_json(data)
+    assert (kept.succeeded, kept.manifest_digest) == (True, word.manifest_digest)
+    assert isinstance(kept.data, DataFacts)
+
+
+def test_a_long_message_keeps_both_ends() -> None:
+    message = shortened("What happened. " + "x" * 5000 + " The way out.")
+    assert len(message) == MESSAGE_LIMIT_CHARACTERS
+    assert message.startswith("What happened.")
+    assert message.endswith("The way out.")
+
+
+def get(server: Any, path: str) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.server_address[1]}{path}", timeout=5) as answer:
+        return str(answer.read().decode())
+
+
+def test_the_report_is_served() -> None:
+    report = Report(Stage.TRAIN, 2, bar=False)
+    server = build_server(report, 0)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        report.begin("training", 100)
+        report.update(done=30, loss=1.25, epoch=0.3)
+        served = Progress.model_validate_json(get(server, "/progress"))
+        assert served == report.current
+        assert json.loads(get(server, "/progress"))["done"] == 30
+        metrics = get(server, "/metrics")
+        assert 'finetune_loss{stage="train",unit="steps"} 1.25' in metrics
+        assert "finetune_eval_loss" not in metrics
+        assert get(server, "/healthz") == "ok\n"
+        with pytest.raises(urllib.error.HTTPError):
+            get(server, "/secrets")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_log_gets_a_line_each_half_minute(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("finetune_trainer.report.time.monotonic", lambda: now[0])
+    report = Report(Stage.PREPARE, 1, bar=False)
+    with caplog.at_level("INFO"):
+        report.begin("copying", 100, "bytes")
+        for second in range(1, 61):
+            now[0] = float(second)
+            report.update(done=second)
+    assert [record.message for record in caplog.records] == [
+        "copying (100 bytes)",
+        "copying, 30/100 bytes (30%), 30 s so far, about 70 s left",
+        "copying, 60/100 bytes (60%), 60 s so far, about 40 s left",
+    ]
+
+
+def test_a_new_activity_keeps_what_was_measured() -> None:
+    report = Report(Stage.TRAIN, 1, bar=False)
+    report.update(done=5, total=5, loss=2.0)
+    with reporting(report, None):
+        report.begin("saving", 3, "files")
+        report.advance()
+    assert (report.current.done, report.current.total, report.current.loss) == (1, 3, 2.0)
+    assert describe(report.current, 4.2) == "saving, 1/3 files (33%), loss 2.0000, 4 s so far"

@@ -1,0 +1,314 @@
+"""The prepare stage as a user runs it: from a config and claims to proven folders, or to a clear refusal."""
+
+import json
+import os
+import re
+import signal
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from finetune_trainer import data, fetch, manifest
+from finetune_trainer.progress import ExitCode, Reason
+from tests.tiny import make_config, make_instructions, make_jsonl, make_tiny_model, make_tokenizer
+from tests.unit.trainer.conftest import Desk
+
+
+def rows_of(desk: Desk, split: str) -> set[tuple[int, ...]]:
+    return {tuple(row) for row in data.read_rows(desk.work / "data", split)["input_ids"].to_pylist()}
+
+
+def visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def test_it_leaves_a_model_rows_a_preview_and_its_word(desk: Desk, config: dict[str, Any]) -> None:
+    code, word = desk.run("prepare", config)
+    assert code == ExitCode.COMPLETED
+    assert word is not None
+    assert word.succeeded
+    assert word.resolved is not None
+    assert word.data is not None
+    assert (word.data.train_rows, word.data.eval_rows, word.data.dropped_rows) == (38, 2, 0)
+    assert word.resolved.total_steps == 3
+    assert word.manifest_digest == manifest.verify(desk.work / "data").digest
+    assert word.resolved.model_digest == manifest.verify(desk.work / "model").digest
+    preview = [json.loads(line) for line in (desk.work / "report" / "preview.jsonl").read_text().splitlines()]
+    assert len(preview) == 5
+    assert preview[0]["learned"].startswith("It is")
+    assert len(preview[0]["inputIds"]) == len(preview[0]["lossMask"]) == preview[0]["tokens"]
+
+
+def test_the_same_config_gives_the_same_bytes(desk: Desk, config: dict[str, Any], tmp_path: Path) -> None:
+    _, first = desk.run("prepare", config)
+    (desk.root / "work").rename(tmp_path / "elsewhere")
+    _, again = desk.run("prepare", config, "--attempt", "5")
+    assert first is not None
+    assert again is not None
+    assert first.manifest_digest == again.manifest_digest
+
+
+def test_a_finished_stage_says_the_same_word_and_does_nothing(
+    desk: Desk, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first = desk.run("prepare", config)
+    monkeypatch.setattr("finetune_trainer.prepare.run", lambda *_: pytest.fail("it ran again"))
+    code, again = desk.run("prepare", config, "--attempt", "2")
+    assert first is not None
+    assert (code, again) == (ExitCode.COMPLETED, first.model_copy(update={"attempt": 2}))
+
+
+@pytest.mark.parametrize(
+    "name", ["data/train.parquet", "model/model.safetensors", "model/manifest.json", "data/manifest.json"]
+)
+def test_a_damaged_artifact_of_its_own_is_made_anew(desk: Desk, config: dict[str, Any], name: str) -> None:
+    _, first = desk.run("prepare", config)
+    (desk.work / name).write_bytes(b"damaged")
+    code, again = desk.run("prepare", config)
+    assert (code, again) == (ExitCode.COMPLETED, first)
+    manifest.verify(desk.work / "data")
+    manifest.verify(desk.work / "model")
+
+
+def test_the_model_is_fetched_again_where_it_is_gone_and_the_rows_stay(desk: Desk, config: dict[str, Any]) -> None:
+    _, first = desk.run("prepare", config)
+    (desk.work / "model").rename(desk.root / "gone")
+    assert desk.run("prepare", config) == (ExitCode.COMPLETED, first)
+
+
+def test_another_config_never_touches_what_is_there(desk: Desk, config: dict[str, Any]) -> None:
+    _, first = desk.run("prepare", config)
+    code, word = desk.run("prepare", {**config, "training": {"seed": 1}})
+    assert code == ExitCode.INVALID_CONFIG
+    assert word is not None
+    assert "was made from another config" in word.message
+    assert "Use another --work" in word.message
+    assert first is not None
+    assert manifest.verify(desk.work / "data").digest == first.manifest_digest
+
+
+def test_identical_rows_never_land_on_both_sides(desk: Desk) -> None:
+    make_jsonl(desk.datasets / "rows.jsonl", make_instructions(20) * 5)
+    config = make_config(evaluation={"percent": 30})
+    _, word = desk.run("prepare", config)
+    assert word is not None
+    assert word.data is not None
+    assert (word.data.train_rows, word.data.eval_rows) == (70, 30)
+    assert not rows_of(desk, "train") & rows_of(desk, "eval")
+
+
+@pytest.mark.parametrize(
+    ("count", "evaluation", "held_out"),
+    [
+        pytest.param(40, {"percent": 50, "maxRows": 3}, 3, id="at most maxRows"),
+        pytest.param(40, {"percent": 0}, 0, id="none if asked for none"),
+        pytest.param(3, None, 1, id="at least one"),
+        pytest.param(1, None, 0, id="never the only row"),
+    ],
+)
+def test_the_share_held_out(desk: Desk, count: int, evaluation: dict[str, Any] | None, held_out: int) -> None:
+    make_jsonl(desk.datasets / "rows.jsonl", make_instructions(count))
+    _, word = desk.run("prepare", {**make_config(), **({"evaluation": evaluation} if evaluation else {})})
+    assert word is not None
+    assert word.data is not None
+    assert (word.data.train_rows, word.data.eval_rows) == (count - held_out, held_out)
+
+
+def test_the_seed_chooses_what_is_held_out(desk: Desk) -> None:
+    chosen = []
+    for seed in (1, 2):
+        desk.run("prepare", make_config(evaluation={"percent": 25, "seed": seed}))
+        chosen.append(rows_of(desk, "eval"))
+        desk.work.rename(desk.root / f"work-{seed}")
+    assert chosen[0] != chosen[1]
+
+
+def test_evaluation_rows_that_are_trained_on_are_dropped_and_said(desk: Desk) -> None:
+    make_jsonl(desk.datasets / "eval.jsonl", [*make_instructions(60)[35:], *make_instructions(36)[:1]])
+    evaluation = {"datasets": [{"volume": {"claimName": "datasets", "path": "eval.jsonl"}}], "maxRows": 15}
+    _, word = desk.run("prepare", make_config(evaluation=evaluation))
+    assert word is not None
+    assert word.data is not None
+    assert (word.data.train_rows, word.data.eval_rows, word.data.dropped_rows) == (40, 15, 6)
+    assert "6 evaluation rows are in the training data as well" in word.message
+    assert not rows_of(desk, "train") & rows_of(desk, "eval")
+
+
+def test_long_answers_are_dropped_and_long_texts_are_split(desk: Desk) -> None:
+    long = {"instruction": "q", "output": "word " * 300}
+    make_jsonl(desk.datasets / "rows.jsonl", [long, *make_instructions(10), {"instruction": "q", "output": ""}])
+    make_jsonl(desk.datasets / "texts.jsonl", [{"text": "word " * 300}])
+    config = make_config(training={"maxLength": 200}, evaluation={"percent": 0})
+    config["datasets"].append({"volume": {"claimName": "datasets", "path": "texts.jsonl"}})
+    _, word = desk.run("prepare", config)
+    assert word is not None
+    assert word.data is not None
+    assert word.data.dropped_rows == 2
+    assert word.data.length_max == 200
+    assert word.data.train_rows > 12
+    assert "1 rows longer than training.maxLength were dropped" in word.message
+
+
+REFUSED: list[tuple[str, Callable[[Desk], dict[str, Any]], Reason, str]] = [
+    ("nothing left", lambda _: make_config(training={"maxLength": 8}), Reason.INVALID_DATASET, "no row is left of 40"),
+    ("missing file", lambda _: make_config(rows="row.jsonl"), Reason.NOT_FOUND, "has rows.jsonl"),
+    ("missing model", lambda _: make_config(model="tinny"), Reason.NOT_FOUND,
+     r"model: claim 'models' has no 'tinny'.*tiny/"),
+    ("wrong layer", lambda _: make_config(method={"lora": {"targetModules": ["qq"]}}),
+     Reason.INVALID_CONFIG, "q_proj, k_proj"),
+    ("longer than the model", lambda _: make_config(training={"maxLength": 513}),
+     Reason.INVALID_CONFIG, "limit is 512"),
+    ("typo", lambda _: make_config(training={"lerningRate": 1}), Reason.INVALID_CONFIG,
+     r"training.lerningRate is no field. Did you mean learningRate\?"),
+    ("two sources", lambda _: make_config() | {"model": {}}, Reason.INVALID_CONFIG, "exactly one source is needed"),
+    ("out of bounds", lambda _: make_config(training={"seed": -1}), Reason.INVALID_CONFIG,
+     "training.seed cannot be -1: input"),
+    ("no datasets", lambda _: {"model": make_config()["model"]}, Reason.INVALID_CONFIG,
+     "datasets is needed and not set"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "reason", "words"), [pytest.param(*case[1:], id=case[0]) for case in REFUSED])
+def test_a_refusal_is_a_sentence_with_its_exit_code(
+    desk: Desk, make: Callable[[Desk], dict[str, Any]], reason: Reason, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, word = desk.run("prepare", make(desk))
+    assert word is not None
+    assert (word.reason, ExitCode(code).reason) == (reason, reason)
+    assert re.search(words, word.message)
+    assert not (desk.work / "data").exists()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# Models
+
+
+def edit(name: str, **changes: Any) -> Callable[[Path], object]:
+    def apply(folder: Path) -> None:
+        value = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**value, **changes}))
+
+    return apply
+
+
+def as_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def with_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def as_adapter(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
+CONFIG = "config.json"
+MODELS: list[tuple[str, Callable[[Path], object], str]] = [
+    ("no config", lambda f: (f / CONFIG).unlink(), "is no model: config.json is missing .*Give a folder"),
+    ("an adapter", as_adapter, "is an adapter, not a model"),
+    ("broken config", lambda f: (f / CONFIG).write_text("{"), "config.json is not JSON"),
+    ("no tokenizer", lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer"),
+    ("broken tokenizer", lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer cannot be read"),
+    ("no weights", lambda f: (f / "model.safetensors").unlink(), "has no weights: model.safetensors is missing"),
+    ("pickles", as_pickle, r"only as pickles \(pytorch_model.bin\).*Save the model as safetensors"),
+    ("a missing shard", with_index, r"names model-00002-of-00002.safetensors, which is missing \(1 of 2"),
+    ("a cut file", cut, r"model.safetensors has [\d,]+ bytes, its header says [\d,]+: it was cut off"),
+    ("no safetensors", lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 10**12)),
+     "no whole safetensors"),
+    ("LFS pointer", lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/" + "x" * 99),
+     "Git LFS pointer"),
+    ("code of its own", edit(CONFIG, auto_map={"AutoModel": "x.Y"}), "needs Python code of its own .auto_map"),
+    ("quantized", edit(CONFIG, quantization_config={"quant_method": "awq"}), r"quantized already \(awq"),
+    ("vision", edit(CONFIG, vision_config={}), "is a vision or audio model"),
+    ("encoder", edit(CONFIG, architectures=["BertForMaskedLM"], model_type="bert"), "is an encoder"),
+    ("classifier", edit(CONFIG, architectures=["LlamaForSequenceClassification"]), "is a classifier"),
+    ("encoder-decoder", edit(CONFIG, is_encoder_decoder=True), "is an encoder-decoder"),
+    ("unknown type", edit(CONFIG, model_type="llamma"), "'llamma'.* not understood by transformers"),
+    ("no type", edit(CONFIG, model_type=None), "has no model_type"),
+    ("another model's config", edit(CONFIG, hidden_size=32), "are of different models"),
+    ("no end token", edit("tokenizer_config.json", eos_token=None), "has no end token"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "words"), [pytest.param(*case[1:], id=case[0]) for case in MODELS])
+def test_a_folder_that_is_no_model_is_refused_for_its_own_reason(
+    desk: Desk, config: dict[str, Any], spoil: Callable[[Path], object], words: str
+) -> None:
+    spoil(desk.models / "tiny")
+    code, word = desk.run("prepare", config)
+    assert word is not None
+    assert (code, word.reason) == (ExitCode.INVALID_MODEL, Reason.INVALID_MODEL)
+    assert re.search(words, word.message), word.message
+
+
+def test_a_model_in_shards_keeps_its_values(desk: Desk, config: dict[str, Any]) -> None:
+    make_tiny_model(desk.models / "shards", max_shard_size="50KB")
+    make_tokenizer(desk.models / "shards")
+    code, _ = desk.run("prepare", {**config, "model": {"volume": {"claimName": "models", "path": "shards"}}})
+    assert code == ExitCode.COMPLETED
+    source = {
+        path.name: hashlib.sha256(path.read_bytes()).digest() for path in (desk.models / "shards").glob("*.safe*")
+    }
+    assert source == {
+        path.name: hashlib.sha256(path.read_bytes()).digest() for path in (desk.work / "model").glob("*.safe*")
+    }
+    assert len(source) > 2
+
+
+# The volume
+
+
+def test_a_full_volume_is_seen_before_the_copy(
+    desk: Desk, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "SPARE_BYTES", 1 << 60)
+    code, word = desk.run("prepare", config)
+    assert code == ExitCode.VOLUME_FULL
+    assert word is not None
+    assert "GiB" in word.message
+    assert "Make the job's claim larger" in word.message
+    assert not (desk.work / "model").exists()
+
+
+def test_a_volume_that_fills_up_leaves_nothing_half_done(
+    desk: Desk, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "train.parquet")
+
+    monkeypatch.setattr(data.RowWriter, "write", full)
+    code, _ = desk.run("prepare", config)
+    assert code == ExitCode.VOLUME_FULL
+    assert visible(desk.work) == ["model"]
+    assert not list(desk.work.glob(".*partial*"))
+    monkeypatch.undo()
+    assert desk.run("prepare", config, "--attempt", "2")[0] == ExitCode.COMPLETED
+
+
+def test_asked_to_leave_it_leaves_in_order(desk: Desk, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(fetch, "require_space", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    code, word = desk.run("prepare", config)
+    assert code == ExitCode.INTERRUPTED
+    assert word is not None
+    assert word.message == "Asked to leave while copying the model; the next attempt starts the stage again."
+    assert visible(desk.work) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_bf16_weights_stay_bf16(desk: Desk, config: dict[str, Any]) -> None:
+    desk.run("prepare", config)
+    with safe_open(desk.work / "model" / "model.safetensors", "pt") as file:
+        assert {str(file.get_tensor(name).dtype) for name in file.keys()} == {"torch.bfloat16"}  # noqa: SIM118
