@@ -14,10 +14,11 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune_trainer import manifest, stages
+from finetune_trainer import fence, manifest, stages
 from finetune_trainer.context import Context, rank
 from finetune_trainer.errors import InvalidConfig, VerificationFailed, translate
 from finetune_trainer.farewell import say, shortened, write_last_word
@@ -27,7 +28,7 @@ from finetune_trainer.report import Report, reporting
 from finetune_trainer.work import WorkFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from finetune_trainer.config import JobConfig
     from finetune_trainer.manifest import Manifest, Target
@@ -57,7 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     set_up_logging(arguments.command)
     stopping = threading.Event()
-    _stop_on_signals(stopping)
+    with _stopped_by_signals(stopping):
+        return _run(arguments, stopping)
+
+
+def _run(arguments: argparse.Namespace, stopping: threading.Event) -> int:
+    """Run the pieces of work that the command means, up to the first that fails."""
     try:
         config = load_config(arguments.config)
         names = _names(config, arguments)
@@ -137,9 +143,11 @@ def set_up_logging(command: str) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; the report draws its own
 
 
-def _stop_on_signals(stopping: threading.Event) -> None:
+@contextmanager
+def _stopped_by_signals(stopping: threading.Event) -> Iterator[None]:
     """SIGTERM, and the first Ctrl-C, ask the stage to leave in order; the second Ctrl-C breaks it off."""
     if threading.current_thread() is not threading.main_thread():
+        yield
         return
 
     def ask(number: int, _frame: object) -> None:
@@ -148,8 +156,12 @@ def _stop_on_signals(stopping: threading.Event) -> None:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    signal.signal(signal.SIGTERM, ask)
-    signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _names(config: JobConfig, arguments: argparse.Namespace) -> list[str | None]:
@@ -171,6 +183,7 @@ def _run_stage(config: JobConfig, arguments: argparse.Namespace, name: str | Non
     port = arguments.progress_port if rank() == 0 else None
     try:
         with reporting(report, port):
+            fence.enter(work.root, arguments.attempt)
             target = stages.build_target(stage, config, work, name)
             context = Context(
                 work, arguments.sources, arguments.secrets, arguments.attempt, report, target, name, stopping

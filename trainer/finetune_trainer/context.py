@@ -41,6 +41,11 @@ class Context:
             msg = f"Asked to leave while {self.report.current.activity}; the next attempt starts the stage again."
             raise Interrupted(msg)
 
+    def polled(self, done: int, _total: int) -> None:
+        """Tell how far a measurement is, and break it off if asked to leave."""
+        self.raise_if_stopping()
+        self.report.update(done=done)
+
     @property
     def resolved(self) -> Resolved:
         """The settings that prepare fixed."""

@@ -14,10 +14,12 @@ import os
 import re
 import shutil
 from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
+from finetune_trainer import fence
 from finetune_trainer.config import Model
 from finetune_trainer.errors import NotFound, VerificationFailed
 from finetune_trainer.progress import Artifact, DataFacts, LastWord, Measured, Reason, Resolved, Stage, TrainFacts
@@ -92,6 +94,11 @@ class Target:
     """The folder, relative to the work folder."""
     config_digest: str
     inputs: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Path:
+        """The work folder."""
+        return self.folder.parents[len(PurePath(self.path).parts) - 1]
 
     def with_inputs(self, **inputs: str) -> Target:
         """The same target, made from these artifacts' digests."""
@@ -239,7 +246,8 @@ def publish(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _move_into_place(partial, target.folder, attempt)
+    with fence.committing(target.root, attempt):
+        _move_into_place(partial, target.folder, attempt)
     return manifest
 
 

@@ -1,0 +1,284 @@
+"""finetune-trainer evaluate --config job.json --work DIR: measure every artifact that is there on the held-out rows.
+
+The measures are deterministic: rows sorted by length, batches of a bounded number of tokens, sums in float64. The
+stages use the same functions, so that a figure in a status and one printed here are the same.
+
+    loss        mean negative log-likelihood of the tokens that count, nats a token
+    KL          mean over those tokens of sum p (log p - log q), p of the reference, nats a token
+    top-1       share of those tokens whose first choice is the same
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from finetune_trainer.data import EVAL, INPUT_IDS, LOSS_MASK, read_rows
+from finetune_trainer.errors import NotFound
+from finetune_trainer.loading import load_base, load_finished, set_up_torch, training_device
+from finetune_trainer.progress import Measured, Resolved
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    import torch
+
+    from finetune_trainer.config import JobConfig
+    from finetune_trainer.context import Context
+
+IGNORED = -100
+"""The label of a token that does not count, as torch's cross-entropy has it."""
+BATCH_TOKENS = 1024
+"""Padded tokens a batch: on 2 cores larger ones are no faster, and logits of 50,000 words take 200 KB a token."""
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A row as prepare left it."""
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    """The same tokens; IGNORED where a token does not count in the loss."""
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """What stands before the first token to learn."""
+        return self.input_ids[: next(i for i, label in enumerate(self.labels) if label != IGNORED)]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate against a reference, on the same tokens."""
+
+    reference_loss: float
+    loss: float
+    kl: float
+    top1: float
+
+    def measured(self) -> Measured:
+        """The figures of the candidate."""
+        increase = (math.exp(self.loss - self.reference_loss) - 1) * 100
+        return Measured(
+            eval_loss=_rounded(self.loss),
+            perplexity=_rounded(math.exp(self.loss)),
+            kl_divergence=_rounded(max(self.kl, 0.0)),
+            top1_agreement=_rounded(self.top1),
+            perplexity_increase_percent=_rounded(increase),
+        )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def read_token_rows(data: Path, split: str = EVAL) -> list[TokenRow]:
+    """The rows of `train` or `eval` that prepare left in `data`."""
+    table = read_rows(data, split)
+    ids, masks = table.column(INPUT_IDS).to_pylist(), table.column(LOSS_MASK).to_pylist()
+    return [
+        TokenRow(row, [token if counts else IGNORED for token, counts in zip(row, mask, strict=True)])
+        for row, mask in zip(ids, masks, strict=True)
+    ]
+
+
+def batches(rows: Sequence[TokenRow], max_tokens: int = BATCH_TOKENS) -> Iterator[list[TokenRow]]:
+    """Rows sorted by length, in batches of at most so many tokens, padding counted; a longer row goes alone."""
+    batch: list[TokenRow] = []
+    for row in sorted(rows, key=lambda row: len(row.input_ids)):
+        if batch and (len(batch) + 1) * len(row.input_ids) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def pad(rows: Sequence[TokenRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """input_ids, attention_mask and labels [rows, longest], padded on the right.
+
+    The filler is id 0 and its label IGNORED: what is masked depends on places, never on a token's id, so that an
+    end token counts also where the model pads with it.
+    """
+    import torch  # noqa: PLC0415 - slow
+
+    longest = max(len(row.input_ids) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORED)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        length = len(row.input_ids)
+        ids[index, :length] = torch.tensor(row.input_ids)
+        labels[index, :length] = torch.tensor(row.labels)
+        mask[index, :length] = 1
+    return ids, mask, labels
+
+
+def measure_loss(model: Any, rows: Sequence[TokenRow], poll: Callable[[int, int], None] | None = None) -> float:  # noqa: ANN401 - a causal language model
+    """Held-out loss, nats a token. `poll(rows done, rows in all)` is called before each batch and may raise."""
+    import torch  # noqa: PLC0415 - slow
+
+    total, count = 0.0, 0
+    with _evaluating(model):
+        for batch in _polled(rows, poll):
+            logprobs, targets = _logprobs(model, batch)
+            total -= float(logprobs.gather(-1, targets[:, None]).to(torch.float64).sum())
+            count += len(targets)
+    return total / max(count, 1)
+
+
+def compare(
+    reference: Any,  # noqa: ANN401 - a causal language model
+    candidate: Any,  # noqa: ANN401 - a causal language model
+    rows: Sequence[TokenRow],
+    poll: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Loss of both, KL divergence and top-1 agreement of the candidate against the reference."""
+    import torch  # noqa: PLC0415 - slow
+
+    sums, count = [0.0] * 4, 0
+    with _evaluating(reference), _evaluating(candidate):
+        for batch in _polled(rows, poll):
+            p, targets = _logprobs(reference, batch)
+            q, _ = _logprobs(candidate, batch)
+            q, targets = q.to(p.device), targets.to(p.device)
+            terms = (
+                -p.gather(-1, targets[:, None]),
+                -q.gather(-1, targets[:, None]),
+                torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1),
+                p.argmax(-1) == q.argmax(-1),
+            )
+            sums = [total + float(term.to(torch.float64).sum()) for total, term in zip(sums, terms, strict=True)]
+            count += len(targets)
+    return Comparison(*(total / max(count, 1) for total in sums))
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:  # noqa: ANN401 - a torch module
+    """Evaluation mode and no gradients; then training as it was."""
+    import torch  # noqa: PLC0415 - slow
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _polled(rows: Sequence[TokenRow], poll: Callable[[int, int], None] | None) -> Iterator[list[TokenRow]]:
+    done = 0
+    for batch in batches(rows):
+        if poll is not None:
+            poll(done, len(rows))
+        yield batch
+        done += len(batch)
+
+
+def _logprobs(model: Any, rows: Sequence[TokenRow]) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 - a causal language model
+    """Log-probabilities [tokens that count, words], in fp32, and those tokens.
+
+    Logits are asked for from the first place that counts in any of the rows: prompts need none.
+    """
+    import torch  # noqa: PLC0415 - slow
+
+    ids, mask, labels = (tensor.to(model.device) for tensor in pad(rows))
+    targets = labels[:, 1:]
+    first = int((targets != IGNORED).any(0).nonzero()[0])
+    kept = targets.shape[1] - first + 1
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **_keep(model, kept)).logits
+    logits = logits[:, -kept:-1]
+    counts = targets[:, first:] != IGNORED
+    return torch.log_softmax(logits[counts].float(), dim=-1), targets[:, first:][counts]
+
+
+def _keep(model: Any, places: int) -> dict[str, int]:  # noqa: ANN401 - a causal language model
+    import inspect  # noqa: PLC0415 - beside its use
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    known = inspect.signature(type(inner).forward).parameters
+    return {"logits_to_keep": places} if "logits_to_keep" in known else {}
+
+
+# The command
+
+
+def run(config: JobConfig, context: Context) -> None:
+    """Measure what is there, print a table, leave `report/evaluation.json`."""
+    set_up_torch()
+    rows = read_token_rows(context.work.data)
+    if not rows:
+        msg = (
+            "Nothing is held out: set evaluation.percent or evaluation.datasets, and run prepare in a new work folder."
+        )
+        raise NotFound(msg)
+    measured = dict(_measure_all(config, context, rows))
+    context.work.report.mkdir(parents=True, exist_ok=True)
+    path = context.work.report / "evaluation.json"
+    path.write_text(json.dumps({name: _plain(each) for name, each in measured.items()}, indent=1) + "\n")
+    print(table(measured))  # noqa: T201 - the command's outcome
+
+
+def _plain(measured: Measured) -> dict[str, float]:
+    return {name: value for name, value in measured.model_dump(by_alias=True).items() if value is not None}
+
+
+def _measure_all(config: JobConfig, context: Context, rows: Sequence[TokenRow]) -> Iterator[tuple[str, Measured]]:
+    device = training_device(config.gpus_per_node)
+    for name, load in _models(config, context, device):
+        context.report.begin(f"measuring {name}", len(rows), "rows")
+        model = load()
+        loss = measure_loss(model, rows, context.polled)
+        yield name, Measured(eval_loss=_rounded(loss), perplexity=_rounded(math.exp(loss)))
+        del model
+        gc.collect()
+
+
+def _models(config: JobConfig, context: Context, device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Everything that can be measured, and how it is loaded."""
+    import torch  # noqa: PLC0415 - slow
+
+    work, resolved = context.work, context.resolved
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    yield "base", lambda: load_base(work.model, resolved, device, dtype)
+    if work.adapter.is_dir():
+        yield "adapter", lambda: load_adapted(work.model, work.adapter, resolved, device, dtype)
+    if work.merged.is_dir():
+        yield "merged", lambda: load_finished(work.merged, device, dtype)
+    for entry in config.quantize or ():
+        if (folder := work.quantized(entry.name)).is_dir():
+            yield entry.name, partial(load_gptq, folder, device, dtype)
+
+
+def load_adapted(base: Path, adapter: Path, resolved: Resolved, device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ANN401 - a causal language model
+    """The adapter on the NF4 base, whose products use the dequantized weights."""
+    from peft import PeftModel  # noqa: PLC0415 - slow
+
+    return PeftModel.from_pretrained(load_base(base, resolved, device, dtype), adapter).eval()
+
+
+def load_gptq(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ANN401 - a causal language model
+    """A GPTQ model; on CPU with the kernel that is written in torch, which needs no compiler."""
+    from transformers import GPTQConfig  # noqa: PLC0415 - slow
+
+    options = {"quantization_config": GPTQConfig(bits=4, backend="torch")} if device.type == "cpu" else {}
+    return load_finished(folder, device, dtype if device.type == "cpu" else _half(), **options)
+
+
+def _half() -> torch.dtype:
+    import torch  # noqa: PLC0415 - slow
+
+    return torch.float16
+
+
+def table(measured: dict[str, Measured]) -> str:
+    """The figures for people."""
+    lines = [f"{'artifact':<12} {'held-out loss':>14} {'perplexity':>11}"]
+    lines += [f"{name:<12} {each.eval_loss:>14.4f} {each.perplexity:>11.3f}" for name, each in measured.items()]
+    return "\n".join(lines)

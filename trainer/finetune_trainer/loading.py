@@ -1,0 +1,156 @@
+"""Models in memory: the NF4 base as it is trained, the same base dequantized, and finished models."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_trainer.errors import InvalidConfig, InvalidModel
+
+if TYPE_CHECKING:
+    import torch
+
+    from finetune_trainer.progress import Resolved
+
+log = logging.getLogger(__name__)
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def set_up_torch() -> None:
+    """Settings of the process that must stand before torch is imported: no network, no compiler, deterministic.
+
+    - bitsandbytes and gptqmodel compile pieces of torch at run time; a pod has no compiler and gains nothing here.
+    - Threads: libraries count the machine's cores, not those that the pod may use.
+    - cuBLAS is only deterministic with a fixed workspace (torch.use_deterministic_algorithms).
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+    import torch  # noqa: PLC0415 - after the environment is set
+    from transformers.utils import logging as transformers_logging  # noqa: PLC0415 - slow
+
+    if "torch._dynamo" in sys.modules:  # too late for the environment
+        torch._dynamo.config.disable = True  # noqa: SLF001 - there is no public name
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a cost, and nothing here reads such memory
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    for noisy in ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "transformers.tokenization_utils_base"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def usable_cores(quota: Path = CPU_QUOTA) -> int:
+    """Cores that this process may use: affinity and the control group's quota."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        limit, period = quota.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return cores
+    return cores if limit == "max" else max(1, min(cores, math.ceil(int(limit) / int(period))))
+
+
+def training_device(config_gpus: int) -> torch.device:
+    """The GPU, or the CPU where the job asks for none. InvalidConfig if a GPU is asked for and none is seen."""
+    import torch  # noqa: PLC0415 - slow
+
+    if config_gpus == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        msg = (
+            "parallelism.gpusPerNode is 1, but no GPU is seen here. "
+            "Run where there is one, or set gpusPerNode: 0 to try the job out on CPU."
+        )
+        raise InvalidConfig(msg)
+    return torch.device("cuda", 0)
+
+
+def compute_dtype(resolved: Resolved, device: torch.device) -> torch.dtype:
+    """What products are computed in; FP16 in place of BF16 on a GPU that lacks it (prepare sees no GPU)."""
+    import torch  # noqa: PLC0415 - slow
+
+    dtype = {"BF16": torch.bfloat16, "FP16": torch.float16, "FP32": torch.float32}[resolved.compute_dtype]
+    if dtype is torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        log.info("the GPU has no bf16: computing in fp16")
+        return torch.float16
+    return dtype
+
+
+def load_base(folder: Path, resolved: Resolved, device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ANN401 - any of transformers' models
+    """The base as it is trained: linear layers in NF4, the rest in `dtype`, which is computed in as well."""
+    import torch  # noqa: PLC0415 - slow
+    from transformers import BitsAndBytesConfig  # noqa: PLC0415 - slow
+
+    quantization = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=resolved.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model = _load(folder, dtype, device, attn_implementation=resolved.attention, quantization_config=quantization)
+    keep_weights_on_cpu(model)
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)
+    return model
+
+
+def keep_weights_on_cpu(model: Any) -> None:  # noqa: ANN401 - a torch module
+    """Forbid bitsandbytes to repack 4-bit weights in place on a CPU with AVX512-BF16 (0.50.2, Linear4bit.forward).
+
+    It does so at the first evaluation: from then on scales are rounded to bf16, products computed in bf16, and the
+    repacked product has no gradient: whoever evaluates before training trains on wrong gradients, silently.
+    """
+    from bitsandbytes.nn.modules import Linear4bit  # noqa: PLC0415 - slow
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_dequantized(folder: Path, resolved: Resolved, device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ANN401 - any of transformers' models
+    """The NF4 base with its linear layers widened to `dtype`: the very weights that the adapter was trained on."""
+    return load_base(folder, resolved, device, dtype).dequantize()
+
+
+def load_finished(folder: Path, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:  # noqa: ANN401 - any of transformers' models
+    """A model of the work folder, in one piece, merged or quantized."""
+    return _load(folder, dtype, device, **options)
+
+
+def _load(folder: Path, dtype: torch.dtype, device: torch.device, **options: Any) -> Any:  # noqa: ANN401 - any of transformers' models
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map={"": device}, local_files_only=True, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch_out_of_memory())):
+            raise
+        msg = f"The model in {folder} cannot be loaded: {error}. Delete {folder} and run the stage that makes it again."
+        raise InvalidModel(msg) from error
+    return model.eval()
+
+
+def torch_out_of_memory() -> type[BaseException]:
+    """What torch raises when the GPU's memory does not suffice."""
+    import torch  # noqa: PLC0415 - slow
+
+    return torch.OutOfMemoryError
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: of the GPU, or of the process on CPU."""
+    import resource  # noqa: PLC0415 - beside its use
+
+    import torch  # noqa: PLC0415 - slow
+
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,224 @@
+"""finetune-trainer quantize --name NAME --config job.json --work DIR: a 4-bit GPTQ form of the merged model.
+
+GPTQ rounds each layer column by column and lets the columns not yet rounded make up for the error on rows of the
+training set (Frantar et al. 2022, arXiv:2210.17323). What is written is loaded back, compared with the merged model
+and made to write an answer.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import io
+import json
+import logging
+import math
+import os
+import random
+import shutil
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_trainer import manifest, samples
+from finetune_trainer.data import TRAIN
+from finetune_trainer.errors import InvalidConfig, VerificationFailed
+from finetune_trainer.evaluate import compare, load_gptq, read_token_rows
+from finetune_trainer.loading import load_finished, set_up_torch
+from finetune_trainer.manifest import Made, Manifest, Result
+from finetune_trainer.merge import DEVICE_ROWS, working_device
+from finetune_trainer.model import load_tokenizer
+from finetune_trainer.progress import Measured
+
+if TYPE_CHECKING:
+    import torch
+
+    from finetune_trainer.config import JobConfig, Quantize
+    from finetune_trainer.context import Context
+    from finetune_trainer.evaluate import TokenRow
+    from finetune_trainer.progress import ResolvedQuantize
+
+log = logging.getLogger(__name__)
+
+DEFAULT_SAMPLES, DEFAULT_MAX_LENGTH = 256, 1024
+NOT_SHIPPED = ("quant_log.csv",)
+NEW_TOKENS = 24
+
+
+def run(config: JobConfig, context: Context) -> Manifest:
+    """Quantize on rows of the training set, write, load back, compare with the merged model, publish."""
+    set_up_torch()
+    entry, settings = _settings(config, context)
+    calibration = choose_calibration(read_token_rows(context.work.data, TRAIN), entry, context.resolved.seed)
+    device = working_device()
+
+    def build(folder: Path) -> Result:
+        context.report.begin("loading the merged model")
+        write_gptq(context.work.merged, folder, settings, calibration, context)
+        _copy_tokenizer(context.work.merged, folder)
+        return _prove(folder, settings, device, context)
+
+    if context.target is None:
+        msg = "quantize needs a target"
+        raise ValueError(msg)
+    return manifest.publish(context.target, context.attempt, build, context.report.bytes_progress)
+
+
+def _settings(config: JobConfig, context: Context) -> tuple[Quantize, ResolvedQuantize]:
+    """The entry of the config, and what prepare fixed for it."""
+    entry = next(entry for entry in config.quantize or () if entry.name == context.name)
+    settings = next((each for each in context.resolved.quantize if each.name == entry.name), None)
+    if settings is None:
+        msg = f"quantize '{entry.name}' was added after prepare ran. Use a new --work folder for this config."
+        raise InvalidConfig(msg)
+    return entry, settings
+
+
+def choose_calibration(rows: list[TokenRow], entry: Quantize, seed: int) -> list[dict[str, list[int]]]:
+    """Rows of the training set, whole or their beginnings: never the held-out ones.
+
+    Plain dicts of lists: gptqmodel refuses a BatchEncoding (7.6).
+    """
+    wanted = entry.calibration
+    count = (wanted and wanted.samples) or DEFAULT_SAMPLES
+    length = (wanted and wanted.max_length) or DEFAULT_MAX_LENGTH
+    chosen = random.Random(seed).sample(rows, min(count, len(rows)))  # noqa: S311 - a choice, no secret
+    return [
+        {"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in (list(row.input_ids[:length]) for row in chosen)
+    ]
+
+
+def write_gptq(
+    merged: Path,
+    folder: Path,
+    settings: ResolvedQuantize,
+    calibration: list[dict[str, list[int]]],
+    context: Context,
+) -> None:
+    """Quantize `merged` into `folder`, in the format that transformers, vLLM and gptqmodel read."""
+    with tempfile.TemporaryDirectory(prefix="gptq-") as aside, redirect_stdout(io.StringIO()):
+        gptqmodel = import_gptqmodel(Path(aside))
+        quantization = gptqmodel.QuantizeConfig(
+            bits=settings.bits,
+            group_size=settings.group_size,
+            desc_act=False,
+            device=str(working_device()),
+            offload_to_disk_path=aside,
+        )
+        model = gptqmodel.GPTQModel.load(str(merged), quantization)
+        layers = int(model.model.config.get_text_config().num_hidden_layers)
+        context.report.begin(f"quantizing to {settings.bits} bits on {len(calibration)} rows", layers, "layers")
+        model.layer_callback = LayerCallback(context)
+        model.quantize(calibration, batch_size=1)
+        context.raise_if_stopping()
+        model.save(str(folder))
+        del model
+        gc.collect()
+    clean(folder)
+
+
+class LayerCallback:
+    """Progress, a layer at a time; leaves if asked to."""
+
+    def __init__(self, context: Context) -> None:
+        """`context`: the report, and the wish to stop."""
+        self._context = context
+
+    def layer_complete(self, *, layer_idx: int, submodule_finalized: bool) -> None:
+        """What gptqmodel calls after each layer, and again when its weights are packed."""
+        if not submodule_finalized:
+            self._context.raise_if_stopping()
+            self._context.report.update(done=layer_idx + 1)
+
+
+def import_gptqmodel(aside: Path) -> Any:  # noqa: ANN401 - a module
+    """Import gptqmodel (7.6) so that it runs in a pod.
+
+    - On 2 cores it asks for 2 workers of a pool of 1 ("Virtual pool 'model_loader:cpu' requests 2 workers").
+    - It compiles a packer at run time: half a minute with a compiler, and the same result without.
+    - It writes `logs/` into the current folder, which may be read-only.
+    """
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "4")
+    os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
+    gptqmodel = importlib.import_module("gptqmodel")
+    loop_processor: Any = importlib.import_module("gptqmodel.looper.loop_processor")
+    loop_processor._PROJECT_LOG_DIR = aside  # noqa: SLF001 - there is no setting
+    importlib.import_module("logbar").LogBar.shared().setLevel(logging.ERROR)
+    return gptqmodel
+
+
+def clean(folder: Path) -> None:
+    """Take this machine's temporary paths out of the configs, and logs out of the folder.
+
+    gptqmodel writes `offload_to_disk_path` into config.json and quantize_config.json (7.6).
+    """
+    for name in NOT_SHIPPED:
+        (folder / name).unlink(missing_ok=True)
+    for name in ("config.json", "quantize_config.json"):
+        path = folder / name
+        if path.exists():
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(json.dumps(_without_paths(settings), indent=2) + "\n", encoding="utf-8")
+
+
+def _without_paths(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    if not isinstance(value, dict):
+        return value
+    dropped = {"offload_to_disk", "offload_to_disk_path", "_name_or_path"}
+    return {key: _without_paths(each) for key, each in value.items() if key not in dropped}
+
+
+def _copy_tokenizer(merged: Path, folder: Path) -> None:
+    """The merged model's own files, which gptqmodel writes in its own way."""
+    for pattern in ("tokenizer*", "chat_template*", "generation_config.json", "special_tokens_map.json", "LICENSE*"):
+        for path in merged.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _prove(folder: Path, settings: ResolvedQuantize, device: torch.device, context: Context) -> Result:
+    """Load what was written, compare it with the merged model and let it write. VerificationFailed."""
+    import torch  # noqa: PLC0415 - slow
+
+    rows = read_token_rows(context.work.data)[:DEVICE_ROWS]
+    context.report.begin("loading the quantized model back")
+    quantized = load_gptq(folder, device, torch.float32)
+    verify_layers(quantized, folder)
+    answer = _write_answer(quantized, rows, context)
+    if not rows:
+        return Result(message=f"Quantized to {settings.bits} bits.", artifact=_made(settings.name, None))
+    merged = load_finished(context.work.merged, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    context.report.begin("comparing with the merged model", len(rows), "rows")
+    found = compare(merged, quantized, rows, context.polled)
+    if not (math.isfinite(found.loss) and math.isfinite(found.kl)):
+        msg = f"The quantized model in {folder} computes no numbers (loss {found.loss}). Report this as a bug."
+        raise VerificationFailed(msg)
+    log.info("it writes: %s", answer)
+    measured = found.measured()
+    message = (
+        f"Quantized to {settings.bits} bits in groups of {settings.group_size}: perplexity {measured.perplexity:.2f}, "
+        f"{measured.perplexity_increase_percent:+.1f}% against the merged model."
+    )
+    return Result(message=message, artifact=_made(settings.name, measured))
+
+
+def _made(name: str, measured: Measured | None) -> Made:
+    return Made(name=name, type="Quantized", measured=measured)
+
+
+def verify_layers(model: Any, folder: Path) -> None:  # noqa: ANN401 - a causal language model
+    """VerificationFailed if nothing of what was loaded is quantized: the config promised it."""
+    if not any(hasattr(module, "qweight") for module in model.modules()):
+        msg = f"{folder} was loaded without a single quantized layer. Delete it and run quantize again."
+        raise VerificationFailed(msg)
+
+
+def _write_answer(model: Any, rows: list[TokenRow], context: Context) -> str:  # noqa: ANN401 - a causal language model
+    """A greedy answer. VerificationFailed if the model cannot write."""
+    tokenizer = load_tokenizer(context.work.merged)
+    prompts = samples.choose_prompts(rows, 1) or [[tokenizer.bos_token_id or tokenizer.eos_token_id]]
+    try:
+        return samples.generate(model, tokenizer, prompts, NEW_TOKENS)[0]
+    except (RuntimeError, ValueError, IndexError) as error:
+        msg = f"The quantized model was written but cannot write an answer: {error}. Report this as a bug."
+        raise VerificationFailed(msg) from error

@@ -1,0 +1,75 @@
+"""A few answers before and after training, for people: `report/samples.json` and the log."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from finetune_trainer.evaluate import TokenRow
+
+log = logging.getLogger(__name__)
+
+SAMPLES = 2
+NEW_TOKENS = 40
+SHOWN_CHARACTERS = 400
+
+
+def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int = NEW_TOKENS) -> list[str]:  # noqa: ANN401 - transformers' model and tokenizer
+    """Greedy answers to tokenized prompts, one at a time, so that none depends on another's padding."""
+    import torch  # noqa: PLC0415 - slow
+
+    was_training = model.training
+    model.eval()
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)], device=model.device)
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            )
+        answers.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    model.train(was_training)
+    return answers
+
+
+def choose_prompts(rows: Sequence[TokenRow], count: int = SAMPLES) -> list[list[int]]:
+    """Prompts of held-out rows, spread over them; rows that begin with their answer have none."""
+    prompts = [list(row.prompt) for row in rows]
+    prompts = [prompt for prompt in prompts if prompt]
+    step = max(1, len(prompts) // count)
+    return prompts[::step][:count]
+
+
+def write(
+    path: Path,
+    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
+    prompts: Sequence[Sequence[int]],
+    before: Sequence[str],
+    after: Sequence[str],
+) -> None:
+    """Leave them as JSON, and show them in the log."""
+    records = [
+        {"prompt": tokenizer.decode(list(prompt), skip_special_tokens=True).strip(), "before": was, "after": now}
+        for prompt, was, now in zip(prompts, before, after, strict=True)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    aside.chmod(0o644)
+    aside.replace(path)
+    for record in records:
+        for name, text in record.items():
+            log.info("%-6s %s", name, text[:SHOWN_CHARACTERS].replace("\n", " "))

@@ -1,0 +1,228 @@
+"""finetune-trainer train --config job.json --work DIR: train a QLoRA adapter, and prove it.
+
+The base is held in NF4 on CPU and GPU alike; TRL's SFTTrainer takes the steps on rows that prepare tokenized. A run
+that was broken off goes on from its newest good checkpoint, and ends with the very weights of an unbroken one (CPU,
+AdamW: bit by bit).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finetune_trainer import checkpoint, manifest, samples
+from finetune_trainer.checkpoint import Checkpoints
+from finetune_trainer.data import TRAIN
+from finetune_trainer.errors import InvalidDataset, OutOfMemory
+from finetune_trainer.evaluate import TokenRow, measure_loss, read_token_rows
+from finetune_trainer.loading import compute_dtype, load_base, set_up_torch, torch_out_of_memory, training_device
+from finetune_trainer.manifest import Made, Manifest, Result
+from finetune_trainer.model import load_tokenizer
+from finetune_trainer.progress import Measured, Resolved
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from finetune_trainer.config import JobConfig
+    from finetune_trainer.context import Context
+    from finetune_trainer.loop import Loop
+
+log = logging.getLogger(__name__)
+
+BEFORE_NAME = "before.json"
+
+
+@dataclass(frozen=True)
+class Before:
+    """What was measured before the first step; kept over a resume, never measured twice."""
+
+    eval_loss: float | None
+    answers: list[str]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is learned from, and what is measured on."""
+
+    train: list[TokenRow]
+    held_out: list[TokenRow]
+    prompts: list[list[int]]
+
+
+def run(config: JobConfig, context: Context) -> Manifest:
+    """Load the base and the rows, train from the newest good checkpoint, publish `adapter/`."""
+    set_up_torch()
+    resolved, device = context.resolved, training_device(config.gpus_per_node)
+    checkpoints = _checkpoints(context, resolved)
+    start = checkpoints.newest_good()
+    rows = _read_rows(context)
+    context.report.begin("loading the base model")
+    tokenizer = load_tokenizer(context.work.model)
+    base = load_base(context.work.model, resolved, device, dtype := compute_dtype(resolved, device))
+    before = _measure_before(base, tokenizer, rows, context)
+    trainer = _build_trainer(base, tokenizer, rows, resolved, dtype, context)
+    loop = _train(trainer, resolved, rows, checkpoints, start, context)
+    after = samples.generate(trainer.model, tokenizer, rows.prompts)
+    samples.write(context.work.report / "samples.json", tokenizer, rows.prompts, before.answers, after)
+    return _publish(trainer, tokenizer, loop, before, resolved, context)
+
+
+def _checkpoints(context: Context, resolved: Resolved) -> Checkpoints:
+    if context.target is None:
+        msg = "train needs a target"
+        raise ValueError(msg)
+    return Checkpoints(context.work.root, context.target, context.attempt, resolved.checkpoint_keep)
+
+
+def _read_rows(context: Context) -> Rows:
+    train, held_out = read_token_rows(context.work.data, TRAIN), read_token_rows(context.work.data)
+    if not train:
+        msg = "There is no row to train on. Run prepare again in a new work folder with rows that are not all held out."
+        raise InvalidDataset(msg)
+    return Rows(train, held_out, samples.choose_prompts(held_out))
+
+
+def _measure_before(base: Any, tokenizer: Any, rows: Rows, context: Context) -> Before:  # noqa: ANN401 - transformers' objects
+    """Held-out loss and answers of the base, measured once in the life of the run."""
+    path, run = context.work.checkpoints / BEFORE_NAME, _run_of(context)
+    if (known := _read_before(path, run)) is not None:
+        log.info("measured before the first step, in an earlier attempt: held-out loss %s", known.eval_loss)
+        return known
+    loss = None
+    if rows.held_out:
+        context.report.begin("measuring the base model", len(rows.held_out), "rows")
+        loss = measure_loss(base, rows.held_out, context.polled)
+        log.info("held-out loss before training: %.4f", loss)
+    context.report.begin("writing answers before training", len(rows.prompts), "answers")
+    before = Before(loss, samples.generate(base, tokenizer, rows.prompts))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial-{context.attempt}")
+    aside.write_text(json.dumps({"run": run, "evalLoss": before.eval_loss, "answers": before.answers}), "utf-8")
+    manifest.sync(aside)
+    aside.replace(path)
+    return before
+
+
+def _run_of(context: Context) -> dict[str, Any]:
+    """What the figures belong to: settings, rows and model."""
+    target = _checkpoints(context, context.resolved).run
+    return {"settings": target.config_digest, **target.inputs}
+
+
+def _read_before(path: Path, run: dict[str, Any]) -> Before | None:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return Before(known["evalLoss"], known["answers"]) if known["run"] == run else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _build_trainer(  # noqa: PLR0913 - the pieces of a training
+    base: Any,  # noqa: ANN401 - a transformers model
+    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
+    rows: Rows,
+    resolved: Resolved,
+    dtype: torch.dtype,
+    context: Context,
+) -> Any:  # noqa: ANN401 - an SFTTrainer
+    from finetune_trainer.loop import build_trainer  # noqa: PLC0415 - brings trl, slow
+
+    context.report.begin("setting up the trainer")
+    return build_trainer(base, tokenizer, rows.train, resolved, dtype, context.work.checkpoints)
+
+
+def _train(  # noqa: PLR0913 - the pieces of a training
+    trainer: Any,  # noqa: ANN401 - an SFTTrainer
+    resolved: Resolved,
+    rows: Rows,
+    checkpoints: Checkpoints,
+    start: Path | None,
+    context: Context,
+) -> Loop:
+    """Take the steps that are left. OutOfMemory names device, step and micro-batch."""
+    from finetune_trainer.loop import Loop  # noqa: PLC0415 - brings trl, slow
+
+    loop = Loop(trainer, resolved, rows.held_out, checkpoints, context)
+    loop.resumed_from = None if start is None else checkpoint.step_of(start)
+    if start is not None:
+        log.info("going on from step %d", loop.resumed_from)
+    context.report.begin("training", resolved.total_steps, "steps")
+    context.report.update(done=loop.resumed_from or 0, checkpoint_step=loop.resumed_from, eta_seconds=None)
+    if (
+        start is not None and loop.resumed_from == resolved.total_steps
+    ):  # broken off between the last step and the adapter
+        loop.take_over(start)
+        return loop
+    trainer.add_callback(loop)
+    try:
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    except torch_out_of_memory() as error:
+        raise OutOfMemory(_out_of_memory(trainer, resolved, error)) from error
+    return loop
+
+
+def _out_of_memory(trainer: Any, resolved: Resolved, error: BaseException) -> str:  # noqa: ANN401 - an SFTTrainer
+    first_line = str(error).splitlines()[0] if str(error) else "no details given"
+    return (
+        f"{trainer.args.device} ran out of memory at step {trainer.state.global_step + 1} with micro-batch "
+        f"{resolved.micro_batch_size} and rows of up to {resolved.max_length} tokens ({first_line}). "
+        "Lower training.perDeviceTrainBatchSize or training.maxLength, or use a larger GPU."
+    )
+
+
+def _publish(  # noqa: PLR0913 - what is told of an adapter
+    trainer: Any,  # noqa: ANN401 - an SFTTrainer
+    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
+    loop: Loop,
+    before: Before,
+    resolved: Resolved,
+    context: Context,
+) -> Manifest:
+    """Adapter in PEFT's format, tokenizer and chat template beside it; complete or absent."""
+    result = _result(loop, before, resolved)
+
+    def build(folder: Path) -> Result:
+        context.report.begin("saving the adapter", unit="bytes")
+        trainer.model.save_pretrained(folder)
+        _forget_machine(folder)
+        tokenizer.save_pretrained(folder)
+        return result
+
+    if context.target is None:
+        msg = "train needs a target"
+        raise ValueError(msg)
+    return manifest.publish(context.target, context.attempt, build, context.report.bytes_progress)
+
+
+def _forget_machine(folder: Path) -> None:
+    """PEFT writes the base's path on this machine and a README: the base is `model/` of the same work folder."""
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = "../model"
+    path.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def _result(loop: Loop, before: Before, resolved: Resolved) -> Result:
+    after = loop.eval_loss
+    measured = None
+    told = "nothing was held out"
+    if after is not None and before.eval_loss is not None:
+        measured = Measured(
+            eval_loss=_rounded(after), perplexity=_rounded(math.exp(after)), eval_loss_base=_rounded(before.eval_loss)
+        )
+        told = f"held-out loss {before.eval_loss:.4f} before, {after:.4f} after"
+    return Result(
+        message=f"Trained {resolved.total_steps:,} steps: {told}.",
+        training=loop.facts(),
+        artifact=Made(name="adapter", type="Adapter", measured=measured),
+    )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
