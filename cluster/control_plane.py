@@ -126,7 +126,8 @@ def api_server(layout: Layout) -> Component:
     }
     if layout.on_loopback:
         options["endpoint-reconciler-type"] = "none"  # a loopback address may not be the endpoint of a Service
-    return Component("kube-apiserver", _command("kube-apiserver", options), layout.log("kube-apiserver"))
+    health = f"{layout.server}/livez"
+    return Component("kube-apiserver", _command("kube-apiserver", options), layout.log("kube-apiserver"), health)
 
 
 def controller_manager(layout: Layout) -> Component:

@@ -143,17 +143,27 @@ def create(state: State) -> Namespace:
 
 def remove(state: State) -> None:
     """Remove all that a cluster of this folder has on the host, whether it lives, was killed or never was."""
-    pid = _recorded_pid(state)
-    if pid is not None:
+    for pid in _supervisors(state):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: _recorded_pid(state) is None, "The end of the cluster's processes", 20)
+    wait_until(lambda: not _supervisors(state), "The end of the cluster's processes", 20)
     subprocess.run(["ip", "link", "delete", state.link], check=False, capture_output=True)
     _remove_rules(state)
     _restore_forwarding(state)
     cgroups.remove(state.cgroup)
     (state.root / SOCKET).unlink(missing_ok=True)
     (state.root / "run.json").unlink(missing_ok=True)
+
+
+def _supervisors(state: State) -> list[int]:
+    """Return PID 1 and its parent by their exact command, recorded or not: an `up` may be killed at any moment."""
+    command = f"-m\0cluster.supervisor\0{state.root}\0"
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (entry / "cmdline").read_text(errors="replace").endswith(command):
+                found.append(int(entry.name))
+    return [pid for pid in found if start_time(pid)]
 
 
 def _connect(state: State) -> socket.socket:

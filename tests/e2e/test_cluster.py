@@ -272,6 +272,16 @@ def test_up_after_everything_was_killed(make_cluster: Callable[[str], LocalClust
     assert leftovers(cluster.state, namespaces) == []
 
 
+def test_down_finds_what_nobody_recorded(make_cluster: Callable[[str], LocalCluster]) -> None:
+    """As after an `up` that was killed half-way, or a state folder that was removed by hand."""
+    cluster = make_cluster("state")
+    cluster.run("up")
+    namespaces = namespaces_of(cluster.state)
+    (cluster.state.root / "run.json").unlink()
+    cluster.run("down")
+    assert leftovers(cluster.state, namespaces) == []
+
+
 def test_two_side_by_side(make_cluster: Callable[[str], LocalCluster]) -> None:
     one, other = make_cluster("one"), make_cluster("other")
     one.run("up")
