@@ -135,7 +135,7 @@ def set_up_logging(command: str) -> None:
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s {where} %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
     )
-    for noisy in ("httpx", "filelock", "urllib3", "datasets", "huggingface_hub"):
+    for noisy in ("httpx2", "gguf", "filelock", "urllib3", "datasets", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

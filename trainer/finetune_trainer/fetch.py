@@ -143,7 +143,7 @@ def _convert_gguf(path: Path, where: str, context: Context, folder: Path) -> dic
     kind, count = _gguf_weights(path, where)
     dtype = HELD_EXACTLY.get(kind, QUANTIZED_SAVED_AS)
     require_space(folder, count * (4 if dtype == "float32" else 2), f"{where}, unpacked from {kind} to {dtype},")
-    context.report.begin(f"converting {path.name} ({kind}, {count / 1e6:,.0f} million weights) to {dtype} safetensors")
+    context.report.begin(f"converting {path.name} ({kind}, {count:,} weights) to {dtype} safetensors")
     try:
         _load_and_save_gguf(path, dtype, folder)
     except (TrainerError, OSError, MemoryError):
@@ -245,6 +245,7 @@ def _is_shard(name: str) -> bool:
 @contextmanager
 def _told_apart(source: HuggingFaceSource) -> Iterator[None]:
     """The hub's refusals, each with what the user can do."""
+    import httpx2  # noqa: PLC0415 - comes with huggingface_hub
     from huggingface_hub import errors  # noqa: PLC0415 - slow
 
     repo, where = source.repo, f"model: '{source.repo}'"
@@ -262,7 +263,7 @@ def _told_apart(source: HuggingFaceSource) -> Iterator[None]:
             raise AccessDenied(msg + "or give a token that may read it in tokenSecretRef.") from error
         msg = f"{where} is not on the hub. Correct model.huggingFace.repo; a private one needs tokenSecretRef."
         raise NotFound(msg) from error
-    except errors.EntryNotFoundError as error:
+    except errors.RemoteEntryNotFoundError as error:
         msg = f"{where}: a file of '{repo}' is not there any more: {error}"
         raise NotFound(msg) from error
     except errors.HfHubHTTPError as error:
@@ -270,7 +271,12 @@ def _told_apart(source: HuggingFaceSource) -> Iterator[None]:
         if status in {401, 403}:
             msg = f"{where}: the hub refuses the token ({status}). Give one that may read it in tokenSecretRef."
             raise AccessDenied(msg) from error
-        raise
+        msg = f"{where}: the hub answers {status}. It is worth another try later."
+        raise TrainerError(msg) from error
+    except (httpx2.TransportError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, TimeoutError) as error:
+        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+        msg = f"{where}: the hub at {endpoint} cannot be reached ({type(error).__name__}: {error}). "
+        raise TrainerError(msg + "Check network, proxy and HF_ENDPOINT, or use a volume source.") from error
 
 
 @contextmanager
