@@ -101,3 +101,16 @@ class Space:
             return wait_for(probe, f"{name}: {fields}", seconds)
         except AssertionError as error:
             raise AssertionError(f"{error}, but {json.dumps(self.status(name), indent=1)}") from None
+
+    def version(self, name: str) -> str:
+        found: str = self.read("finetunejobs", name)["metadata"]["resourceVersion"]
+        return found
+
+    def history(self, name: str, since: str) -> list[JSON]:
+        """Every version of a FineTuneJob after this one, as a watch tells them."""
+        query = f"?watch=true&resourceVersion={since}&timeoutSeconds=2"
+        events = [
+            json.loads(line) for line in self.api.call("GET", self.path("finetunejobs", query=query)).splitlines()
+        ]
+        assert all(event["type"] != "ERROR" for event in events), events
+        return [event["object"] for event in events if event["object"]["metadata"]["name"] == name]

@@ -1,0 +1,101 @@
+"""Operators that are killed, restarted, left idle or cut off. No kubelet: pods are played by the test."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from cluster.control_plane import ControlPlane
+from tests.apiserver import players
+from tests.apiserver.api import Space, wait_for
+from tests.apiserver.cases import spec
+from tests.apiserver.conftest import Operator, quiet_for
+
+NewOperator = Callable[..., Operator]
+LINE = ("prepare", "train", "merge", "quantize-0")
+SPEC = spec(parallelism={"gpusPerNode": 0}, quantize=[{"name": "gptq4", "method": "GPTQ"}])
+MEMORY_LIMIT_MIB = 80
+
+
+@pytest.fixture
+def own_operator(new_operator: NewOperator) -> Operator:
+    return new_operator()
+
+
+def test_a_finished_job_and_an_idle_operator_write_nothing(new_operator: NewOperator, space: Space) -> None:
+    operator = new_operator(FINETUNE_RESYNC_SECONDS="0.5")
+    space.submit("demo", spec(merge={"policy": "Never"}))
+    for attempt, stage in enumerate(("prepare", "train"), start=1):
+        players.succeed(space, players.next_job(space, "demo", stage, attempt))
+    space.wait_status("demo", phase="Succeeded")
+    assert quiet_for(2, lambda: space.version("demo"))
+    operator.restart()
+    wait_for(lambda: operator.get("/readyz") == 200, "the operator watching again")
+    assert quiet_for(2, lambda: space.version("demo"))
+
+
+def test_an_operator_killed_in_every_stage_of_played_pods_changes_nothing(own_operator: Operator, space: Space) -> None:
+    space.submit("demo", SPEC)
+    uids: dict[str, str] = {}
+    for attempt, stage in enumerate(LINE, start=1):
+        job = players.next_job(space, "demo", stage, attempt)
+        own_operator.kill()  # often before the status of this attempt is written
+        uids[job] = space.read("jobs", job)["metadata"]["uid"]
+        own_operator.start()
+        players.run(space, job)
+        space.wait_status("demo", reason="Running", attemptCount=attempt)
+        own_operator.kill()
+        players.succeed(space, job)
+        own_operator.start()
+    status = space.wait_status("demo", phase="Succeeded")
+    assert {name: space.read("jobs", name)["metadata"]["uid"] for name in space.names("jobs")} == uids
+    assert len(uids) == len(LINE)
+    assert [stage["manifestDigest"] for stage in status["stages"]] == [f"{stage}-digest" for stage in LINE]
+    assert status["retries"] == 0
+
+
+def test_a_status_lost_with_played_pods_is_told_again(own_operator: Operator, space: Space) -> None:
+    space.submit("demo", SPEC)
+    players.succeed(space, players.next_job(space, "demo", "prepare", 1))
+    players.next_job(space, "demo", "train", 2)
+    own_operator.kill()
+    space.call(
+        "PATCH", space.path("finetunejobs", "demo") + "/status", {"status": None}, "application/merge-patch+json"
+    )
+    own_operator.start()
+    status = space.wait_status("demo", attemptCount=2)
+    assert status["stages"][0]["manifestDigest"] == "prepare-digest"
+    assert space.names("jobs") == ["demo-prepare-1", "demo-train-2"]
+
+
+def test_a_foreign_object_that_goes_away_lets_the_job_start(new_operator: NewOperator, space: Space) -> None:
+    operator = new_operator(FINETUNE_START_DEADLINE_SECONDS="60")
+    space.create("configmaps", {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "demo-config"}})
+    space.submit("demo", SPEC)
+    space.wait_status("demo", reason="NameConflict")
+    space.delete("configmaps", "demo-config")
+    players.next_job(space, "demo", "prepare", 1)
+
+
+def test_an_idle_operator_is_light_ready_and_ends_on_a_signal(own_operator: Operator) -> None:
+    wait_for(lambda: own_operator.get("/readyz") == 200, "the operator ready")
+    assert own_operator.get("/healthz") == 200
+    time.sleep(1)  # so that what it took to start is released
+    memory = own_operator.memory_mib("Rss")
+    print(f"idle: RSS {memory:.1f} MiB, PSS {own_operator.memory_mib():.1f} MiB")
+    assert memory < MEMORY_LIMIT_MIB
+    assert own_operator.stop() == 0
+
+
+def test_an_operator_survives_an_api_server_that_goes_away(
+    own_operator: Operator, space: Space, control_plane: ControlPlane
+) -> None:
+    wait_for(lambda: own_operator.get("/readyz") == 200, "the operator ready")
+    own_operator.meets_a_new_api_server = True
+    control_plane.stop()
+    control_plane.start()
+    space.submit("demo", SPEC)
+    players.next_job(space, "demo", "prepare", 1)
+    assert own_operator.get("/healthz") == 200

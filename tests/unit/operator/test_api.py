@@ -1,0 +1,67 @@
+"""The models: what they refuse, and how they read what is stored."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from finetune_operator.api import FineTuneJob, InvalidJobError, Spec, cut
+from finetune_operator.settings import Settings, SettingsError
+from finetune_trainer.config import JobConfig
+from tests.apiserver.cases import BAD, GOOD
+from tests.unit.operator.builders import SPEC, WHOLE, a_job, job_body
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_the_models_refuse_what_the_api_server_refuses(case: str) -> None:
+    with pytest.raises(ValidationError):
+        Spec.model_validate(BAD[case][0])
+
+
+def test_the_models_take_what_the_api_server_takes() -> None:
+    assert Spec.model_validate(GOOD)
+
+
+def test_the_trainers_configuration_is_the_trainers_half_of_the_spec() -> None:
+    spec = Spec.model_validate(WHOLE | {"pod": {"nodeSelector": {"a": "b"}}, "runPolicy": {"maxRetries": 1}})
+    assert json.loads(spec.config.to_json()) == WHOLE
+    assert JobConfig.model_validate_json(spec.config.to_json()).quantize
+
+
+def test_an_invalid_spec_is_told_field_by_field() -> None:
+    job = a_job(SPEC | {"suspend": True, "training": {"maxSteps": 0}})
+    assert job.spec is None
+    assert job.problem is not None
+    assert "spec.suspend: unknown to this version of the operator" in job.problem
+    assert "spec.training.maxSteps" in job.problem
+    with pytest.raises(InvalidJobError):
+        _ = job.valid_spec
+
+
+@pytest.mark.parametrize("name", ["a" * 41, "a.b"])
+def test_a_name_that_the_schema_of_another_version_let_through_is_a_problem(name: str) -> None:
+    assert FineTuneJob.parse(job_body(name=name)).problem
+
+
+def test_a_status_of_another_version_is_read_as_far_as_it_goes() -> None:
+    status = a_job(status={"phase": "Training", "attempts": "many", "future": 1}).status
+    assert (status.phase, status.attempts) == ("Training", None)
+
+
+def test_a_long_message_is_cut_to_the_limit() -> None:
+    assert len(cut("x" * 5000)) == 1024
+
+
+def test_a_missing_image_is_told_by_the_variables_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FINETUNE_TRAINER_IMAGE", raising=False)
+    with pytest.raises(SettingsError, match="FINETUNE_TRAINER_IMAGE is not set"):
+        Settings.from_environment()
+
+
+def test_a_wrong_setting_is_told_by_the_variables_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_TRAINER_IMAGE", "x")
+    monkeypatch.setenv("FINETUNE_WORKERS", "none")
+    with pytest.raises(SettingsError, match="FINETUNE_WORKERS is wrong"):
+        Settings.from_environment()

@@ -1,0 +1,134 @@
+"""Why a stage ended: the strongest evidence wins, and each reason has its remedy and its rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetune_operator.facts import parse_job, parse_pod
+from finetune_operator.failures import REMEDIES, Failure, Reason, Retry, classify, delay
+from finetune_trainer.progress import ExitCode
+from finetune_trainer.progress import Reason as Said
+from tests.unit.operator.builders import JSON, condition, container, ended, pod_body, word
+
+
+def judged(**status: Any) -> Failure:
+    return classify(parse_pod(pod_body("train", 1, **status)), None)
+
+
+DISRUPTED = {"conditions": [condition("DisruptionTarget", "PreemptionByScheduler", "preempted by a greater")]}
+SAID = word("train", 1, Said.INVALID_DATASET, "line 3: no JSON.").to_json()
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "retry"),
+    [
+        pytest.param(ended(137) | DISRUPTED, "Disrupted", Retry.FREE, id="a preempted pod is nobody's fault"),
+        pytest.param(ended(137, "OOMKilled") | DISRUPTED, "Disrupted", Retry.FREE, id="a drain comes before a kill"),
+        pytest.param(ended(137, "OOMKilled"), "OutOfHostMemory", Retry.NEVER, id="killed for memory"),
+        pytest.param(ended(137, "OOMKilled", SAID), "OutOfHostMemory", Retry.NEVER, id="a kill comes before a word"),
+        pytest.param(ended(11, "Error", SAID), "InvalidDataset", Retry.NEVER, id="the trainer's own word"),
+        pytest.param(ended(1, "Error", SAID), "InvalidDataset", Retry.NEVER, id="a word comes before an exit code"),
+        pytest.param(ended(15, "Error", "Traceback"), "VolumeFull", Retry.NEVER, id="a reserved exit code"),
+        pytest.param(ended(20), "Interrupted", Retry.FREE, id="saved on SIGTERM"),
+        pytest.param(ended(1, "Error", "Traceback: x"), "Unknown", Retry.COUNTED, id="an exit code of no meaning"),
+        pytest.param(ended(137), "Unknown", Retry.COUNTED, id="killed, nobody knows by whom"),
+        pytest.param(ended(0, "Completed", "{}"), "LostWord", Retry.FREE, id="ended well, proves nothing"),
+        pytest.param(
+            {"phase": "Failed", "reason": "Evicted", "message": "disk", **DISRUPTED},
+            "Evicted",
+            Retry.COUNTED,
+            id="evicted for what it took",
+        ),
+    ],
+)
+def test_the_strongest_evidence_wins(status: JSON, reason: str, retry: Retry) -> None:
+    found = judged(**status)
+    assert (found.reason, found.retry) == (reason, retry)
+
+
+def test_a_success_without_a_digest_proves_nothing() -> None:
+    claimed = word("train", 1, manifest_digest=None).to_json()
+    assert judged(**ended(0, "Completed", claimed)).reason == Reason.LOST_WORD
+
+
+@pytest.mark.parametrize("code", [code for code in ExitCode if code not in {ExitCode.COMPLETED, ExitCode.UNKNOWN}])
+def test_every_reserved_exit_code_has_a_rule_and_a_remedy(code: ExitCode) -> None:
+    found = judged(**ended(code.value))
+    assert found.reason == code.reason
+    assert REMEDIES[code.reason][1] in found.message
+
+
+@pytest.mark.parametrize("reason", Said)
+def test_everything_the_trainer_can_say_has_a_rule(reason: Said) -> None:
+    assert reason is Said.COMPLETED or reason in REMEDIES
+
+
+@pytest.mark.parametrize("words", ["", "x" * 4096, "\x00\udcff", "{", "null", "[]", "Traceback\n" * 300])
+@pytest.mark.parametrize("code", [0, 1, 137, 255])
+def test_no_last_line_is_too_odd_to_be_told(words: str, code: int) -> None:
+    assert 0 < len(judged(**ended(code, "Error", words)).message) <= 1024
+
+
+def a_stage_job(**status: Any) -> JSON:
+    return {**pod_body("train", 1), "status": status}
+
+
+@pytest.mark.parametrize(
+    ("job", "reason"),
+    [
+        (None, Reason.JOB_DELETED),
+        (a_stage_job(conditions=[condition("Complete")]), Reason.LOST_WORD),
+        (a_stage_job(conditions=[condition("Failed")]), Reason.POD_LOST),
+    ],
+)
+def test_without_a_pod_the_job_tells_what_it_can(job: JSON | None, reason: str) -> None:
+    found = classify(None, parse_job(job) if job else None)
+    assert (found.reason, found.retry) == (reason, Retry.FREE)
+
+
+def waits(reason: str, message: str = "why") -> JSON:
+    return {"containerStatuses": container(waiting={"reason": reason, "message": message})}
+
+
+def unscheduled(message: str) -> JSON:
+    return {"conditions": [condition("PodScheduled", "Unschedulable", message, "False")]}
+
+
+@pytest.mark.parametrize(
+    ("status", "warnings", "reason", "deadline"),
+    [
+        (waits("ErrImagePull"), (), "ImagePullFailed", True),
+        (waits("ImagePullBackOff"), (), "ImagePullFailed", True),
+        (waits("InvalidImageName"), (), "ImagePullFailed", True),
+        (waits("CreateContainerConfigError", 'secret "hf" not found'), (), "CannotStart", True),
+        (unscheduled('persistentvolumeclaim "models" not found'), (), "ClaimNotFound", True),
+        (unscheduled("pod has unbound immediate PersistentVolumeClaims"), (), "ClaimNotBound", True),
+        (unscheduled("0/1 nodes are available: 1 Insufficient nvidia.com/gpu."), (), "Unschedulable", False),
+        (waits("ContainerCreating"), ('FailedMount: secret "hf" not found',), "MountFailed", True),
+    ],
+)
+def test_what_keeps_a_pod_from_starting_is_told(
+    status: JSON, warnings: tuple[str, ...], reason: str, deadline: bool
+) -> None:
+    found = delay(parse_pod(pod_body(**status)), warnings)
+    assert found is not None
+    assert (found.reason, found.deadline) == (reason, deadline)
+
+
+@pytest.mark.parametrize(
+    ("warning", "reason", "deadline"),
+    [
+        ("FailedCreate: pods is forbidden: exceeded quota: gpus", "QuotaExceeded", False),
+        ("FailedCreate: pods is forbidden: violates PodSecurity", "PodRefused", True),
+    ],
+)
+def test_a_pod_that_is_refused_is_told(warning: str, reason: str, deadline: bool) -> None:
+    found = delay(None, (warning,))
+    assert found is not None
+    assert (found.reason, found.deadline) == (reason, deadline)
+
+
+def test_a_pod_that_just_starts_is_no_obstacle() -> None:
+    assert delay(parse_pod(pod_body(**waits("ContainerCreating"))), ()) is None

@@ -1,0 +1,42 @@
+"""Figures for people."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_operator.figures import digits, duration, share, size
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1.20441, "1.204"), (0.000213456, "0.0002135"), (12345.6, "12346"), (0.0, "0"), (None, None), (math.nan, None)],
+)
+def test_figures_have_four_digits(value: float | None, text: str | None) -> None:
+    assert digits(value) == text
+
+
+@given(st.floats())
+def test_a_figure_is_a_number_or_nothing(value: float) -> None:
+    text = digits(value)
+    assert text is None or math.isfinite(float(text))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.9, "59s"), (725, "12m"), (12000, "3h20m"), (190000, "2d4h"), (math.inf, None), (-1, None)],
+)
+def test_time_left_is_as_coarse_as_it_is_certain(seconds: float, text: str | None) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_share_of_an_unknown_total_is_not_told() -> None:
+    assert (share(1, 0), share(128, 300)) == (None, "128/300 (42%)")
+
+
+@pytest.mark.parametrize(("count", "text"), [(12, "12 B"), (2**20, "1.0 MiB"), (269 * 2**20, "269 MiB")])
+def test_sizes_are_for_people(count: int, text: str) -> None:
+    assert size(count) == text

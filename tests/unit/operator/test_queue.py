@@ -1,0 +1,110 @@
+"""Each key once, never two at work on one, failures ever later."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from finetune_operator.queue import Key, Queue
+
+A, B = Key("ns", "a"), Key("ns", "b")
+
+
+@pytest.fixture
+def queue() -> Queue:
+    return Queue(jitter=lambda: 0.0)
+
+
+async def nothing(queue: Queue, seconds: float = 0.05) -> bool:
+    try:
+        await asyncio.wait_for(queue.get(), seconds)
+    except TimeoutError:
+        return True
+    return False
+
+
+async def test_a_key_added_twice_is_handed_out_once(queue: Queue) -> None:
+    queue.add(A)
+    queue.add(A)
+    assert await queue.get() == A
+    assert await nothing(queue)
+
+
+async def test_keys_come_in_the_order_of_their_adding(queue: Queue) -> None:
+    for key in (B, A):
+        queue.add(key)
+    assert [await queue.get(), await queue.get()] == [B, A]
+
+
+async def test_a_key_in_work_is_not_handed_out_again_until_it_is_done(queue: Queue) -> None:
+    queue.add(A)
+    key = await queue.get()
+    queue.add(A)
+    assert await nothing(queue)
+    queue.done(key)
+    assert await asyncio.wait_for(queue.get(), 1) == A
+
+
+async def test_a_delayed_key_comes_when_its_time_has_come(queue: Queue) -> None:
+    queue.add_after(A, 0.08)
+    assert await nothing(queue, 0.02)
+    assert await asyncio.wait_for(queue.get(), 1) == A
+
+
+async def test_the_earlier_of_two_times_counts(queue: Queue) -> None:
+    queue.add_after(A, 60)
+    queue.add_after(A, 0.01)
+    queue.add_after(A, 60)
+    assert await asyncio.wait_for(queue.get(), 1) == A
+    queue.done(A)
+    assert await nothing(queue)
+
+
+async def test_a_key_heard_of_now_is_not_handed_out_again_later(queue: Queue) -> None:
+    queue.add_after(A, 0.05)
+    queue.add(A)
+    queue.done(await queue.get())
+    assert await nothing(queue, 0.1)
+
+
+async def test_failures_wait_ever_longer_until_one_goes_well(queue: Queue) -> None:
+    pauses = [queue.backoff(A) for _ in range(12)]
+    assert pauses[:3] == [0.5, 1, 2]
+    assert pauses[-1] == 120
+    queue.forget(A)
+    assert queue.backoff(A) == 0.5
+
+
+async def test_a_waiting_worker_that_gives_up_loses_no_key(queue: Queue) -> None:
+    waiting = asyncio.create_task(queue.get())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    queue.add(A)
+    assert await asyncio.wait_for(queue.get(), 1) == A
+
+
+async def test_many_workers_share_the_keys_without_sharing_one(queue: Queue) -> None:
+    at_work: set[Key] = set()
+    seen: list[Key] = []
+
+    async def worker() -> None:
+        while True:
+            key = await queue.get()
+            assert key not in at_work
+            at_work.add(key)
+            await asyncio.sleep(0)
+            seen.append(key)
+            at_work.remove(key)
+            queue.done(key)
+
+    keys = [Key("ns", str(number)) for number in range(20)]
+    tasks = [asyncio.create_task(worker()) for _ in range(4)]
+    for _ in range(5):
+        for key in keys:
+            queue.add(key)
+        await asyncio.sleep(0.01)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert set(seen) == set(keys)
