@@ -72,11 +72,14 @@ def home(cluster: Target) -> Iterator[Target]:
     cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": labels}})
     yield cluster
     cluster.kubectl("delete", "namespace", NAMESPACE, "--wait")
-    if found is None:
-        cluster.kubectl("delete", "crd", CRD, "--ignore-not-found")
+    left = find_crd(cluster)
+    if left is None or owner(left)[OWNER[0]] != RELEASE:
         return
-    annotations = [f"{name}={found['metadata']['annotations'][name]}" for name in OWNER]
-    cluster.kubectl("annotate", "crd", CRD, "--overwrite", *annotations)
+    if found is not None:
+        annotations = [f"{name}={value}" for name, value in owner(found).items()]
+        cluster.kubectl("annotate", "crd", CRD, "--overwrite", *annotations)
+    elif not json.loads(cluster.kubectl("get", "finetunejobs", "-A", "-o", "json"))["items"]:
+        cluster.kubectl("delete", "crd", CRD)
 
 
 @pytest.fixture
@@ -92,6 +95,12 @@ def release(home: Target) -> Iterator[Release]:
 def find_crd(cluster: Target) -> Manifest | None:
     found = cluster.kubectl("get", "crd", CRD, "--ignore-not-found", "-o", "json")
     return json.loads(found) if found else None
+
+
+def owner(crd: Manifest) -> dict[str, str]:
+    """Name and namespace of the release that the CRD belongs to; empty where Helm did not install it."""
+    annotations = crd["metadata"].get("annotations") or {}
+    return {name: annotations.get(name, "") for name in OWNER}
 
 
 def columns(crd: Manifest | None) -> list[str]:
