@@ -5,6 +5,7 @@ Every test starts clusters of its own in a temporary state folder, beside the on
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -158,37 +159,37 @@ open("/dev/termination-log", "wb").write(page)
 EAT = "kept = []\nwhile True:\n    kept.append(bytearray(10_000_000))"
 
 
-def leftovers(state: State, namespaces: set[str]) -> list[str]:
+def leftovers(state: State, inhabitants: dict[int, str]) -> list[str]:
     """What the host still has of a cluster; empty when nothing is left."""
 
     def output(*command: str) -> list[str]:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
-    found = [line for line in output("ip", "-brief", "link") if state.link in line]
+    found = output("ip", "-brief", "link")
     found += [line for table in ("nat", "filter") for line in output("iptables", "-w", "-t", table, "-S")]
     found += Path("/proc/self/mounts").read_text().splitlines()
     found += [str(group) for each in hierarchies() for group in each.mount.glob("*")]
     found += [str(path) for path in Path("/run").glob("finetune-operator/*")]
     marks = (state.link, state.cgroup, str(state.root))
     found = [line for line in found if any(mark in line for mark in marks)]
-    return found + [f"process {pid}" for pid in processes_in(namespaces)]
+    return found + [f"process {pid}" for pid in still_alive(inhabitants)]
 
 
-def processes_in(namespaces: set[str]) -> list[int]:
-    found = []
+def inhabitants_of(state: State) -> dict[int, str]:
+    """Every process that shares a namespace with the cluster, with its start: numbers of both are used again."""
+    pid = namespace.require(state).pid
+    namespaces = {(Path(f"/proc/{pid}/ns") / kind).readlink() for kind in ("net", "mnt", "pid")}
+    found = {}
     for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            inside = {str((entry / "ns" / kind).readlink()) for kind in ("net", "mnt", "pid")}
-        except OSError:
-            continue
-        if inside & namespaces:
-            found.append(int(entry.name))
+        with contextlib.suppress(OSError):
+            inside = {(entry / "ns" / kind).readlink() for kind in ("net", "mnt", "pid")}
+            if inside & namespaces:
+                found[int(entry.name)] = start_time(int(entry.name)) or ""
     return found
 
 
-def namespaces_of(state: State) -> set[str]:
-    live = namespace.require(state)
-    return {str(Path(f"/proc/{live.pid}/ns/{kind}").readlink()) for kind in ("net", "mnt", "pid")}
+def still_alive(inhabitants: dict[int, str]) -> list[int]:
+    return [pid for pid, started in inhabitants.items() if start_time(pid) == started]
 
 
 def host_settings() -> dict[str, str]:
@@ -204,7 +205,7 @@ def test_it_runs_what_production_runs_and_leaves_nothing(make_cluster: Callable[
     cluster = make_cluster("a-deep-folder-with-a-long-name/" * 4 + "state")  # sockets have only 107 bytes for a path
     settings, folders = host_settings(), host_folders()
     cluster.run("up")
-    namespaces = namespaces_of(cluster.state)
+    inhabitants = inhabitants_of(cluster.state)
     assert cluster.node_is_ready()
     cluster.apply(
         strict_namespace(),
@@ -217,11 +218,11 @@ def test_it_runs_what_production_runs_and_leaves_nothing(make_cluster: Callable[
     assert cluster.finished("client")["message"] == "hello from a volume"
     assert cluster.finished("greedy")["reason"] == "OOMKilled"
     assert cluster.run("status").stdout.count("healthy") >= 6
-    assert set(leftovers(cluster.state, namespaces)), "the check itself sees a running cluster"
+    assert set(leftovers(cluster.state, inhabitants)), "the check itself sees a running cluster"
 
     cluster.run("down")
 
-    assert leftovers(cluster.state, namespaces) == []
+    assert leftovers(cluster.state, inhabitants) == []
     assert (host_settings(), host_folders()) == (settings, folders)
 
 
@@ -256,30 +257,31 @@ def test_up_after_everything_was_killed(make_cluster: Callable[[str], LocalClust
     cluster.run("up")
     cluster.apply(strict_namespace(), pod("sleeper", "sleep", "1000"))
     cluster.kubectl("--namespace", "strict", "wait", "--for=condition=Ready", "pod/sleeper", "--timeout=30s")
-    namespaces = namespaces_of(cluster.state)
-    for pid in processes_in(namespaces):
-        os.kill(pid, signal.SIGKILL) if start_time(pid) else None
-    eventually(lambda: not processes_in(namespaces), 10)
+    inhabitants = inhabitants_of(cluster.state)
+    for pid in still_alive(inhabitants):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not still_alive(inhabitants), 10)
 
     cluster.run("up")
 
     assert cluster.node_is_ready()
     assert cluster.kubectl("get", "pods", "--all-namespaces", "--output", "name") == "", "a new cluster is empty"
-    rules = [line for line in leftovers(cluster.state, set()) if "-j MASQUERADE" in line]
+    rules = [line for line in leftovers(cluster.state, {}) if "-j MASQUERADE" in line]
     assert len(rules) == 1, "the killed run's rules are gone"
     assert "sleep" not in cluster.run("exec", "--", "ps", "-e", "-o", "comm").stdout.split()
     cluster.run("down")
-    assert leftovers(cluster.state, namespaces) == []
+    assert leftovers(cluster.state, inhabitants) == []
 
 
 def test_down_finds_what_nobody_recorded(make_cluster: Callable[[str], LocalCluster]) -> None:
     """As after an `up` that was killed half-way, or a state folder that was removed by hand."""
     cluster = make_cluster("state")
     cluster.run("up")
-    namespaces = namespaces_of(cluster.state)
+    inhabitants = inhabitants_of(cluster.state)
     (cluster.state.root / "run.json").unlink()
     cluster.run("down")
-    assert leftovers(cluster.state, namespaces) == []
+    assert leftovers(cluster.state, inhabitants) == []
 
 
 def test_two_side_by_side(make_cluster: Callable[[str], LocalCluster]) -> None:
