@@ -1,4 +1,4 @@
-"""One real control plane for all tests here, a namespace for each, and the operator as a process with the chart's role."""
+"""One real control plane for all tests here, a namespace for each, the operator as a process with the chart's role."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import http.server
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -218,9 +218,7 @@ def test_a_foreign_object_of_our_name_is_neither_adopted_nor_deleted(space: Spac
     assert space.names("jobs") == []
 
 
-def test_a_stored_spec_of_another_version_is_refused_without_a_crash(
-    space: Space, kubectl: Callable[..., object]
-) -> None:
+def test_a_stored_spec_of_another_version_is_refused_without_a_crash(space: Space) -> None:
     """The schema lets through what only the operator can judge: here a field that the CRD of another version had."""
     path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/finetunejobs.finetune.dev"
     crd = space.call("GET", path)

@@ -71,7 +71,7 @@ def test_a_status_lost_with_played_pods_is_told_again(own_operator: Operator, sp
 
 
 def test_a_foreign_object_that_goes_away_lets_the_job_start(new_operator: NewOperator, space: Space) -> None:
-    operator = new_operator(FINETUNE_START_DEADLINE_SECONDS="60")
+    new_operator(FINETUNE_START_DEADLINE_SECONDS="60")
     space.create("configmaps", {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "demo-config"}})
     space.submit("demo", SPEC)
     space.wait_status("demo", reason="NameConflict")

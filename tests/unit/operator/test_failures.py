@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from finetune_operator.api import JSON
 from finetune_operator.facts import parse_job, parse_pod
 from finetune_operator.failures import REMEDIES, Failure, Reason, Retry, classify, delay
 from finetune_trainer.progress import ExitCode
 from finetune_trainer.progress import Reason as Said
-from tests.unit.operator.builders import JSON, condition, container, ended, pod_body, word
+from tests.unit.operator.builders import condition, container, ended, pod_body, word
 
 
 def judged(**status: Any) -> Failure:
