@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.data import EVAL, INPUT_IDS, LOSS_MASK, read_rows
 from finetune_trainer.errors import NotFound
-from finetune_trainer.loading import load_base, load_finished, set_up_torch, training_device
+from finetune_trainer.loading import import_peft, load_base, load_finished, set_up_torch, training_device
 from finetune_trainer.progress import Measured, Resolved
 
 if TYPE_CHECKING:
@@ -258,9 +258,8 @@ def _models(config: JobConfig, context: Context, device: torch.device) -> Iterat
 
 def load_adapted(base: Path, adapter: Path, resolved: Resolved, device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ANN401 - a causal language model
     """The adapter on the NF4 base, whose products use the dequantized weights."""
-    from peft import PeftModel  # noqa: PLC0415 - slow
-
-    return PeftModel.from_pretrained(load_base(base, resolved, device, dtype), adapter).eval()
+    adapted = import_peft().PeftModel.from_pretrained(load_base(base, resolved, device, dtype), adapter)
+    return adapted.eval()
 
 
 def load_gptq(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ANN401 - a causal language model

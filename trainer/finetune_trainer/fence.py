@@ -39,7 +39,10 @@ def enter(root: Path, attempt: int) -> None:
 
 @contextmanager
 def committing(root: Path, attempt: int) -> Iterator[None]:
-    """Hold the fence around a rename. Interrupted if a newer attempt has started."""
+    """Hold the fence around a rename. Interrupted if a newer attempt has started. No fence where no attempt entered."""
+    if not (root / LIVE_NAME).exists():
+        yield
+        return
     with _lock(root):
         _refuse_if_fenced(root, attempt)
         yield

@@ -22,7 +22,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from finetune_trainer import checkpoint
 from finetune_trainer.errors import Interrupted, NonFiniteLoss
 from finetune_trainer.evaluate import TokenRow, measure_loss
-from finetune_trainer.loading import peak_memory_bytes
+from finetune_trainer.loading import import_peft, peak_memory_bytes
 from finetune_trainer.progress import Resolved, TrainFacts
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def build_trainer(  # noqa: PLR0913 - the pieces of a training
     """The trainer of a fresh adapter on the base. `scratch`: Trainer wants a folder's name; nothing is written."""
     from datasets import Dataset  # noqa: PLC0415 - slow
 
+    import_peft()
     dataset = Dataset.from_dict(
         {"input_ids": [list(row.input_ids) for row in rows], "labels": [list(row.labels) for row in rows]}
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_trainer import manifest
 from finetune_trainer.errors import VerificationFailed
 from finetune_trainer.evaluate import Comparison, TokenRow, compare, read_token_rows
-from finetune_trainer.loading import load_dequantized, load_finished, set_up_torch
+from finetune_trainer.loading import import_peft, load_dequantized, load_finished, set_up_torch
 from finetune_trainer.manifest import Made, Manifest, Result
 from finetune_trainer.progress import Measured
 
@@ -70,10 +70,9 @@ def working_device() -> torch.device:
 def load_reference(context: Context, device: torch.device) -> Any:  # noqa: ANN401 - a PEFT model
     """The adapter, unmerged, on the dequantized base in fp32: the model that was trained."""
     import torch  # noqa: PLC0415 - slow
-    from peft import PeftModel  # noqa: PLC0415 - slow
 
     base = load_dequantized(context.work.model, context.resolved, device, torch.float32)
-    return PeftModel.from_pretrained(base, context.work.adapter).eval()
+    return import_peft().PeftModel.from_pretrained(base, context.work.adapter).eval()
 
 
 def write_merged(adapted: Any, folder: Path) -> None:  # noqa: ANN401 - a PEFT model
