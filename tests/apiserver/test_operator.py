@@ -18,10 +18,9 @@ from finetune_trainer.progress import PROGRESS_PORT, Progress, Reason, Stage
 from tests.apiserver import players
 from tests.apiserver.api import Space, wait_for
 from tests.apiserver.cases import spec
-from tests.apiserver.conftest import Operator, quiet_for
+from tests.apiserver.conftest import quiet_for
 from tests.unit.operator.builders import word
 
-NewOperator = Callable[..., Operator]
 LINE = ("prepare", "train", "merge", "quantize-0")
 SPEC = spec(parallelism={"gpusPerNode": 0}, quantize=[{"name": "gptq4", "method": "GPTQ"}])
 MEMORY_LIMIT_MIB = 80
