@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,9 @@ def main() -> int:
         text = detail if isinstance(detail, str) else detail.decode(errors="replace")
         say(f"error: '{' '.join(map(str, error.cmd))}' failed: {text.strip()}")
         return 1
+    except BrokenPipeError:  # the reader, such as head, has seen enough; the interpreter must not write on closing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
 
