@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 TARGETS = ("operator", "trainer")
 REGISTRY = "docker.io/"  # what Kubernetes puts before a name that has no registry
 GIBIBYTE = 1024**3
-GIBIBYTES_WHILE_MADE = {"operator": 1, "trainer": 14}  # snapshot, layer and unpacked image at the same time
+GIBIBYTES_WHILE_MADE = {"operator": 1, "trainer": 17}  # snapshot, layer and unpacked image at the same time
 GIBIBYTES_FOR_CODE = 1
 AUTHORITIES = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 SYSTEM_AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
