@@ -112,6 +112,13 @@ def _readers(datasets: Sequence[Dataset], prefix: str, context: Context) -> list
     ]
 
 
+def check_first_rows(config: JobConfig, context: Context) -> None:
+    """Find every dataset and read its first row: most mistakes show there, before a model is fetched for nothing."""
+    others = config.evaluation.datasets if config.evaluation and config.evaluation.datasets else ()
+    for reader in [*_readers(config.datasets, "", context), *_readers(others, "evaluation ", context)]:
+        next(iter(reader))
+
+
 # Tokenizing
 
 

@@ -31,6 +31,7 @@ def run(config: JobConfig, context: Context) -> Manifest:
     if context.target is None:
         msg = "prepare needs a target"
         raise TrainerError(msg)
+    data.check_first_rows(config, context)
     fetched, model_folder = fetch_model(config, context), context.work.model
     target = context.target.with_inputs(model=fetched.digest)
     if (found := reusable(target, context)) is not None:

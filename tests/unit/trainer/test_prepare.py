@@ -184,6 +184,12 @@ def test_a_refusal_is_a_sentence_with_its_exit_code(
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_a_mistake_in_a_first_row_is_told_before_the_model_is_fetched(desk: Desk, config: dict[str, Any]) -> None:
+    make_jsonl(desk.datasets / "rows.jsonl", [{"instruction": "q", "answer": "a"}])
+    assert desk.run("prepare", config)[0] == ExitCode.INVALID_DATASET
+    assert visible(desk.work) == []
+
+
 # Models
 
 

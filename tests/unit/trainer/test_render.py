@@ -63,13 +63,13 @@ def learned(tokenizer: Any, row: Row) -> str:
         pytest.param(LLAMA2, TALK, f"Hello {EOS}Ciao {EOS}", id="a template that strips and spaces"),
         pytest.param(THINKING, TALK, f"Hello{EOS}Ciao{EOS}", id="a template that treats the last turn apart"),
         pytest.param(PLAIN, TALK, f"HelloCiao{EOS}", id="a template without end tokens gets one at the end"),
-        pytest.param(REWRITING, TALK, f"Hello{EOS}Ciao", id="a template that rewrites contents"),
+        pytest.param(REWRITING, TALK, f"Hello{EOS}Ciao{EOS}", id="a template that rewrites contents"),
         pytest.param(CHAT_TEMPLATE, TextRow("abc def"), "bc def" + EOS, id="all of a text but its first token"),
         pytest.param(CHAT_TEMPLATE, TextRow("abc" + EOS + EOS), "bc" + EOS, id="one end token, however many there are"),
     ],
 )
 def test_the_answers_and_their_end_count(tmp_path: Path, template: str | None, row: Row, expected: str) -> None:
-    assert learned(tokenizer_with(tmp_path, template), row).startswith(expected)
+    assert learned(tokenizer_with(tmp_path, template), row) == expected
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, None, LLAMA2, PLAIN])
