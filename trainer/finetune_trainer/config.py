@@ -104,7 +104,9 @@ class Columns(Model):
         default=None, max_length=200, description="Instruction: what is asked. Default instruction."
     )
     input: str | None = Field(
-        default=None, max_length=200, description="Instruction: further input, may be missing. Default input or context."
+        default=None,
+        max_length=200,
+        description="Instruction: further input, may be missing. Default input or context.",
     )
     output: str | None = Field(
         default=None, max_length=200, description="Instruction: the answer. Default output or response."
@@ -173,7 +175,10 @@ class Lora(Model):
     alpha: int | None = Field(default=None, ge=1, le=4096, description="Scale of the update is alpha / r. Default 2 r.")
     dropout: float | None = Field(default=None, ge=0, lt=1, description="Dropout before the adapter. Default 0.")
     target_modules: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] | None = Field(
-        default=None, min_length=1, max_length=64, description="Names of the layers to adapt. Default: all linear layers."
+        default=None,
+        min_length=1,
+        max_length=64,
+        description="Names of the layers to adapt. Default: all linear layers.",
     )
 
 
@@ -242,10 +247,17 @@ class Training(Model):
     num_train_epochs: float | None = Field(default=None, gt=0, le=1000, description="Passes over the rows. Default 1.")
     max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps, however long an epoch is.")
     weight_decay: float | None = Field(default=None, ge=0, le=1, description="AdamW's weight decay. Default 0.")
-    max_grad_norm: float | None = Field(default=None, gt=0, description="Gradients are clipped to this norm. Default 1.")
-    global_batch_size: int | None = Field(default=None, ge=1, le=65536, description="Rows an optimizer step. Default 16.")
+    max_grad_norm: float | None = Field(
+        default=None, gt=0, description="Gradients are clipped to this norm. Default 1."
+    )
+    global_batch_size: int | None = Field(
+        default=None, ge=1, le=65536, description="Rows an optimizer step. Default 16."
+    )
     per_device_train_batch_size: int | None = Field(
-        default=None, ge=1, le=4096, description="Micro-batch, in rows; a divisor of globalBatchSize. Default at most 4."
+        default=None,
+        ge=1,
+        le=4096,
+        description="Micro-batch, in rows; a divisor of globalBatchSize. Default at most 4.",
     )
     max_length: int | None = Field(
         default=None, ge=8, le=1048576, description="Longest row, in tokens. Default 2048 or the model's own limit."
@@ -266,10 +278,10 @@ class Training(Model):
         if self.num_train_epochs is not None and self.max_steps is not None:
             msg = "training: numTrainEpochs and maxSteps are alternatives, set one"
             raise ValueError(msg)
-        if self.global_batch_size and self.per_device_train_batch_size:
-            if self.global_batch_size % self.per_device_train_batch_size:
-                msg = "training: perDeviceTrainBatchSize must divide globalBatchSize"
-                raise ValueError(msg)
+        both = self.global_batch_size and self.per_device_train_batch_size
+        if both and (self.global_batch_size or 0) % (self.per_device_train_batch_size or 1):
+            msg = "training: perDeviceTrainBatchSize must divide globalBatchSize"
+            raise ValueError(msg)
         return self
 
 
@@ -289,7 +301,9 @@ class MergePolicy(StrEnum):
 class Merge(Model):
     """The adapter merged into the dequantized base: the model that was trained, in one piece."""
 
-    policy: MergePolicy | None = Field(default=None, description="Auto: merge; Never: end with the adapter. Default Auto.")
+    policy: MergePolicy | None = Field(
+        default=None, description="Auto: merge; Never: end with the adapter. Default Auto."
+    )
 
 
 class QuantizeMethod(StrEnum):
@@ -315,13 +329,14 @@ class Quantize(Model):
         default=None,
         ge=16,
         le=1024,
-        description="Weights that share a scale; must divide the model's layers. Default the largest of 128, 64, 32 that does.",
+        description="Weights that share a scale; must divide the model's layers. "
+        "Default the largest of 128, 64, 32 that does.",
     )
     calibration: Calibration | None = Field(default=None, description="The rows that the quantizer looks at.")
 
 
 class JobConfig(Model):
-    """What one fine-tuning job is to do: the training half of a FineTuneJob's spec, and the trainer's `--config` file."""
+    """What one job is to do: the training half of a FineTuneJob's spec, and the trainer's `--config` file."""
 
     model: BaseModelSource = Field(description="The base model.")
     datasets: tuple[Dataset, ...] = Field(min_length=1, max_length=16, description="What to train on.")

@@ -164,7 +164,9 @@ class Measured(Model):
     kl_divergence: float | None = Field(
         default=None, description="From the model it was made from, nats a token, mean over held-out loss tokens."
     )
-    top1_agreement: float | None = Field(default=None, description="Share of tokens with the same first choice, 0 to 1.")
+    top1_agreement: float | None = Field(
+        default=None, description="Share of tokens with the same first choice, 0 to 1."
+    )
     perplexity_increase_percent: float | None = Field(default=None, description="Against the model it was made from.")
 
 
