@@ -132,7 +132,8 @@ async def work(queue: Queue, world: World, beat: Callable[[], None]) -> None:
     while True:
         beat()
         try:
-            key = await asyncio.wait_for(queue.get(), WORKER_WAIT_SECONDS)
+            async with asyncio.timeout(WORKER_WAIT_SECONDS):  # wait_for makes tasks, for which kopf's exit waits 5 s
+                key = await queue.get()
         except TimeoutError:
             continue
         with key_in_logs(key):

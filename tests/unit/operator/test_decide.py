@@ -88,6 +88,7 @@ def test_a_finished_job_is_never_touched_again() -> None:
     play(cluster)
     cluster.jobs.clear()
     cluster.pods.clear()
+    cluster.later(3600)
     writes = cluster.writes
     decision = cluster.step()
     assert (decision.actions, decision.events, decision.requeue_after_seconds) == ((), (), None)
