@@ -12,8 +12,10 @@ A save goes aside, is made durable, and is renamed under the fence. The last goo
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
+import random
 import re
 import shutil
 from dataclasses import dataclass, replace
@@ -33,7 +35,6 @@ log = logging.getLogger(__name__)
 
 ADAPTER_NAME = "adapter.safetensors"
 NAME_PATTERN = re.compile(r"step-(\d{8})")
-MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -173,16 +174,39 @@ def free_bytes(folder: Path) -> int:
 
 def write_state(trainer: Any, folder: Path) -> None:  # noqa: ANN401 - a transformers Trainer
     """Everything that the next step depends on, as the Trainer itself names it where it does."""
-    import torch  # noqa: PLC0415 - slow
     from safetensors.torch import save_file  # noqa: PLC0415 - slow
 
     save_file({name: tensor.detach().contiguous() for name, tensor in trained(trainer.model)}, folder / ADAPTER_NAME)
-    torch.save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
-    torch.save(trainer.lr_scheduler.state_dict(), folder / "scheduler.pt")
+    _save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
+    _save(trainer.lr_scheduler.state_dict(), folder / "scheduler.pt")
     if trainer.accelerator.scaler is not None:
-        torch.save(trainer.accelerator.scaler.state_dict(), folder / "scaler.pt")
-    trainer._save_rng_state(str(folder))  # noqa: SLF001 - Python's, numpy's and every device's, read back by Trainer
+        _save(trainer.accelerator.scaler.state_dict(), folder / "scaler.pt")
+    _save(random_state(), folder / "rng_state.pth")
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every generator, as Trainer reads it back (`_load_rng_state`, with weights_only)."""
+    import numpy as np  # noqa: PLC0415 - slow
+    import torch  # noqa: PLC0415 - slow
+
+    state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),  # noqa: NPY002 - the generator that libraries use
+        "cpu": torch.random.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.random.get_rng_state()
+    return state
+
+
+def _save(value: object, path: Path) -> None:
+    """Like torch.save, by way of memory: on a full volume its own writer says "iostream error" (2.13), not ENOSPC."""
+    import torch  # noqa: PLC0415 - slow
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def read_weights(model: Any, folder: Path) -> None:  # noqa: ANN401 - a torch module

@@ -1,0 +1,134 @@
+"""A small training, set up by hand: the pieces of the train stage without its command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetune_trainer import checkpoint
+from finetune_trainer.checkpoint import Checkpoints
+from finetune_trainer.context import Context
+from finetune_trainer.evaluate import IGNORED, TokenRow
+from finetune_trainer.loading import load_base, set_up_torch
+from finetune_trainer.manifest import Target
+from finetune_trainer.model import load_tokenizer
+from finetune_trainer.progress import Resolved, Stage
+from finetune_trainer.report import Report
+from finetune_trainer.work import WorkFolder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from finetune_trainer.loop import Loop
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CPU = torch.device("cpu")
+SETTINGS = Resolved(
+    model_digest="sha256:0",
+    data_digest="sha256:0",
+    architecture="LlamaForCausalLM",
+    parameters=1,
+    max_length=64,
+    global_batch_size=4,
+    micro_batch_size=2,
+    gradient_accumulation_steps=2,
+    total_steps=8,
+    num_train_epochs=2.666667,
+    learning_rate=0.01,
+    lr_scheduler="Cosine",
+    warmup_steps=1,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    optimizer="adamw_torch",
+    compute_dtype="FP32",
+    attention="sdpa",
+    gradient_checkpointing=False,
+    base_format="NF4",
+    double_quantization=True,
+    lora_r=4,
+    lora_alpha=8,
+    lora_dropout=0.1,
+    target_modules=LINEAR,
+    seed=7,
+    logging_steps=1,
+    eval_steps=3,
+    checkpoint_steps=2,
+    checkpoint_keep=3,
+)
+"""Ten rows, four a step in two micro-batches: an epoch is three steps, and its last step has two rows."""
+
+
+def make_rows(count: int = 10, seed: int = 0) -> list[TokenRow]:
+    """Rows of different lengths; the first three tokens are the prompt, the last is the end token, and it counts."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index in range(count):
+        ids = [*torch.randint(3, 300, (5 + 3 * index % 11,), generator=generator).tolist(), 1]
+        rows.append(TokenRow(ids, [IGNORED] * 3 + ids[3:]))
+    return rows
+
+
+@dataclass
+class Run:
+    """One run in a work folder; each `go` is an attempt."""
+
+    model: Path
+    root: Path
+    settings: Resolved = SETTINGS
+    rows: int = 10
+    attempt: int = 0
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        target = Target(Stage.TRAIN, self.root / "adapter", "adapter", "sha256:settings", {"data": "sha256:data"})
+        return Checkpoints(self.root, target, self.attempt, self.settings.checkpoint_keep)
+
+    def change(self, **settings: Any) -> Run:
+        self.settings = replace_settings(self.settings, **settings)
+        return self
+
+    def context(self) -> Context:
+        report = Report(Stage.TRAIN, self.attempt, bar=False)
+        return Context(WorkFolder(self.root), self.root, self.root, self.attempt, report, self.checkpoints.run)
+
+    def build(self) -> tuple[Any, Loop]:
+        """Trainer and loop, on a freshly loaded base."""
+        from finetune_trainer.loop import Loop, build_trainer  # noqa: PLC0415 - slow
+
+        set_up_torch()
+        base = load_base(self.model, self.settings, CPU, torch.float32)
+        tokenizer = load_tokenizer(self.model)
+        rows = make_rows(self.rows)
+        trainer = build_trainer(base, tokenizer, rows, self.settings, torch.float32, self.root)
+        loop = Loop(trainer, self.settings, make_rows(4, seed=9), self.checkpoints, self.context())
+        trainer.add_callback(loop)
+        return trainer, loop
+
+    def go(self, *callbacks: Any) -> dict[str, torch.Tensor]:
+        """Train from the newest good checkpoint, and return the adapter's tensors."""
+        self.attempt += 1
+        trainer, _ = self.build()
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        start = self.checkpoints.newest_good()
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        return weights(trainer.model)
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    """Copies of what was trained."""
+    return {name: tensor.detach().clone() for name, tensor in checkpoint.trained(model)}
+
+
+def replace_settings(settings: Resolved, **changes: Any) -> Resolved:
+    return settings.model_copy(update=changes)
+
+
+def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether all tensors are equal bit by bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+__all__ = ["CPU", "LINEAR", "SETTINGS", "Run", "make_rows", "replace", "replace_settings", "same_bits", "weights"]

@@ -1,0 +1,210 @@
+"""A broken-off training goes on exactly: the last weights are those of an unbroken run, bit by bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from transformers import TrainerCallback
+
+from finetune_trainer import manifest
+from finetune_trainer.checkpoint import size_of
+from finetune_trainer.errors import Interrupted, VolumeFull
+from tests.unit.trainer.runs import SETTINGS, Run, replace_settings, same_bits
+
+if TYPE_CHECKING:
+    import torch
+
+
+class CrashError(Exception):
+    """What a lost machine looks like from inside."""
+
+
+class CrashAfter(TrainerCallback):
+    """Dies after a step, before anything else is done about it but what the loop did."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - Trainer's
+        if state.global_step == self.step:
+            raise CrashError
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[float, dict[str, torch.Tensor]]:
+    """The weights of unbroken runs, by dropout."""
+    return {
+        dropout: Run(
+            tiny_model, tmp_path_factory.mktemp("unbroken"), replace_settings(SETTINGS, lora_dropout=dropout)
+        ).go()
+        for dropout in (0.0, 0.1)
+    }
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("step", [1, 3, 5], ids=["before a checkpoint", "after an epoch's end", "within an epoch"])
+def test_after_a_crash_the_weights_are_those_of_an_unbroken_run(
+    tiny_model: Path, tmp_path: Path, unbroken: dict[float, dict[str, torch.Tensor]], dropout: float, step: int
+) -> None:
+    run = Run(tiny_model, tmp_path).change(lora_dropout=dropout)
+    with pytest.raises(CrashError):
+        run.go(CrashAfter(step))
+    assert same_bits(run.go(), unbroken[dropout])
+
+
+def test_a_run_broken_off_at_a_checkpoint_of_an_epochs_end_goes_on_exactly(
+    tiny_model: Path, tmp_path: Path, unbroken: dict[float, dict[str, torch.Tensor]]
+) -> None:
+    run = Run(tiny_model, tmp_path).change(checkpoint_steps=3)
+    with pytest.raises(CrashError):
+        run.go(CrashAfter(4))
+    assert run.checkpoints.newest_good() == tmp_path / "checkpoints" / "step-00000003"
+    assert same_bits(run.go(), unbroken[0.1])
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
+    tiny_model: Path,
+    tmp_path: Path,
+    unbroken: dict[float, dict[str, torch.Tensor]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = Run(tiny_model, tmp_path)
+    with pytest.raises(CrashError):
+        run.go(CrashAfter(6))
+    folder = tmp_path / "checkpoints"
+    flip_a_byte(folder / "step-00000006" / "optimizer.pt")
+    cut_off(folder / "step-00000004" / "adapter.safetensors")
+    assert run.checkpoints.newest_good() == folder / "step-00000002"
+    assert sorted(path.name for path in folder.glob("damaged-*")) == [
+        "damaged-step-00000004-1",
+        "damaged-step-00000006-1",
+    ]
+    assert "optimizer.pt" in caplog.text
+    assert same_bits(run.go(), unbroken[0.1])
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def test_no_more_checkpoints_are_kept_than_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    Run(tiny_model, tmp_path).change(checkpoint_keep=2, total_steps=6).go()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_asked_to_leave_it_saves_and_the_next_attempt_goes_on_exactly(
+    tiny_model: Path, tmp_path: Path, unbroken: dict[float, dict[str, torch.Tensor]]
+) -> None:
+    run = Run(tiny_model, tmp_path)
+    run.attempt = 1
+    trainer, loop = run.build()
+    trainer.add_callback(AskAfter(loop._context.stopping, 3))
+    with pytest.raises(Interrupted, match="step 4 of 8"):
+        trainer.train()
+    assert run.checkpoints.newest_good() == tmp_path / "checkpoints" / "step-00000004"
+    assert same_bits(run.go(), unbroken[0.1])
+
+
+class AskAfter(TrainerCallback):
+    """SIGTERM in the course of the next step."""
+
+    def __init__(self, stopping: Any, step: int) -> None:
+        self.stopping, self.step = stopping, step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - Trainer's
+        if state.global_step == self.step:
+            self.stopping.set()
+
+
+def test_asked_to_leave_while_it_measures_it_saves_as_well(tiny_model: Path, tmp_path: Path) -> None:
+    run = Run(tiny_model, tmp_path).change(eval_steps=1, checkpoint_steps=100)
+    run.attempt = 1
+    trainer, loop = run.build()
+    update = loop._context.report.update
+
+    def ask(**changes: Any) -> None:
+        if "measuring" in changes.get("activity", ""):
+            loop._context.stopping.set()
+        update(**changes)
+
+    loop._context.report.update = ask  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert run.checkpoints.newest_good() == tmp_path / "checkpoints" / "step-00000001"
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from tests.unit.trainer.runs import Run
+run = Run(Path(sys.argv[1]), Path(sys.argv[2]))
+class Told:
+    pass
+from finetune_trainer import checkpoint
+write = checkpoint.write_state
+def told(trainer, folder):
+    print("saving", flush=True)
+    write(trainer, folder)
+    print("written", flush=True)
+checkpoint.write_state = told
+run.go()
+"""
+
+
+def test_killed_at_a_random_moment_it_goes_on_exactly(
+    tiny_model: Path, tmp_path: Path, unbroken: dict[float, dict[str, torch.Tensor]]
+) -> None:
+    seed = int(os.environ.get("KILL_SEED", random.SystemRandom().randrange(1 << 16)))
+    print(f"KILL_SEED={seed}")
+    lines = random.Random(seed).randint(1, 6)
+    root = Path(__file__).parents[3]
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(tiny_model), str(tmp_path)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": f"{root}:{root / 'trainer'}"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    for _ in range(lines):
+        assert child.stdout.readline()
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    run = Run(tiny_model, tmp_path)
+    run.attempt = 1
+    assert same_bits(run.go(), unbroken[0.1])
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_full_volume_keeps_the_last_good_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    one = Run(tiny_model, tmp_path / "room").change(total_steps=2)
+    one.go()
+    room_for_two = int(2.5 * size_of(tmp_path / "room" / "checkpoints"))
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room_for_two}", "tmpfs", str(volume)], check=True)
+    try:
+        run = Run(tiny_model, volume)
+        with pytest.raises(VolumeFull, match=r"needs at least [\d,]+ bytes, [\d,]+ are free. The checkpoint of step"):
+            run.go()
+        kept = run.checkpoints.newest_good()
+        assert kept is not None
+        assert manifest.verify(kept)
+        assert not list((volume / "checkpoints").glob(".*"))
+    finally:
+        subprocess.run(["umount", "--lazy", str(volume)], check=True)

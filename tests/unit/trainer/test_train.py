@@ -1,0 +1,248 @@
+"""What the train stage promises besides exact resume: true losses, true gradients, a watch on the numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from finetune_trainer.errors import NonFiniteLoss, OutOfMemory
+from finetune_trainer.evaluate import IGNORED, TokenRow, batches, compare, measure_loss, pad
+from finetune_trainer.loading import keep_weights_on_cpu, load_base, set_up_torch, usable_cores
+from finetune_trainer.loop import RowOrder, build_arguments, build_lora, train_in_fp32
+from tests.unit.trainer.runs import CPU, SETTINGS, Run, make_rows, replace_settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.unit.trainer.conftest import Desk
+
+EOS = 1
+NO_DROPOUT = replace_settings(SETTINGS, lora_dropout=0.0)
+"""A new epoch draws a random number for its loader, so with dropout one long epoch is another run than three."""
+
+
+class Losses(TrainerCallback):
+    """The losses of the log lines."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        if logs and "loss" in logs:
+            self.values.append(logs["loss"])
+
+
+def plain_losses(model: Path, rows: list[TokenRow], scratch: Path) -> list[float]:
+    """The same training as any tutorial has it: TRL and PEFT called by hand, rows in the same order."""
+    from datasets import Dataset  # noqa: PLC0415 - slow
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: PLC0415 - slow
+    from trl.trainer.sft_trainer import SFTTrainer  # noqa: PLC0415 - slow
+
+    quantization = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, quantization_config=quantization)
+    order = RowOrder([len(row.input_ids) for row in rows], SETTINGS.seed, SETTINGS.global_batch_size)
+    columns: dict[str, list[Any]] = {"input_ids": [], "labels": []}
+    for order.epoch in range(3):
+        for index in order:
+            columns["input_ids"].append(list(rows[index].input_ids))
+            columns["labels"].append(list(rows[index].labels))
+    arguments = build_arguments(NO_DROPOUT, torch.float32, CPU, scratch)
+    arguments.train_sampling_strategy = "sequential"
+    losses = Losses()
+    trainer = SFTTrainer(
+        model=base,
+        args=arguments,
+        train_dataset=Dataset.from_dict(columns),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        peft_config=build_lora(NO_DROPOUT),
+        callbacks=[losses],
+    )
+    train_in_fp32(trainer.model)
+    trainer.train()
+    return losses.values
+
+
+def test_losses_are_those_of_plain_trl_and_peft(tiny_model: Path, tmp_path: Path) -> None:
+    # Twelve rows: every step is full, so that the rows of three epochs can stand in one row for plain TRL.
+    losses = Losses()
+    run = Run(tiny_model, tmp_path / "ours", NO_DROPOUT, rows=12)
+    run.go(losses)
+    plain = plain_losses(tiny_model, make_rows(12), tmp_path / "plain")
+    assert len(losses.values) == SETTINGS.total_steps
+    assert losses.values == pytest.approx(plain, abs=1e-5)
+
+
+def test_measuring_before_training_changes_no_gradient(tiny_model: Path) -> None:
+    """bitsandbytes repacks 4-bit weights at the first evaluation on some CPUs: gradients are wrong from then on."""
+    from peft import get_peft_model  # noqa: PLC0415 - slow
+
+    gradients = []
+    for measures in (False, True):
+        torch.manual_seed(0)
+        base = load_base(tiny_model, SETTINGS, CPU, torch.float32)
+        if measures:
+            measure_loss(base, make_rows())
+        model = get_peft_model(base, build_lora(NO_DROPOUT))
+        ids, mask, labels = pad(make_rows(3))
+        model.train()(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        gradients.append([tensor.grad for tensor in model.parameters() if tensor.requires_grad])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_four_bit_layers_are_never_repacked(tiny_model: Path) -> None:
+    base = load_base(tiny_model, SETTINGS, CPU, torch.float32)
+    layers = [module for module in base.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    assert layers
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
+    keep_weights_on_cpu(base)
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+class Poison(TrainerCallback):
+    """Makes a weight not a number before a step."""
+
+    def __init__(self, model: Any, step: int) -> None:
+        self.model, self.step = model, step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - Trainer's
+        if state.global_step == self.step:
+            next(tensor for tensor in self.model.parameters() if tensor.requires_grad).data.fill_(math.nan)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_it_moves_a_weight(tiny_model: Path, tmp_path: Path) -> None:
+    run = Run(tiny_model, tmp_path)
+    run.attempt = 1
+    trainer, _ = run.build()
+    trainer.add_callback(Poison(trainer.model, 4))
+    with pytest.raises(NonFiniteLoss, match=r"The loss is nan at step 5. Lower training.learningRate"):
+        trainer.train()
+    assert run.checkpoints.newest_good() == tmp_path / "checkpoints" / "step-00000004"
+
+
+def test_a_loss_of_exactly_zero_is_no_training(tiny_model: Path, tmp_path: Path) -> None:
+    run = Run(tiny_model, tmp_path)
+    run.attempt = 1
+    trainer, loop = run.build()
+    trainer.step_loss = torch.tensor(0.0)
+    with pytest.raises(NonFiniteLoss, match=r"The loss is 0.0 at step 1"):
+        loop._watch(1)
+
+
+def test_gradients_that_are_not_finite_stop_the_run(tiny_model: Path, tmp_path: Path) -> None:
+    run = Run(tiny_model, tmp_path)
+    run.attempt = 1
+    trainer, loop = run.build()
+    trainer.step_loss = torch.tensor(1.0)
+    parameter = next(tensor for tensor in trainer.model.parameters() if tensor.requires_grad)
+    parameter.grad = torch.full_like(parameter, math.inf)
+    with pytest.raises(NonFiniteLoss, match="The gradients are not finite at step 1"):
+        loop._watch(1)
+
+
+def test_an_end_token_counts_also_where_the_model_pads_with_it(tiny_model: Path, tmp_path: Path) -> None:
+    run = Run(tiny_model, tmp_path)
+    run.attempt = 1
+    trainer, _ = run.build()
+    trainer.data_collator.pad_token_id = EOS
+    rows = [TokenRow([5, 6, 7, EOS], [IGNORED, 6, 7, EOS]), TokenRow([8, 9, EOS], [IGNORED, 9, EOS])]
+    batch = trainer.data_collator([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7, EOS], [IGNORED, 9, EOS, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert pad(rows)[2].tolist() == batch["labels"].tolist()
+
+
+def test_out_of_memory_names_device_step_and_micro_batch(tiny_model: Path, tmp_path: Path) -> None:
+    from finetune_trainer import train  # noqa: PLC0415 - beside its use
+
+    run = Run(tiny_model, tmp_path)
+    run.attempt = 1
+    trainer, _ = run.build()
+
+    def no_room(*_: Any, **__: Any) -> None:
+        msg = "CUDA out of memory. Tried to allocate 2.00 GiB."
+        raise torch.OutOfMemoryError(msg)
+
+    trainer.training_step = no_room
+    rows = train.Rows(make_rows(), [], [])
+    with pytest.raises(OutOfMemory, match=r"cpu ran out of memory at step 1 with micro-batch 2 .*Tried to allocate"):
+        train._train(trainer, run.settings, rows, run.checkpoints, None, run.context())
+
+
+def test_rows_of_a_step_stand_together_in_every_epoch_anew() -> None:
+    order = RowOrder(list(range(10, 20)), seed=3, global_batch=4)
+    first = list(order)
+    order.epoch = 1
+    second = list(order)
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert first[:4] == sorted(first[:4])
+    again = RowOrder(list(range(10, 20)), seed=3, global_batch=4)
+    assert list(again) == first
+
+
+def test_batches_hold_no_more_tokens_than_allowed() -> None:
+    rows = make_rows(30)
+    found = list(batches(rows, max_tokens=40))
+    assert sorted(len(row.input_ids) for batch in found for row in batch) == sorted(len(row.input_ids) for row in rows)
+    assert all(len(batch) * max(len(row.input_ids) for row in batch) <= 40 for batch in found)
+
+
+def test_the_measured_loss_is_the_mean_over_all_tokens_that_count(tiny_model: Path) -> None:
+    base, rows = load_base(tiny_model, SETTINGS, CPU, torch.float32), make_rows()
+    total, count = 0.0, 0
+    for row in rows:
+        logits = base(torch.tensor([row.input_ids])).logits[0, :-1].double()
+        labels = torch.tensor(row.labels[1:])
+        total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
+        count += int((labels != IGNORED).sum())
+    assert measure_loss(base, rows) == pytest.approx(total / count, abs=1e-6)
+    same = compare(base, base, rows)
+    assert (same.kl, same.top1, same.loss) == (0.0, 1.0, same.reference_loss)
+
+
+def test_the_stage_tells_losses_and_leaves_samples_and_an_adapter(desk: Desk, config: dict[str, Any]) -> None:
+    config["training"] = {"globalBatchSize": 8, "maxSteps": 6, "learningRate": 0.01}
+    assert desk.run("prepare", config)[0] == 0
+    code, word = desk.run("train", config)
+    assert code == 0
+    assert word is not None
+    assert word.artifact is not None
+    assert word.artifact.measured is not None
+    measured = word.artifact.measured
+    assert measured.eval_loss is not None
+    assert measured.eval_loss_base is not None
+    assert measured.eval_loss < measured.eval_loss_base
+    sample = json.loads((desk.work / "report" / "samples.json").read_text())[0]
+    assert sample.keys() == {"prompt", "before", "after"}
+    settings = json.loads((desk.work / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "../model"
+    assert (desk.work / "adapter" / "tokenizer.json").exists()
+    assert (desk.work / "adapter" / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
+    again, same = desk.run("train", config)
+    assert again == 0
+    assert same is not None
+    assert same.manifest_digest == word.manifest_digest
+
+
+def test_cores_are_those_of_the_control_group(tmp_path: Path) -> None:
+    quota = tmp_path / "cpu.max"
+    quota.write_text("100000 100000\n")
+    assert usable_cores(quota) == 1
+    quota.write_text("max 100000\n")
+    assert usable_cores(quota) == usable_cores(tmp_path / "absent")
+
+
+@pytest.fixture(autouse=True)
+def _torch_set_up() -> None:
+    set_up_torch()
