@@ -141,7 +141,7 @@ def remove_earlier_run(target: Target) -> None:
         if job["metadata"]["name"] == JOB:
             print("An earlier run is there: its job and its results are removed first.")
             target.kubectl("delete", "finetunejob", JOB, "-n", NAMESPACE, "--wait")
-            if claim := job.get("status", {}).get("volume", {}).get("claimName"):
+            if claim := job.get("status", {}).get("claimName"):
                 target.kubectl("delete", "pvc", claim, "-n", NAMESPACE, "--ignore-not-found", "--wait=false")
 
 
@@ -197,17 +197,17 @@ def show_outcome(target: Target, status: Status) -> None:
     print(f"\n{status.get('message', '')}")
     for artifact in status.get("artifacts", []):
         measured = ", ".join(f"{name} {value}" for name, value in artifact.get("measured", {}).items())
-        print(f"  {artifact['name']:<10} {artifact['path']:<20} {artifact.get('size', ''):>9}  {measured}")
-    volume = status.get("volume", {})
+        print(f"  {artifact['path']:<34} {artifact['size']:>9}  {measured}")
     if status.get("phase") == "Succeeded":
-        text = staging.read_file(target, NAMESPACE, volume["claimName"], f"{volume['folder']}/report/samples.json")
+        text = staging.read_file(target, NAMESPACE, status["claimName"], f"{status['folder']}/report/samples.json")
+        print("\nAn answer to a question of the held-out rows:")
         show_sample(json.loads(text)[0])
 
 
 def show_sample(sample: dict[str, str]) -> None:
     """One question with the base model's answer and the trained model's."""
-    print(f"\nQ       {sample['prompt']}\nbefore  {sample['before']}\nafter   {sample['after']}")
-    print(f"wanted  {sample['reference']}")
+    for name in ("prompt", "before", "after"):
+        print(f"  {name:<7} {' '.join(sample[name].split())}")
 
 
 def next_steps(target: Target, *, local: bool) -> str:

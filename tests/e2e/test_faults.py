@@ -33,8 +33,8 @@ STAGES = ("prepare", "train", "merge", "quantize")
 
 def adapter_digest(jobs: Jobs, name: str) -> str:
     """The digest of the adapter's weights, as its manifest has it."""
-    volume = jobs.status(name)["volume"]
-    text = read_file(jobs.target, jobs.namespace, volume["claimName"], f"{volume['folder']}/adapter/manifest.json")
+    status = jobs.status(name)
+    text = read_file(jobs.target, jobs.namespace, status["claimName"], f"{status['folder']}/adapter/manifest.json")
     (digest,) = [f["sha256"] for f in json.loads(text)["files"] if f["path"] == "adapter_model.safetensors"]
     return str(digest)
 
@@ -96,7 +96,7 @@ def kill_operator(target: Target) -> None:
 def test_deletion_while_training_leaves_no_pod_and_keeps_the_claim(jobs: Jobs) -> None:
     jobs.apply("deleted", **LONG_TRAINING)
     jobs.running_pod("deleted", "train")
-    claim = jobs.status("deleted")["volume"]["claimName"]
+    claim = jobs.status("deleted")["claimName"]
     jobs.target.kubectl("delete", "finetunejob", "deleted", "-n", jobs.namespace, "--wait")
     eventually("its pods are gone", lambda: not any(jobs.pods("deleted", stage) for stage in STAGES))
     assert jobs.stage_jobs("deleted") == []
