@@ -1,4 +1,4 @@
-"""FineTuneJobs on the cluster under test: make, watch and take apart. Every wait is for a condition, with a deadline."""
+"""FineTuneJobs on the cluster under test: make, watch, take apart. Every wait is for a condition, with a deadline."""
 
 from __future__ import annotations
 

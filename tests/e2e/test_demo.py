@@ -17,6 +17,7 @@ KL_LIMIT = 2e-3
 
 @pytest.fixture(scope="module")
 def demo(cluster: Target) -> subprocess.CompletedProcess[str]:
+    assert cluster.kubeconfig, "the demo works on the local cluster"
     done = subprocess.run([sys.executable, "-m", "cluster.demo"], cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout)
     print(done.stderr, file=sys.stderr)
