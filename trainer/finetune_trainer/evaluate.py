@@ -182,23 +182,35 @@ def _polled(rows: Sequence[TokenRow], poll: Callable[[int, int], None] | None) -
 
 
 def _logprobs(model: Any, rows: Sequence[TokenRow]) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 - a causal language model
-    """Log-probabilities [tokens that count, words], in fp32, and those tokens.
-
-    Logits are asked for from the first place that counts in any of the rows: prompts need none.
-    """
+    """Log-probabilities [tokens that count, words], in fp32, and those tokens."""
     import torch  # noqa: PLC0415 - slow
 
     ids, mask, labels = (tensor.to(model.device) for tensor in pad(rows))
+    logits, targets = logits_that_count(model, ids, mask, labels)
+    return torch.log_softmax(logits, dim=-1), targets
+
+
+def logits_that_count(
+    model: Any,  # noqa: ANN401 - a causal language model
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    labels: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [tokens that count, words] in fp32, and those tokens. Differentiable.
+
+    Logits are asked for from the first place that counts in any of the rows: prompts need none.
+    """
     targets = labels[:, 1:]
-    first = int((targets != IGNORED).any(0).nonzero()[0])
+    places = (targets != IGNORED).any(0).nonzero()
+    first = int(places[0]) if len(places) else targets.shape[1] - 1
     kept = targets.shape[1] - first + 1
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **_keep(model, kept)).logits
-    logits = logits[:, -kept:-1]
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keeping(model, kept)).logits[:, -kept:-1]
     counts = targets[:, first:] != IGNORED
-    return torch.log_softmax(logits[counts].float(), dim=-1), targets[:, first:][counts]
+    return logits[counts].float(), targets[:, first:][counts]
 
 
-def _keep(model: Any, places: int) -> dict[str, int]:  # noqa: ANN401 - a causal language model
+def keeping(model: Any, places: int) -> dict[str, int]:  # noqa: ANN401 - a causal language model
+    """The argument that asks for logits at the last places only, where the model knows it."""
     import inspect  # noqa: PLC0415 - beside its use
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
