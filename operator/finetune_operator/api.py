@@ -357,8 +357,10 @@ class ArtifactStatus(Model):
 class AttemptStatus(Model):
     """One run of one stage. Without completionTime it is the live one."""
 
-    number: int = Field(description="Counts up over the whole job.")
-    stage: str = Field(description="Name of the stage.")
+    number: int = Field(
+        description="1 in a job of which nothing had to be run again; running a stage again takes the next number."
+    )
+    stage: str = Field(description="Name of the stage. Stage and number together tell a run from all others.")
     start_time: Time | None = Field(default=None, description="When it was made.")
     completion_time: Time | None = Field(default=None, description="When its end was seen.")
     reason: str | None = Field(default=None, description="How it ended, in one word.")
@@ -378,14 +380,19 @@ class Status(Model):
     reason: str | None = Field(default=None, description="Why it stands where it stands, in one word.")
     message: Text | None = Field(default=None, description="The same in a sentence, with the way out.")
     progress: str | None = Field(
-        default=None, description="Training steps, or in other stages that stage's own work: done/total (percent)."
+        default=None,
+        description="Training steps, or in other stages that stage's own work: done/total (percent), of bytes percent.",
     )
     start_time: Time | None = Field(default=None, description="When the operator first saw the job.")
     completion_time: Time | None = Field(default=None, description="When it ended, however it ended.")
     claim_name: str | None = Field(default=None, description="PersistentVolumeClaim that the job works in.")
     folder: str | None = Field(default=None, description="The job's folder inside that claim.")
-    attempt_count: int | None = Field(default=None, description="Runs of stages so far, retries included.")
-    retries: int | None = Field(default=None, description="Those of them that count against runPolicy.maxRetries.")
+    attempt_count: int | None = Field(
+        default=None, description="Number of the latest attempt: 1 unless a stage had to be run again."
+    )
+    retries: int | None = Field(
+        default=None, description="How often a stage was run again that counts against runPolicy.maxRetries."
+    )
     training: TrainingStatus | None = Field(default=None, description="How training goes.")
     data: DataStatus | None = Field(default=None, description="What the rows are like.")
     resolved: dict[str, Any] | None = Field(
@@ -399,7 +406,7 @@ class Status(Model):
     stages: tuple[StageStatus, ...] | None = Field(default=None, max_length=16, description="The line of stages.")
     artifacts: tuple[ArtifactStatus, ...] | None = Field(default=None, max_length=16, description="What came out.")
     attempts: tuple[AttemptStatus, ...] | None = Field(
-        default=None, max_length=ATTEMPTS_KEPT, description="The last attempts, oldest first."
+        default=None, max_length=ATTEMPTS_KEPT, description="The last runs of stages, oldest first."
     )
 
     @property

@@ -27,6 +27,13 @@ DROPPED = frozenset({"title", "default", "additionalProperties", "$defs"})
 STATIC_DEFAULTS: dict[str, Any] = {"model.huggingFace.revision": "main"}
 """Defaults that depend on nothing else; the rest is resolved once, by the prepare stage."""
 
+STATUS_LIST_KEYS = {
+    "conditions": ("type",),
+    "stages": ("name",),
+    "artifacts": ("name",),
+    "attempts": ("stage", "number"),
+}
+
 COLUMNS = (
     ("Phase", "string", ".status.phase", 0),
     ("Progress", "string", ".status.progress", 0),
@@ -106,7 +113,7 @@ def spec_schema() -> JSON:
 def status_schema() -> JSON:
     """The structural schema of the status."""
     schema = structural(Status.model_json_schema(by_alias=True, mode="serialization"))
-    _name_list_types(schema, "", {"conditions": "type", "stages": "name", "artifacts": "name", "attempts": "number"})
+    _name_list_types(schema, "", STATUS_LIST_KEYS)
     return schema
 
 
@@ -121,13 +128,13 @@ def _rules(rules: tuple[Rule, ...]) -> list[JSON]:
     return [{"rule": rule.rule, "message": rule.message} for rule in rules]
 
 
-def _name_list_types(schema: JSON, path: str, keys: Mapping[str, str]) -> None:
-    """Say of each list whether it is a map by a key or replaced as a whole."""
+def _name_list_types(schema: JSON, path: str, keys: Mapping[str, tuple[str, ...]]) -> None:
+    """Say of each list whether it is a map by some keys or replaced as a whole."""
     if schema.get("type") == "array":
-        key = keys.get(path)
-        schema["x-kubernetes-list-type"] = "map" if key else "atomic"
-        if key:
-            schema["x-kubernetes-list-map-keys"] = [key]
+        fields = keys.get(path)
+        schema["x-kubernetes-list-type"] = "map" if fields else "atomic"
+        if fields:
+            schema["x-kubernetes-list-map-keys"] = list(fields)
         _name_list_types(schema["items"], f"{path}.[]", keys)
     for name, part in schema.get("properties", {}).items():
         _name_list_types(part, f"{path}.{name}".lstrip("."), keys)

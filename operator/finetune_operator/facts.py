@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -9,11 +10,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from finetune_operator import names
 from finetune_operator.api import API_VERSION, JSON, KIND, FineTuneJob, Label, parse_time
-from finetune_trainer.progress import LastWord, Progress
+from finetune_operator.names import Position
+from finetune_trainer.progress import LastWord, Progress, Stage
 
 CONTAINER = 0
 """A stage pod has one container."""
+
+RUN = re.compile(r"(prepare|train|merge|quantize-[0-9]{1,4}) [0-9]{1,9}")
+"""Labels of stage and attempt that make sense."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,11 @@ class StageJob:
     completed: datetime | None = None
 
     @property
+    def position(self) -> Position:
+        """Where it stands in the life of its job."""
+        return self.attempt, names.place(self.step)
+
+    @property
     def ended(self) -> bool:
         """Whether it will do no more."""
         return self.complete or self.failed or self.deleting
@@ -89,6 +100,16 @@ class StagePod:
     """When a pod being deleted has been given all its time."""
 
     @property
+    def stage(self) -> Stage:
+        """What the trainer in it calls itself."""
+        return Stage(self.step.partition("-")[0])
+
+    @property
+    def position(self) -> Position:
+        """Where its attempt stands in the life of its job."""
+        return self.attempt, names.place(self.step)
+
+    @property
     def ended(self) -> bool:
         """Whether the pod will do no more."""
         return self.phase in ("Succeeded", "Failed") or self.exit_code is not None
@@ -105,8 +126,7 @@ class StagePod:
             word = LastWord.model_validate_json(self.words)
         except ValidationError:
             return None
-        of_this = word.attempt == self.attempt and word.stage.value == self.step.split("-")[0]
-        return word if of_this else None
+        return word if (word.attempt, word.stage) == (self.attempt, self.stage) else None
 
 
 @dataclass(frozen=True)
@@ -120,6 +140,17 @@ class Conflict:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """Something of ours that the API server would not create: a quota, a webhook, a right that lacks."""
+
+    kind: str
+    name: str
+    status: int
+    """HTTP status of the answer."""
+    message: str
+
+
+@dataclass(frozen=True)
 class Facts:
     """Everything a decision rests on."""
 
@@ -130,36 +161,38 @@ class Facts:
     warnings: tuple[str, ...] = ()
     """Warnings about the live Job or its pod, newest first."""
     conflicts: tuple[Conflict, ...] = field(default=())
+    refusal: Refusal | None = None
 
-    def pod_of(self, attempt: int) -> StagePod | None:
+    def pod_of(self, position: Position) -> StagePod | None:
         """The newest pod of an attempt."""
-        pods = [pod for pod in self.pods if pod.attempt == attempt]
+        pods = [pod for pod in self.pods if pod.position == position]
         return max(pods, key=lambda pod: pod.created, default=None)
 
-    def job_of(self, attempt: int) -> StageJob | None:
+    def job_of(self, position: Position) -> StageJob | None:
         """The Job of an attempt."""
-        return next((job for job in self.jobs if job.attempt == attempt), None)
+        return next((job for job in self.jobs if job.position == position), None)
 
 
 def parse_jobs(bodies: Iterable[JSON], uid: str) -> tuple[StageJob, ...]:
-    """The Jobs of the FineTuneJob with this uid, by attempt."""
-    ours = [body for body in bodies if _labels(body).get(Label.JOB_UID) == uid and _is_numbered(body)]
-    return tuple(sorted((parse_job(body) for body in ours), key=lambda job: job.attempt))
+    """The Jobs of the FineTuneJob with this uid, in the order in which they were made."""
+    ours = [body for body in bodies if _labels(body).get(Label.JOB_UID) == uid and _is_run(body)]
+    return tuple(sorted((parse_job(body) for body in ours), key=lambda job: job.position))
 
 
 def parse_pods(bodies: Iterable[JSON], uid: str) -> tuple[StagePod, ...]:
-    """The pods of the FineTuneJob with this uid, by attempt."""
-    ours = [body for body in bodies if _labels(body).get(Label.JOB_UID) == uid and _is_numbered(body)]
-    return tuple(sorted((parse_pod(body) for body in ours), key=lambda pod: pod.attempt))
+    """The pods of the FineTuneJob with this uid, in the order of their attempts."""
+    ours = [body for body in bodies if _labels(body).get(Label.JOB_UID) == uid and _is_run(body)]
+    return tuple(sorted((parse_pod(body) for body in ours), key=lambda pod: pod.position))
 
 
 def _labels(body: Mapping[str, Any]) -> dict[str, str]:
     return body["metadata"].get("labels") or {}
 
 
-def _is_numbered(body: Mapping[str, Any]) -> bool:
+def _is_run(body: Mapping[str, Any]) -> bool:
+    """Whether it says of which attempt it is."""
     labels = _labels(body)
-    return labels.get(Label.ATTEMPT, "").isdecimal() and bool(labels.get(Label.STAGE))
+    return RUN.fullmatch(f"{labels.get(Label.STAGE)} {labels.get(Label.ATTEMPT)}") is not None
 
 
 def parse_job(body: Mapping[str, Any]) -> StageJob:

@@ -1,17 +1,19 @@
 """Why a stage ended, or does not begin, in the order in which the evidence is believed. Pure.
 
-`classify` is for an attempt that ended, `delay` for a pod that does not start. Each failure carries a sentence with the
-way out, and whether the stage is run again. `REMEDIES` and the two tables are all there is.
+`classify` is for an attempt that ended, `delay` for a pod that does not start, `refused` for an attempt that cannot be
+made. Each failure carries a sentence with the way out, and whether the stage is run again. `REMEDIES` and the two
+tables are all there is.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
 from finetune_operator.api import cut
-from finetune_operator.facts import StageJob, StagePod
+from finetune_operator.facts import Refusal, StageJob, StagePod
 from finetune_trainer.progress import ExitCode
 from finetune_trainer.progress import Reason as Said
 
@@ -32,11 +34,12 @@ class Reason(StrEnum):
     IMAGE_PULL_FAILED = "ImagePullFailed"
     CANNOT_START = "CannotStart"
     MOUNT_FAILED = "MountFailed"
-    CLAIM_NOT_FOUND = "ClaimNotFound"
-    CLAIM_NOT_BOUND = "ClaimNotBound"
+    VOLUME_UNBOUND = "VolumeUnbound"
     POD_REFUSED = "PodRefused"
     UNSCHEDULABLE = "Unschedulable"
     QUOTA_EXCEEDED = "QuotaExceeded"
+    CREATION_REFUSED = "CreationRefused"
+    INVALID_SPEC = "InvalidSpec"
     NAME_CONFLICT = "NameConflict"
     UNKNOWN = "Unknown"
 
@@ -110,7 +113,8 @@ def _disrupted(pod: StagePod) -> Failure | None:
 
 
 def _out_of_host_memory(pod: StagePod) -> Failure | None:
-    if pod.exit_reason != "OOMKilled":
+    at_once = pod.exit_reason == "StartError" and "OOM-killed" in pod.words
+    if pod.exit_reason != "OOMKilled" and not at_once:
         return None
     return failure(Reason.OUT_OF_HOST_MEMORY, f"Stage {pod.step} took more memory than its limit and was killed")
 
@@ -191,25 +195,31 @@ def waiting(reason: str, what: str, remedy: str, *, deadline: bool = True) -> Fa
     return Failure(reason, cut(f"{cut(what, 800)}. {remedy}"), Retry.NEVER, deadline)
 
 
+QUOTA_REMEDY = "It waits until the namespace's quota has room, or the quota is raised."
+
+
 def _no_pod(warnings: tuple[str, ...]) -> Failure | None:
     refused = next((warning for warning in warnings if warning.startswith("FailedCreate: ")), None)
     if refused is None:
         return None
     if "exceeded quota" in refused:
-        remedy = "It waits until the namespace's quota has room, or the quota is raised."
-        return waiting(Reason.QUOTA_EXCEEDED, refused.removeprefix("FailedCreate: "), remedy, deadline=False)
+        return waiting(Reason.QUOTA_EXCEEDED, refused.removeprefix("FailedCreate: "), QUOTA_REMEDY, deadline=False)
     what = f"The pod was refused: {refused.removeprefix('FailedCreate: ')}"
     return waiting(Reason.POD_REFUSED, what, "Ask who administers the namespace's policies.")
 
 
+SCHEDULER_NOISE = re.compile(r"[\s,]*\b(still not schedulable|no new claims to deallocate|preemption:)")
+
+
 def _unschedulable(said: str) -> Failure:
+    said = SCHEDULER_NOISE.split(said, maxsplit=1)[0] or said
     if "persistentvolumeclaim" in said and "not found" in said:
         claim = said.partition('persistentvolumeclaim "')[2].partition('"')[0]
         what = f"PersistentVolumeClaim {claim!r} is not there" if claim else said
-        return waiting(Reason.CLAIM_NOT_FOUND, what, "Create it in the job's namespace, or correct claimName.")
+        return waiting(Reason.VOLUME_UNBOUND, what, "Create it in the job's namespace, or correct claimName.")
     if "PersistentVolumeClaim" in said or "persistentvolumeclaim" in said:
         remedy = "Check that the claim's StorageClass exists and can make volumes."
-        return waiting(Reason.CLAIM_NOT_BOUND, f"A claim has no volume yet: {said}", remedy)
+        return waiting(Reason.VOLUME_UNBOUND, f"A claim has no volume yet: {said}", remedy)
     remedy = "It waits until a node has room; lower pod.resources or parallelism, or add nodes, if none ever will."
     return waiting(Reason.UNSCHEDULABLE, f"No node can take the pod: {said}", remedy, deadline=False)
 
@@ -220,3 +230,25 @@ def _mount(warnings: tuple[str, ...]) -> Failure | None:
         return None
     what = f"A volume cannot be mounted: {refused.partition(': ')[2]}"
     return waiting(Reason.MOUNT_FAILED, what, "Check the claims and secrets that the spec names.")
+
+
+# --- an attempt that cannot be made ----------------------------------------------------------------------------------
+
+UNPROCESSABLE = 422
+"""HTTP: the object itself makes no sense, and the spec it is made from cannot change."""
+
+
+def refused(refusal: Refusal) -> Failure:
+    """Why there is no attempt. With a deadline it is over at once; all else may be mended, and is tried again."""
+    what = f"{refusal_of(refusal)}{refusal.message}"
+    if refusal.status == UNPROCESSABLE:
+        return waiting(Reason.INVALID_SPEC, what, "Correct the spec and apply it under a new name.")
+    if "exceeded quota" in refusal.message:
+        return waiting(Reason.QUOTA_EXCEEDED, what, QUOTA_REMEDY, deadline=False)
+    remedy = "It is tried again; ask who administers the namespace's policies and webhooks if this stays so."
+    return waiting(Reason.CREATION_REFUSED, what, remedy, deadline=False)
+
+
+def refusal_of(refusal: Refusal) -> str:
+    """How the message of a refusal begins."""
+    return f"{refusal.kind} {refusal.name} cannot be created: "

@@ -9,6 +9,8 @@ from finetune_operator.api import JSON, ArtifactStatus, DataStatus, MeasuredStat
 from finetune_trainer.progress import Artifact, DataFacts, Progress, Resolved, TrainFacts
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
+STEPS, BYTES = "steps", "bytes"
+"""Units of progress."""
 
 
 def digits(value: float | None) -> str | None:
@@ -34,9 +36,12 @@ def size(size_bytes: int) -> str:
     return f"{amount:.0f} {unit}" if amount >= 10 or unit == "B" else f"{amount:.1f} {unit}"  # noqa: PLR2004
 
 
-def share(done: int, total: int) -> str | None:
-    """Done of total: 128/300 (43%). None where the total is not known."""
-    return f"{done}/{total} ({100 * done // total}%)" if total > 0 else None
+def share(done: int, total: int, unit: str = STEPS) -> str | None:
+    """Done of total: 128/300 (42%); of bytes, which nobody counts, 42%. None where the total is not known."""
+    if total <= 0:
+        return None
+    percent = f"{100 * done // total}%"
+    return percent if unit == BYTES else f"{done}/{total} ({percent})"
 
 
 def duration(seconds: float | None) -> str | None:
@@ -56,16 +61,16 @@ def duration(seconds: float | None) -> str | None:
 def live_training(progress: Progress, before: TrainingStatus | None) -> TrainingStatus:
     """Training as the running stage tells it; what it does not say yet stays as it was."""
     told: dict[str, Any] = {
-        "step": progress.done,
-        "total_steps": progress.total or None,
         "epoch": digits(progress.epoch),
         "loss": digits(progress.loss),
         "eval_loss": digits(progress.eval_loss),
         "tokens_per_second": digits(progress.tokens_per_second),
         "peak_memory": gib(progress.peak_memory_bytes),
-        "progress": share(progress.done, progress.total),
         "last_checkpoint_step": progress.checkpoint_step,
     }
+    if progress.unit == STEPS:  # a train stage also reads, proves and writes files
+        told |= {"step": progress.done, "total_steps": progress.total or None}
+        told["progress"] = share(progress.done, progress.total)
     kept = (before or TrainingStatus()).model_copy(update={k: v for k, v in told.items() if v is not None})
     return kept.model_copy(update={"eta": duration(progress.eta_seconds)})
 

@@ -174,6 +174,7 @@ async def run_kopf(on_key: OnKey, settings: Settings, stop: asyncio.Event, watch
     kopf.on.login(registry=registry)(_login)
     kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(partial(_on_event, on_key))
     flag = asyncio.Event()
+    kopf.on.cleanup(registry=registry)(partial(_raise_flag, flag))
     forward = asyncio.create_task(_forward(stop, flag))
     try:
         await kopf.operator(
@@ -190,6 +191,11 @@ async def run_kopf(on_key: OnKey, settings: Settings, stop: asyncio.Event, watch
 
 async def _forward(stop: asyncio.Event, flag: asyncio.Event) -> None:
     await stop.wait()
+    flag.set()
+
+
+async def _raise_flag(flag: asyncio.Event, **_: Any) -> None:  # noqa: ANN401 - kopf's
+    """Ended by a signal, kopf would wait 5 s for its own task that still waits for the flag."""
     flag.set()
 
 

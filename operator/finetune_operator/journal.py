@@ -1,7 +1,8 @@
 """The attempts of a job: what the status remembers, folded with what is seen of Jobs and pods. Pure.
 
 The status may lag behind (a write was lost, the operator was killed), so attempts are counted by what is there: each
-Job that the status does not know is entered, each open attempt that has ended is judged, in the order of their numbers.
+Job that the status does not know is entered, each open attempt that has ended is judged, in the order of their
+positions: by number, and under one number by the line.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from finetune_operator.api import (
 from finetune_operator.facts import Facts, StageJob, StagePod, after
 from finetune_operator.failures import Failure, Reason, Retry, classify, delay
 from finetune_operator.figures import artifact_status, data_status, final_training, resolved_status
-from finetune_operator.names import Step
+from finetune_operator.names import Position, Step
 from finetune_operator.settings import Settings
 from finetune_trainer.progress import LastWord
 
@@ -40,9 +41,12 @@ LOST_WORDS_IN_A_ROW = 3
 class Journal:
     """Where a job is: its attempts, the stages proven, and what they said."""
 
+    steps: tuple[Step, ...]
     stages: dict[str, StageStatus]
+    """By title, in the order of the line."""
     attempts: tuple[AttemptStatus, ...] = ()
     count: int = 0
+    """The number of the latest attempt."""
     retries: int = 0
     artifacts: tuple[ArtifactStatus, ...] = ()
     data: DataStatus | None = None
@@ -54,10 +58,12 @@ class Journal:
         """What the stored status says."""
         status = job.status
         known = {stage.name: stage for stage in status.stages or ()}
-        titles = [step.title for step in names.line(job.valid_spec)]
+        steps = names.line(job.valid_spec)
+        titles = [step.title for step in steps]
         return cls(
+            steps=steps,
             stages={title: known.get(title, StageStatus(name=title, state="Waiting")) for title in titles},
-            attempts=status.attempts or (),
+            attempts=tuple(attempt for attempt in status.attempts or () if attempt.stage in titles),
             count=status.attempt_count or 0,
             retries=status.retries or 0,
             artifacts=status.artifacts or (),
@@ -77,6 +83,21 @@ class Journal:
         """The last attempt, if it failed."""
         last = self.attempts[-1] if self.attempts else None
         return last if last is not None and last.retry is not None else None
+
+    @property
+    def position(self) -> Position:
+        """The latest attempt known of."""
+        tried = [(stage.name, stage.attempt) for stage in self.stages.values() if stage.attempt is not None]
+        tried += [(attempt.stage, attempt.number) for attempt in self.attempts]
+        return max([(self.count, -1), *((number, self.step(title).place) for title, number in tried)])
+
+    def step(self, title: str) -> Step:
+        """The step that the status calls so."""
+        return next(step for step in self.steps if step.title == title)
+
+    def of(self, attempt: AttemptStatus) -> Position:
+        """An attempt's position."""
+        return attempt.number, self.step(attempt.stage).place
 
     def proven(self, step: Step) -> bool:
         """Whether a step's proof has been seen."""
@@ -106,16 +127,25 @@ def alive(pod: StagePod | None, now: datetime) -> bool:
 def read(facts: Facts, settings: Settings, now: datetime) -> Journal:
     """The journal, up to date with what is seen."""
     journal = Journal.remembered(facts.job)
-    steps = names.line(facts.job.valid_spec)
-    by_key = {step.key: step for step in steps}
+    by_key = {step.key: step for step in journal.steps}
     if journal.live is not None:
-        step = next((step for step in steps if step.title == journal.live.stage), None)
-        journal = journal if step is None else _look(journal, facts, step, settings, now)
+        journal = _look(journal, facts, journal.step(journal.live.stage), settings, now)
     for job in facts.jobs:
-        if job.attempt > journal.count and job.step in by_key:
+        if job.position > journal.position and job.step in by_key:
             journal = enter(journal, by_key[job.step], job.attempt, job.name, job.created)
             journal = _look(journal, facts, by_key[job.step], settings, now)
     return journal
+
+
+def next_number(facts: Facts, journal: Journal, step: Step) -> int:
+    """The number for a step's next attempt: the latest there is, or the one after it for what was tried under that.
+
+    Jobs and pods count too, whose making never reached the status.
+    """
+    made = [job.position for job in facts.jobs] + [pod.position for pod in facts.pods]
+    latest = max([journal.position, *made])
+    number = max(latest[0], 1)
+    return number if (number, step.place) > latest else number + 1
 
 
 def enter(journal: Journal, step: Step, number: int, name: str, now: datetime) -> Journal:
@@ -130,8 +160,8 @@ def enter(journal: Journal, step: Step, number: int, name: str, now: datetime) -
 
 def _look(journal: Journal, facts: Facts, step: Step, settings: Settings, now: datetime) -> Journal:
     """Judge the open attempt, if it has ended."""
-    number = journal.attempts[-1].number
-    pod, job = facts.pod_of(number), facts.job_of(number)
+    position = journal.of(journal.attempts[-1])
+    pod, job = facts.pod_of(position), facts.job_of(position)
     word = pod.last_word if pod is not None and pod.ended else None
     if word is not None and word.succeeded:
         return prove(journal, facts.job, step, word, _ended_at(pod, job, now))

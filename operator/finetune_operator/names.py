@@ -24,6 +24,18 @@ PHASES = {
 }
 
 
+STAGES = tuple(Stage)
+
+Position = tuple[int, int]
+"""An attempt's number and its step's place: it grows strictly over the life of a job, the number alone never falls."""
+
+
+def place(key: str) -> int:
+    """Where a step stands in the longest line: prepare 0, train 1, merge 2, quantize-0 3, quantize-1 4."""
+    stage, _, index = key.partition("-")
+    return STAGES.index(Stage(stage)) + int(index or 0)
+
+
 @dataclass(frozen=True)
 class Step:
     """One stage of one job's line. `key` goes into names and labels, `title` into the status."""
@@ -32,6 +44,11 @@ class Step:
     key: str
     title: str
     entry: str | None = None
+
+    @property
+    def place(self) -> int:
+        """Where it stands among the steps."""
+        return place(self.key)
 
     @property
     def phase(self) -> Phase:

@@ -58,7 +58,7 @@ class ProgressReader:
         except (aiohttp.ClientError, TimeoutError, OSError, ValidationError) as error:
             log.debug("Pod %s does not tell its progress: %s", pod.name, error)
             return None
-        return progress if progress.attempt == pod.attempt else None
+        return progress if (progress.attempt, progress.stage) == (pod.attempt, pod.stage) else None
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from finetune_operator.api import JSON, KIND, FineTuneJob, Status
-from finetune_operator.facts import Conflict, Facts, Owner, StageJob, StagePod, after, parse_jobs, parse_pods
+from finetune_operator.facts import Conflict, Facts, Owner, Refusal, StageJob, StagePod, after, parse_jobs, parse_pods
 from finetune_operator.kube import ExistsError, Kube, KubeError, NotFoundError
 from finetune_operator.manifests import News, build_claim, build_config_map, build_event, build_stage_job
 from finetune_operator.progress import ProgressReader
@@ -19,6 +19,9 @@ from finetune_operator.status import Decision, Start, Stop, decide
 SETTLE_SECONDS = 5
 """A pod that does not run after so long may have a warning to tell."""
 
+BUSY = (429, 503, 504)
+"""HTTP: an API server that has no time says nothing about what it was asked."""
+
 log = logging.getLogger(__name__)
 
 
@@ -28,6 +31,15 @@ class TakenError(Exception):
     def __init__(self, conflict: Conflict) -> None:
         super().__init__(f"{conflict.kind} {conflict.name} is not ours")
         self.conflict = conflict
+
+
+class RefusedError(Exception):
+    """The API server would not create something; `error` is its answer."""
+
+    def __init__(self, refusal: Refusal, error: KubeError) -> None:
+        super().__init__(f"{refusal.kind} {refusal.name}: {error}")
+        self.refusal = refusal
+        self.error = error
 
 
 @dataclass(frozen=True)
@@ -43,19 +55,25 @@ class World:
 async def reconcile(key: Key, world: World) -> float | None:
     """Bring one FineTuneJob nearer to its spec; seconds until the next look, None if only changes matter.
 
-    Safe to run at any moment, any number of times.
+    Safe to run at any moment, any number of times. Raises `KubeError` where the API server refuses a call, after having
+    told the user if it is something to be created: whoever called tries again, ever later.
     """
     facts = await observe(key, world)
     if facts is None:
         return None  # deleted: its children go by owner reference
     decision = decide(facts, world.settings, world.clock())
+    error = None
     try:
         await act(facts.job, decision, world)
     except TakenError as taken:
-        facts = replace(facts, conflicts=(taken.conflict,))
-        decision = decide(facts, world.settings, world.clock())
+        decision = decide(replace(facts, conflicts=(taken.conflict,)), world.settings, world.clock())
+    except RefusedError as refused:
+        decision = decide(replace(facts, refusal=refused.refusal), world.settings, world.clock())
+        error = refused.error
     await write_status(facts.job, decision.status, world.kube)
     await tell(facts.job, decision.events, world)
+    if error is not None and not decision.status.finished:
+        raise error
     return decision.requeue_after_seconds
 
 
@@ -74,10 +92,10 @@ async def observe(key: Key, world: World) -> Facts | None:
     jobs = parse_jobs(await world.kube.children("Job", key.namespace, key.name), job.uid)
     pods = parse_pods(await world.kube.children("Pod", key.namespace, key.name), job.uid)
     facts = Facts(job, jobs, pods)
-    latest = max(jobs, key=lambda child: child.attempt, default=None)
+    latest = jobs[-1] if jobs else None
     if latest is None or latest.ended:
         return facts
-    return await _look_closer(facts, latest, facts.pod_of(latest.attempt), world)
+    return await _look_closer(facts, latest, facts.pod_of(latest.position), world)
 
 
 async def _look_closer(facts: Facts, job: StageJob, pod: StagePod | None, world: World) -> Facts:
@@ -95,7 +113,7 @@ async def _look_closer(facts: Facts, job: StageJob, pod: StagePod | None, world:
 
 
 async def act(job: FineTuneJob, decision: Decision, world: World) -> None:
-    """Create and delete; `TakenError` if a name is taken."""
+    """Create and delete; `TakenError` if a name is taken, `RefusedError` if a creation is refused."""
     for action in decision.actions:
         if isinstance(action, Stop):
             await world.kube.delete_job(job.namespace, action.name, action.uid)
@@ -118,6 +136,11 @@ async def ensure(job: FineTuneJob, manifest: JSON, kube: Kube) -> None:
         await kube.create(manifest)
     except ExistsError:
         await _check_owner(job, manifest, kube)
+    except KubeError as error:
+        if error.status in BUSY:
+            raise
+        kind, name = manifest["kind"], manifest["metadata"]["name"]
+        raise RefusedError(Refusal(kind, name, error.status, error.message), error) from error
     else:
         log.info("%s %s created", manifest["kind"], manifest["metadata"]["name"])
 

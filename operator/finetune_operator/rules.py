@@ -69,7 +69,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
 }
 """By path below spec; the empty path is spec itself."""
 
-LIST_KEYS = {"quantize": "name", "pod.imagePullSecrets": "name"}
+LIST_KEYS = {"quantize": ("name",), "pod.imagePullSecrets": ("name",)}
 """Lists of named entries; all other lists are replaced as a whole."""
 
 

@@ -17,10 +17,10 @@ from finetune_operator.api import (
     format_time,
     parse_time,
 )
-from finetune_operator.facts import Conflict, Facts, StageJob, StagePod, after
-from finetune_operator.failures import Failure, Reason, Retry, delay
+from finetune_operator.facts import Conflict, Facts, Refusal, StageJob, StagePod, after
+from finetune_operator.failures import Failure, Reason, Retry, delay, refusal_of, refused
 from finetune_operator.figures import live_training, share
-from finetune_operator.journal import SLACK_SECONDS, Journal, alive, deadline_begin, enter, read
+from finetune_operator.journal import SLACK_SECONDS, Journal, alive, deadline_begin, enter, next_number, read
 from finetune_operator.manifests import News
 from finetune_operator.names import Step
 from finetune_operator.settings import Settings
@@ -85,12 +85,10 @@ def _advance(facts: Facts, journal: Journal, settings: Settings, now: datetime) 
     last = journal.last_failure
     if last is not None and last.retry == Retry.NEVER:
         return _end(facts, journal, View(Phase.FAILED, last.reason or Reason.UNKNOWN, last.message or ""), now)
-    step = next((step for step in names.line(facts.job.valid_spec) if not journal.proven(step)), None)
+    step = next((step for step in journal.steps if not journal.proven(step)), None)
     if step is None:
         return _end(facts, journal, View(Phase.SUCCEEDED, Reason.COMPLETED, _summary(journal)), now)
-    if facts.conflicts:
-        return _conflicted(facts, journal, step, settings, now)
-    return _start(facts, journal, step, settings, now)
+    return _next(facts, journal, step, settings, now)
 
 
 # --- the live attempt ------------------------------------------------------------------------------------------------
@@ -98,21 +96,17 @@ def _advance(facts: Facts, journal: Journal, settings: Settings, now: datetime) 
 
 def _watch(facts: Facts, journal: Journal, live: AttemptStatus, settings: Settings, now: datetime) -> Decision:
     """An attempt is under way: tell how it fares."""
-    pod, job = facts.pod_of(live.number), facts.job_of(live.number)
-    step = _step(facts.job, live.stage)
+    pod, job = facts.pod_of(journal.of(live)), facts.job_of(journal.of(live))
+    step = journal.step(live.stage)
     found = None if pod is not None and pod.started else delay(pod, facts.warnings)
     journal = _observe_progress(facts, journal, step, pod)
     view = _view(facts, journal, step, pod, found)
     stage = journal.stages[step.title]
     state = "Running" if pod is not None and pod.running else "Pending"
     journal = journal.with_stage(stage.model_copy(update={"state": state, "message": view.message}))
-    status = _status(facts, journal, view, now, progress=_progress(facts, live))
+    status = _status(facts, journal, view, now, progress=_progress(facts, step, live))
     after_seconds = _look_again(pod, job, found, settings, now)
     return Decision(status, events=_news(facts.job, journal, status), requeue_after_seconds=after_seconds)
-
-
-def _step(job: FineTuneJob, title: str) -> Step:
-    return next(step for step in names.line(job.valid_spec) if step.title == title)
 
 
 def _observe_progress(facts: Facts, journal: Journal, step: Step, pod: StagePod | None) -> Journal:
@@ -121,11 +115,13 @@ def _observe_progress(facts: Facts, journal: Journal, step: Step, pod: StagePod 
     return replace(journal, training=live_training(facts.progress, journal.training))
 
 
-def _progress(facts: Facts, live: AttemptStatus) -> str | None:
+def _progress(facts: Facts, step: Step, live: AttemptStatus) -> str | None:
     """The live stage's own count: as just told, or as told before of this same attempt."""
-    if facts.progress is not None and facts.progress.attempt == live.number:
-        return share(facts.progress.done, facts.progress.total)
-    same = facts.job.status.attempt_count == live.number
+    told = facts.progress
+    if told is not None and (told.stage, told.attempt) == (step.stage, live.number):
+        return share(told.done, told.total, told.unit)
+    before = (facts.job.status.attempts or (None,))[-1]
+    same = before is not None and (before.stage, before.number) == (live.stage, live.number)
     return facts.job.status.progress if same else None
 
 
@@ -173,22 +169,36 @@ def _look_again(
 
 def _clear_up(facts: Facts, journal: Journal, now: datetime) -> Decision | None:
     """Nothing of a judged attempt may be at work any more. It is deleted once its end is on record, not before."""
-    strays = [job for job in facts.jobs if not job.ended and _may_work(facts.pod_of(job.attempt), now)]
+    strays = [job for job in facts.jobs if not job.ended and _may_work(facts.pod_of(job.position), now)]
     leaving = [pod for pod in facts.pods if alive(pod, now)]
     if not strays and not leaving:
         return None
-    last = journal.attempts[-1]
-    step = _step(facts.job, last.stage)
-    view = View(_phase(journal, step, running=False), last.reason or "", last.message or "")
-    status = _status(facts, journal, view, now)
+    status = _status(facts, journal, _leaving(journal), now)
     recorded = status.attempts == facts.job.status.attempts
     actions = tuple(Stop(job.name, job.uid) for job in strays) if recorded else ()
     return Decision(status, actions, _news(facts.job, journal, status), 1 if recorded else 0)
 
 
+def _leaving(journal: Journal) -> View:
+    """What is to be said while a judged attempt still leaves, or one of which nothing is known but its pod."""
+    if not journal.attempts:
+        return View(Phase.PENDING, "Starting", "A pod from before has not ended yet; the first stage starts after it.")
+    last = journal.attempts[-1]
+    return View(_phase(journal, journal.step(last.stage), running=False), last.reason or "", last.message or "")
+
+
 def _may_work(pod: StagePod | None, now: datetime) -> bool:
     """Whether a Job may still bring forth work: its pod is alive, gone for good, or yet to come."""
     return pod is None or not pod.ended or alive(pod, now)
+
+
+def _next(facts: Facts, journal: Journal, step: Step, settings: Settings, now: datetime) -> Decision:
+    """The step that is due: begun, or what stands in its way."""
+    if facts.refusal is not None:
+        return _refused(facts, facts.refusal, journal, step, now)
+    if facts.conflicts:
+        return _conflicted(facts, journal, step, settings, now)
+    return _start(facts, journal, step, settings, now)
 
 
 def _start(facts: Facts, journal: Journal, step: Step, settings: Settings, now: datetime) -> Decision:
@@ -198,7 +208,7 @@ def _start(facts: Facts, journal: Journal, step: Step, settings: Settings, now: 
         view = _retrying(journal, step, facts.job.valid_spec.max_retries)
         status = _status(facts, journal, view, now)
         return Decision(status, events=_news(facts.job, journal, status), requeue_after_seconds=wait)
-    attempt = max([journal.count, *(job.attempt for job in facts.jobs), *(pod.attempt for pod in facts.pods)]) + 1
+    attempt = next_number(facts, journal, step)
     entered = enter(journal, step, attempt, names.stage_job(facts.job, step, attempt), now)
     view = View(_phase(entered, step, running=False), "Starting", f"Stage {step.title} starts.")
     if journal.last_failure is not None:
@@ -236,7 +246,7 @@ def _conflicted(facts: Facts, journal: Journal, step: Step, settings: Settings, 
     message = _conflict_message(conflict)
     if expired:
         return _end(facts, journal, View(Phase.FAILED, Reason.NAME_CONFLICT, message), now)
-    phase = _phase(replace(journal, count=journal.count + 1), step, running=False)
+    phase = _phase_due(facts, journal, step)
     status = _status(facts, journal, View(phase, Reason.NAME_CONFLICT, message), now)
     return Decision(status, events=_news(facts.job, journal, status), requeue_after_seconds=LOOK_AGAIN_SECONDS / 2)
 
@@ -246,6 +256,25 @@ def _conflict_message(conflict: Conflict) -> str:
         return f"{conflict.kind} {conflict.name} is left from an earlier job of this name; waiting until it is deleted."
     remedy = "Delete or rename it, or give the FineTuneJob another name."
     return f"{conflict.kind} {conflict.name} is there already and does not belong to this job. {remedy}"
+
+
+def _phase_due(facts: Facts, journal: Journal, step: Step) -> Phase:
+    """The phase of a step whose attempt is yet to be made."""
+    return _phase(replace(journal, count=next_number(facts, journal, step)), step, running=False)
+
+
+def _refused(facts: Facts, refusal: Refusal, journal: Journal, step: Step, now: datetime) -> Decision:
+    """The attempt could not be made. Who acts tries again, ever later; what can never be made is an end."""
+    found = refused(refusal)
+    if found.deadline:
+        return _end(facts, journal, View(Phase.FAILED, found.reason, found.message), now)
+    message = found.message
+    before = facts.job.status
+    if before.reason == found.reason and (before.message or "").startswith(refusal_of(refusal)):
+        # Said already. Where the words differ each time, to write them would bring the next pass at once, for ever.
+        message = before.message or message
+    status = _status(facts, journal, View(_phase_due(facts, journal, step), found.reason, message), now)
+    return Decision(status, events=_news(facts.job, journal, status))
 
 
 def _settled_at(job: FineTuneJob, journal: Journal) -> datetime:
@@ -271,17 +300,17 @@ def _final_progress(facts: Facts, journal: Journal) -> str | None:
 def _reject(job: FineTuneJob, now: datetime) -> Decision:
     """A stored spec that this operator cannot act on."""
     message = cut(f"{job.problem} Correct it and apply the job under a new name.")
-    view = View(Phase.FAILED, "InvalidSpec", message)
+    view = View(Phase.FAILED, Reason.INVALID_SPEC, message)
     status = Status(
         observed_generation=job.generation,
         phase=view.phase.value,
-        reason=view.reason,
+        reason=str(view.reason),
         message=view.message,
         start_time=job.status.start_time or format_time(now),
         completion_time=format_time(now),
         conditions=_conditions(job, view, now, accepted=False),
     )
-    return Decision(status, events=(News("invalid", "InvalidSpec", message, warning=True),))
+    return Decision(status, events=(News("invalid", str(Reason.INVALID_SPEC), message, warning=True),))
 
 
 def _summary(journal: Journal) -> str:
@@ -356,15 +385,21 @@ QUIET = frozenset({"Running", "Starting", Reason.COMPLETED})
 
 def _news(job: FineTuneJob, journal: Journal, status: Status) -> tuple[News, ...]:
     """What has changed and is worth an Event: failed attempts, obstacles, phases."""
-    known = {a.number for a in job.status.attempts or () if a.completion_time is not None}
+    known = {(a.stage, a.number) for a in job.status.attempts or () if a.completion_time is not None}
     news = [
-        News(f"{attempt.number}-failed", attempt.reason or "", attempt.message or "", warning=True)
+        News(f"{_run(journal, attempt)}-failed", attempt.reason or "", attempt.message or "", warning=True)
         for attempt in journal.attempts
-        if attempt.retry is not None and attempt.number not in known
+        if attempt.retry is not None and (attempt.stage, attempt.number) not in known
     ]
+    run = _run(journal, journal.attempts[-1]) if journal.attempts else "new"
     if status.phase != job.status.phase:
         failed = status.phase == Phase.FAILED
-        news.append(News(f"{journal.count}-{status.phase}", status.phase or "", status.message or "", warning=failed))
+        news.append(News(f"{run}-{status.phase}", status.phase or "", status.message or "", warning=failed))
     elif status.reason != job.status.reason and status.reason not in QUIET and not news:
-        news.append(News(f"{journal.count}-{status.reason}", status.reason or "", status.message or "", warning=True))
+        news.append(News(f"{run}-{status.reason}", status.reason or "", status.message or "", warning=True))
     return tuple(news)
+
+
+def _run(journal: Journal, attempt: AttemptStatus) -> str:
+    """An attempt in the names of its Events."""
+    return f"{journal.step(attempt.stage).key}-{attempt.number}"

@@ -8,7 +8,9 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -18,7 +20,7 @@ from finetune_trainer.progress import PROGRESS_PORT, Progress, Reason, Stage
 from tests.apiserver import players
 from tests.apiserver.api import Space, wait_for
 from tests.apiserver.cases import spec
-from tests.apiserver.conftest import quiet_for
+from tests.apiserver.conftest import Operator, quiet_for
 from tests.unit.operator.builders import word
 
 LINE = ("prepare", "train", "merge", "quantize-0")
@@ -35,14 +37,15 @@ pytestmark = pytest.mark.usefixtures("operator")
 def test_played_pods_take_a_job_through_the_whole_line(space: Space) -> None:
     made = space.submit("demo", SPEC)
     phases = []
-    for attempt, stage in enumerate(LINE, start=1):
-        job = players.next_job(space, "demo", stage, attempt)
+    for stage in LINE:
+        job = players.next_job(space, "demo", stage, 1)
         players.run(space, job)
         phases.append(space.wait_status("demo", reason="Running")["phase"])
         players.succeed(space, job)
     status = space.wait_status("demo", phase="Succeeded")
     assert phases == ["Preparing", "Training", "Merging", "Quantizing"]
-    assert space.names("jobs") == sorted(f"demo-{stage}-{n}" for n, stage in enumerate(LINE, start=1))
+    assert space.names("jobs") == sorted(f"demo-{stage}-1" for stage in LINE)
+    assert status["attemptCount"] == 1
     assert [artifact["name"] for artifact in status["artifacts"]] == ["train", "merge", "quantize-0"]
     uid = space.read("finetunejobs", "demo")["metadata"]["uid"]
     assert space.names("persistentvolumeclaims") == [f"demo-{uid[:8]}"]
@@ -100,8 +103,8 @@ def test_played_pods_progress_reaches_the_status(space: Space, teller: tuple[str
     address, told = teller
     space.submit("demo", SPEC)
     players.succeed(space, players.next_job(space, "demo", "prepare", 1))
-    told.append(Progress(stage=Stage.TRAIN, attempt=2, activity="training", done=128, total=300, loss=1.20441))
-    players.run(space, players.next_job(space, "demo", "train", 2), address)
+    told.append(Progress(stage=Stage.TRAIN, attempt=1, activity="training", done=128, total=300, loss=1.20441))
+    players.run(space, players.next_job(space, "demo", "train", 1), address)
     status = space.wait_status("demo", progress="128/300 (42%)")
     assert status["training"]["loss"] == "1.204"
     told.append(told[0].model_copy(update={"done": 200, "eta_seconds": 600.0}))
@@ -115,8 +118,8 @@ def test_a_lost_word_of_played_pods_runs_the_stage_again(space: Space) -> None:
     space.submit("demo", SPEC)
     players.end(space, players.next_job(space, "demo", "prepare", 1), 0, "no JSON at all")
     players.succeed(space, players.next_job(space, "demo", "prepare", 2))
-    players.next_job(space, "demo", "train", 3)
-    status = space.wait_status("demo", attemptCount=3)
+    players.next_job(space, "demo", "train", 2)
+    status = space.wait_status("demo", attemptCount=2)
     assert (status["attempts"][0]["reason"], status["retries"]) == ("LostWord", 0)
 
 
@@ -160,12 +163,67 @@ def test_an_image_played_as_not_pulled_is_told_at_once_and_ends_the_job(space: S
 
 
 def test_a_quota_that_refuses_the_pod_is_told(space: Space) -> None:
-    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}}
-    space.call("POST", f"/api/v1/namespaces/{space.namespace}/resourcequotas", quota)
-    path = f"/api/v1/namespaces/{space.namespace}/resourcequotas/none"
-    wait_for(lambda: (space.api.get(path) or {}).get("status", {}).get("hard"), "the quota in force")
+    limit(space, pods="0")
     space.submit("demo", SPEC)
     assert "exceeded quota" in space.wait_status("demo", reason="QuotaExceeded")["message"]
+
+
+def limit(space: Space, **hard: str) -> None:
+    """A quota, once it is in force."""
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "limit"}, "spec": {"hard": hard}}
+    path = f"/api/v1/namespaces/{space.namespace}/resourcequotas"
+    space.call("POST", path, quota)
+    wait_for(lambda: (space.api.get(f"{path}/limit") or {}).get("status", {}).get("hard"), "the quota in force")
+
+
+def test_a_stage_job_that_a_quota_refuses_is_told_and_made_when_there_is_room(space: Space) -> None:
+    limit(space, **{"count/jobs.batch": "0"})
+    space.submit("demo", SPEC)
+    status = space.wait_status("demo", reason="QuotaExceeded")
+    assert "Job demo-prepare-1 cannot be created: jobs.batch" in status["message"]
+    assert (status["phase"], status["attemptCount"]) == ("Pending", 0)
+    assert quiet_for(3, lambda: space.version("demo"))
+    space.call("DELETE", f"/api/v1/namespaces/{space.namespace}/resourcequotas/limit")
+    players.run(space, players.next_job(space, "demo", "prepare", 1))
+    assert space.wait_status("demo", reason="Running")["phase"] == "Preparing"
+
+
+@pytest.fixture
+def broken_webhook(space: Space) -> Iterator[None]:
+    """Nobody answers who must agree to each new Job of the namespace."""
+    root = "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations"
+    webhook = {
+        "name": "broken.finetune.test",
+        "clientConfig": {"url": "https://127.0.0.1:1/"},
+        "rules": [{"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}],
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": space.namespace}},
+        "sideEffects": "None",
+        "admissionReviewVersions": ["v1"],
+    }
+    body = {"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration"}
+    space.call("POST", root, body | {"metadata": {"name": space.namespace}, "webhooks": [webhook]})
+    time.sleep(1.5)  # the API server hears of it in its own time
+    yield
+    space.call("DELETE", f"{root}/{space.namespace}")
+
+
+@pytest.mark.usefixtures("broken_webhook")
+def test_a_webhook_that_fails_is_told_and_tried_again_ever_later(space: Space, operator: Operator) -> None:
+    space.submit("demo", SPEC)
+    status = space.wait_status("demo", reason="CreationRefused")
+    assert "failed calling webhook" in status["message"]
+    tries = len(re.findall("failed calling webhook", operator.log.read_text()))
+    assert quiet_for(5, lambda: space.version("demo"))
+    assert 1 <= len(re.findall("failed calling webhook", operator.log.read_text())) - tries <= 6
+    assert space.status("demo")["phase"] == "Pending"
+
+
+def test_a_stage_job_that_the_api_server_finds_invalid_ends_the_job_with_its_word(space: Space) -> None:
+    resources = {"requests": {"cpu": "2"}, "limits": {"cpu": "1"}}
+    space.submit("demo", SPEC | {"pod": {"resources": resources}})
+    status = space.wait_status("demo", phase="Failed")
+    assert status["reason"] == "InvalidSpec"
+    assert "must be less than or equal to cpu limit" in status["message"]
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -190,7 +248,7 @@ def test_a_claim_to_be_deleted_goes_with_its_job(space: Space) -> None:
 def test_a_recreated_namesake_starts_anew_with_played_pods(space: Space) -> None:
     first = space.submit("demo", SPEC)["metadata"]["uid"]
     players.succeed(space, players.next_job(space, "demo", "prepare", 1))
-    players.next_job(space, "demo", "train", 2)
+    players.next_job(space, "demo", "train", 1)
     space.delete("finetunejobs", "demo")
     second = space.submit("demo", SPEC)["metadata"]["uid"]
 

@@ -10,7 +10,9 @@ from typing import Any
 from finetune_operator import names
 from finetune_operator.api import JSON, FineTuneJob, Label, format_time
 from finetune_operator.facts import Facts, parse_jobs, parse_pods
+from finetune_operator.journal import Journal, alive
 from finetune_operator.manifests import build_stage_job
+from finetune_operator.names import Position
 from finetune_operator.settings import Settings
 from finetune_operator.status import Decision, Start, Stop, decide
 from finetune_trainer.progress import (
@@ -62,7 +64,7 @@ def pod_body(step: str = "train", attempt: int = 1, uid: str = UID, **status: An
     return {
         "metadata": {
             "name": f"demo-{step}-{attempt}-x",
-            "uid": f"pod-{attempt}",
+            "uid": f"pod-{step}-{attempt}",
             "creationTimestamp": format_time(START),
             "labels": {Label.JOB_UID: uid, Label.STAGE: step, Label.ATTEMPT: str(attempt)},
         },
@@ -171,6 +173,7 @@ class Cluster:
     warnings: tuple[str, ...] = ()
     lose_status: bool = False
     said: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
 
     @property
     def job(self) -> FineTuneJob:
@@ -194,6 +197,7 @@ class Cluster:
             self.status = told
             self.writes += 1
             self.said += [news.reason for news in decision.events]
+            self.keys += [news.key for news in decision.events]
         self.lose_status = False
         return decision
 
@@ -212,6 +216,8 @@ class Cluster:
         if name in self.jobs:
             return
         assert name not in self.created, f"{name} was made twice"
+        assert not any(alive(pod, self.now) for pod in self.facts.pods), f"{name} was made beside a live attempt"
+        assert all(position(name) > position(earlier) for earlier in self.created), f"{name} after {self.created}"
         self.created.append(name)
         manifest["metadata"] |= {"uid": f"job-{name}", "creationTimestamp": format_time(self.now)}
         self.jobs[name] = manifest
@@ -221,14 +227,14 @@ class Cluster:
 
     def delete(self, name: str) -> None:
         """The Job goes, and its pod with it. If its status was never written, nobody knows that it was there."""
-        if self.jobs.pop(name, None) and int(name.rsplit("-", 1)[1]) > (self.status.get("attemptCount") or 0):
+        if self.jobs.pop(name, None) and position(name) > Journal.remembered(self.job).position:
             self.created.remove(name)
         self.pods.pop(name, None)
 
     @property
     def live(self) -> str:
         """Name of the newest Job."""
-        return max(self.jobs, key=lambda name: int(name.rsplit("-", 1)[1]))
+        return max(self.jobs, key=position)
 
     def run_pod(self, name: str | None = None) -> None:
         self.pods[name or self.live]["status"] = copy.deepcopy(RUNNING)
@@ -256,11 +262,17 @@ def play(cluster: Cluster, limit: int = 60) -> None:
         cluster.settle()
         if cluster.job.status.finished:
             return
-        if not cluster.jobs or cluster.facts.job_of(cluster.job.status.attempt_count or 0) is None:
+        if not cluster.jobs or "status" in cluster.jobs[cluster.live]:
             cluster.later(400)
             continue
         cluster.say()
     raise AssertionError("the job never ends")
+
+
+def position(name: str) -> Position:
+    """Number and step of a stage's Job, in their order."""
+    key, number = name.removeprefix("demo-").rsplit("-", 1)
+    return int(number), names.place(key)
 
 
 def stages_made(cluster: Cluster) -> list[str]:

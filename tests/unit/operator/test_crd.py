@@ -72,6 +72,11 @@ def test_every_list_says_how_it_is_merged() -> None:
     }
 
 
+def test_attempts_are_told_apart_by_stage_and_number() -> None:
+    """All stages of a clean run have number 1."""
+    assert status_schema()["properties"]["attempts"]["x-kubernetes-list-map-keys"] == ["stage", "number"]
+
+
 def test_every_field_of_the_spec_is_immutable_by_a_rule_of_its_own() -> None:
     rules = " ".join(rule["rule"] for rule in spec_schema()["x-kubernetes-validations"])
     for name, field in Spec.model_fields.items():

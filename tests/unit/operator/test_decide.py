@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_operator.api import FineTuneJob, Status, format_time
-from finetune_operator.facts import Conflict, Facts
-from finetune_operator.status import Start, Stop, decide
+from finetune_operator.api import JSON, FineTuneJob, Status, format_time
+from finetune_operator.facts import Conflict, Facts, Refusal
+from finetune_operator.status import Decision, Start, Stop, decide
 from finetune_trainer.progress import Progress, Reason, Stage
 from tests.unit.operator.builders import (
     RUNNING,
@@ -50,8 +50,13 @@ def test_every_stage_runs_once_in_order_and_the_job_succeeds() -> None:
     cluster = Cluster()
     play(cluster)
     status = cluster.job.status
-    assert stages_made(cluster) == steps() == ["prepare", "train", "merge", "quantize-0"]
+    assert steps() == ["prepare", "train", "merge", "quantize-0"]
+    assert cluster.created == [f"demo-{step}-1" for step in steps()]
+    assert [(attempt.stage, attempt.number) for attempt in status.attempts or ()] == [
+        ("prepare", 1), ("train", 1), ("merge", 1), ("quantize-gptq4", 1)
+    ]  # fmt: skip
     assert (status.phase, status.reason, status.retries) == ("Succeeded", "Completed", 0)
+    assert status.attempt_count == 1, "nothing was run again"
     assert finished(status) == {"Accepted": "True", "Succeeded": "True", "Finished": "True"}
     assert digests(cluster) == [f"{step}-digest" for step in steps()]
     assert [artifact.path for artifact in status.artifacts or ()] == [
@@ -120,7 +125,7 @@ def training(cluster: Cluster, **told: float) -> Status:
     cluster.say()
     cluster.settle()
     cluster.run_pod()
-    cluster.progress = Progress(stage=Stage.TRAIN, attempt=2, activity="training", done=128, total=300, **told)
+    cluster.progress = Progress(stage=Stage.TRAIN, attempt=1, activity="training", done=128, total=300, **told)
     return cluster.settle().status
 
 
@@ -136,7 +141,7 @@ def test_progress_is_told_in_figures_a_person_can_read() -> None:
 def test_a_figure_that_is_no_number_never_reaches_the_status(value: float) -> None:
     told = Progress.model_construct(
         stage=Stage.TRAIN,
-        attempt=2,
+        attempt=1,
         activity="x",
         done=1,
         total=2,
@@ -162,6 +167,119 @@ def test_a_pod_that_stops_telling_keeps_what_it_told() -> None:
     before = training(cluster, loss=1.5, eta_seconds=725)
     cluster.progress = None
     assert cluster.settle().status == before
+
+
+def test_the_count_of_one_stage_is_never_told_of_the_next() -> None:
+    cluster = Cluster()
+    cluster.settle()
+    cluster.run_pod()
+    counted = {"activity": "copying the model", "done": 114, "total": 254, "unit": "bytes"}
+    cluster.progress = Progress(stage=Stage.PREPARE, attempt=1, **counted)
+    assert cluster.settle().status.progress == "44%"
+    cluster.progress = None
+    cluster.say()
+    cluster.lose_status = True
+    cluster.step()
+    assert (cluster.live, cluster.status["progress"]) == ("demo-train-1", "44%")
+    assert cluster.settle().status.progress is None
+    cluster.run_pod()
+    assert cluster.settle().status.progress is None
+    cluster.progress = Progress(stage=Stage.PREPARE, attempt=1, **counted)  # another stage's pod, of the same number
+    assert cluster.settle().status.progress is None
+
+
+def test_bytes_are_no_training_steps() -> None:
+    cluster = Cluster()
+    training(cluster)
+    counted = {"activity": "proving the adapter", "done": 114, "total": 254, "unit": "bytes"}
+    cluster.progress = Progress(stage=Stage.TRAIN, attempt=1, **counted)
+    status = cluster.settle().status
+    assert status.progress == "44%"
+    assert status.training is not None
+    assert (status.training.step, status.training.progress) == (128, "128/300 (42%)")
+
+
+def test_after_the_end_the_progress_is_that_of_the_training() -> None:
+    cluster = Cluster()
+    for _ in steps():
+        cluster.settle()
+        cluster.run_pod()
+        stage = Stage(cluster.live.split("-")[1])
+        cluster.progress = Progress(stage=stage, attempt=1, activity="x", done=7, total=7, unit="bytes")
+        assert cluster.settle().status.progress == "100%"
+        cluster.say()
+    status = cluster.settle().status
+    assert (status.phase, status.progress) == ("Succeeded", "40/40 (100%)")
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_only_running_a_stage_again_takes_the_next_number() -> None:
+    cluster = Cluster()
+    cluster.settle()
+    cluster.say()
+    cluster.settle()
+    cluster.end_pod(137, "", "Error", conditions=[condition("DisruptionTarget", "PreemptionByScheduler")])
+    play(cluster)
+    made = ["prepare-1", "train-1", "train-2", "merge-2", "quantize-0-2"]
+    assert cluster.created == [f"demo-{name}" for name in made]
+    assert [f"{attempt.stage}-{attempt.number}" for attempt in cluster.job.status.attempts or ()] == [
+        *made[:-1], "quantize-gptq4-2"
+    ]  # fmt: skip
+    assert cluster.job.status.attempt_count == 2
+
+
+def test_quantized_forms_share_a_number() -> None:
+    forms = [{"name": "b", "method": "GPTQ"}, {"name": "a", "method": "GPTQ"}]
+    cluster = Cluster(spec=SPEC | {"quantize": forms})
+    play(cluster)
+    assert cluster.created[-2:] == ["demo-quantize-0-1", "demo-quantize-1-1"]
+    assert cluster.job.status.phase == "Succeeded"
+
+
+def test_a_number_is_taken_by_a_pod_even_if_neither_status_nor_job_know_of_it() -> None:
+    cluster = Cluster()
+    cluster.settle()
+    cluster.say()
+    cluster.lose_status = True
+    cluster.step()
+    cluster.end_pod(1, "boom", "Error")
+    del cluster.jobs["demo-train-1"]
+    cluster.settle()
+    assert cluster.created == ["demo-prepare-1", "demo-train-1", "demo-train-2"]
+
+
+def test_a_pod_that_leaves_and_that_nobody_remembers_is_waited_for() -> None:
+    cluster = Cluster()
+    cluster.lose_status = True
+    cluster.step()
+    cluster.run_pod()
+    del cluster.jobs["demo-prepare-1"]
+    status = cluster.settle().status
+    assert (cluster.created, status.phase, status.reason) == (["demo-prepare-1"], "Pending", "Starting")
+    cluster.pods["demo-prepare-1"]["metadata"]["deletionTimestamp"] = format_time(cluster.now)
+    cluster.later(31)
+    cluster.settle()
+    assert cluster.created == ["demo-prepare-1", "demo-prepare-2"]
+
+
+def test_every_event_of_a_job_has_a_name_of_its_own() -> None:
+    cluster = Cluster(spec=WHOLE | {"runPolicy": {"maxRetries": 9}})
+    for _ in steps():
+        for ends_well in (False, True):
+            cluster.later(400)
+            cluster.settle()
+            cluster.pods[cluster.live]["status"] |= NO_ROOM
+            cluster.settle()
+            if ends_well:
+                cluster.say()
+            else:
+                cluster.end_pod(1, "boom", "Error")
+            cluster.settle()
+    assert cluster.job.status.phase == "Succeeded"
+    assert cluster.said.count("Unschedulable") == 2 * len(steps())
+    assert len(cluster.keys) == len(set(cluster.keys))
 
 
 # --- failures and retries --------------------------------------------------------------------------------------------
@@ -276,6 +394,7 @@ def test_attempts_in_the_status_are_the_last_ten() -> None:
     cluster = Cluster(spec=WHOLE | {"runPolicy": {"maxRetries": 20}})
     for _ in range(15):
         fail(cluster)
+    assert cluster.created[-1] == "demo-prepare-16"
     attempts = cluster.job.status.attempts or ()
     assert (len(attempts), attempts[-2].number, cluster.job.status.retries) == (10, 15, 15)
 
@@ -293,7 +412,7 @@ NO_ROOM = {
 
 @pytest.mark.parametrize(
     ("status", "reason", "says"),
-    [(IMAGE, "ImagePullFailed", "no such image"), (NO_CLAIM, "ClaimNotFound", "'models' is not there")],
+    [(IMAGE, "ImagePullFailed", "no such image"), (NO_CLAIM, "VolumeUnbound", "'models' is not there")],
 )
 def test_an_obstacle_shows_at_once_and_ends_the_job_after_the_deadline(
     status: dict[str, object], reason: str, says: str
@@ -365,6 +484,48 @@ def test_leftovers_of_a_namesake_are_waited_for_without_end() -> None:
     assert (late.status.phase, late.status.reason) == ("Pending", "NameConflict")
 
 
+WEBHOOK = 'Internal error occurred: failed calling webhook "w": read tcp 127.0.0.1:{}->127.0.0.1:1: reset'
+
+
+def refused(status: int, message: str, before: JSON | None = None, *, seconds: float = 0) -> Decision:
+    refusal = Refusal("Job", "demo-prepare-1", status, message)
+    return decide(Facts(a_job(status=before), refusal=refusal), SETTINGS, START + timedelta(seconds=seconds))
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "reason", "says"),
+    [
+        (403, "jobs is forbidden: exceeded quota: jobs, requested: 1", "QuotaExceeded", "until the namespace's quota"),
+        (403, 'jobs.batch is forbidden: User "x" cannot create', "CreationRefused", "It is tried again"),
+        (500, WEBHOOK.format(4), "CreationRefused", "It is tried again"),
+        (400, "admission webhook denied the request: no team label", "CreationRefused", "no team label"),
+    ],
+)
+def test_a_job_that_cannot_be_made_is_told_and_waited_for(status: int, message: str, reason: str, says: str) -> None:
+    for seconds in (0, 86400):
+        told = refused(status, message, seconds=seconds)
+        assert (told.actions, told.status.phase, told.status.reason) == ((), "Pending", reason)
+        assert says in (told.status.message or "")
+        assert "Job demo-prepare-1 cannot be created" in (told.status.message or "")
+        assert (told.status.attempt_count, told.status.attempts) == (0, None), "nothing was tried"
+
+
+def test_a_refusal_that_never_reads_the_same_is_written_once() -> None:
+    """Each write of the status is a change that brings the next pass at once: there would be no pause between them."""
+    first = refused(500, WEBHOOK.format(40001)).status.to_dict()
+    second = refused(500, WEBHOOK.format(40002), first, seconds=60)
+    assert second.status.to_dict() == first
+    assert second.events == ()
+    other = refused(403, "exceeded quota: jobs", first)
+    assert (other.status.reason, "exceeded quota" in (other.status.message or "")) == ("QuotaExceeded", True)
+
+
+def test_a_job_that_can_never_be_made_ends_with_the_api_servers_word() -> None:
+    told = refused(422, "Job.batch is invalid: requests must be less than or equal to cpu limit")
+    assert (told.status.phase, told.status.reason, told.actions) == ("Failed", "InvalidSpec", ())
+    assert "less than or equal to cpu limit" in (told.status.message or "")
+
+
 # --- stored specs that make no sense ---------------------------------------------------------------------------------
 
 
@@ -431,7 +592,7 @@ def test_whatever_happens_no_job_is_made_twice_and_the_line_stays_in_order(event
         proven = [digest is not None for digest in digests(cluster)]
         assert proven == sorted(proven, reverse=True)
     made = [steps().index(stage) for stage in stages_made(cluster)]
-    assert made == sorted(made)
+    assert made == sorted(made), "no stage before its predecessor's proof"
     assert (cluster.job.status.retries or 0) <= 3
 
 

@@ -104,8 +104,8 @@ def unscheduled(message: str) -> JSON:
         (waits("ImagePullBackOff"), (), "ImagePullFailed", True),
         (waits("InvalidImageName"), (), "ImagePullFailed", True),
         (waits("CreateContainerConfigError", 'secret "hf" not found'), (), "CannotStart", True),
-        (unscheduled('persistentvolumeclaim "models" not found'), (), "ClaimNotFound", True),
-        (unscheduled("pod has unbound immediate PersistentVolumeClaims"), (), "ClaimNotBound", True),
+        (unscheduled('persistentvolumeclaim "models" not found'), (), "VolumeUnbound", True),
+        (unscheduled("pod has unbound immediate PersistentVolumeClaims"), (), "VolumeUnbound", True),
         (unscheduled("0/1 nodes are available: 1 Insufficient nvidia.com/gpu."), (), "Unschedulable", False),
         (waits("ContainerCreating"), ('FailedMount: secret "hf" not found',), "MountFailed", True),
     ],
@@ -129,6 +129,42 @@ def test_a_pod_that_is_refused_is_told(warning: str, reason: str, deadline: bool
     found = delay(None, (warning,))
     assert found is not None
     assert (found.reason, found.deadline) == (reason, deadline)
+
+
+ROOM = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
+UNBOUND = "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims."
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        "",
+        " preemption: 0/3 nodes are available: 3 No preemption victims found for incoming pod.",
+        " no new claims to deallocate, preemption: 0/3 nodes are available: 3 Preemption is not helpful.",
+        " still not schedulable, preemption: 0/3 nodes are available: 3 No preemption victims found.",
+    ],
+)
+def test_the_schedulers_word_is_cut_before_what_helps_nobody(noise: str) -> None:
+    full, unbound = (delay(parse_pod(pod_body(**unscheduled(said + noise))), ()) for said in (ROOM, UNBOUND))
+    assert full is not None
+    assert full.message.startswith(f"No node can take the pod: {ROOM} It waits until")
+    assert unbound is not None
+    assert unbound.message.startswith(f"A claim has no volume yet: {UNBOUND} Check that")
+
+
+def test_a_claim_that_is_missing_and_one_without_a_volume_are_told_apart() -> None:
+    missing = delay(parse_pod(pod_body(**unscheduled('0/1: persistentvolumeclaim "nowhere" not found.'))), ())
+    assert missing is not None
+    assert missing.message.startswith("PersistentVolumeClaim 'nowhere' is not there. Create it")
+
+
+def test_killed_for_memory_names_the_field_to_raise() -> None:
+    assert "pod.resources.limits.memory" in judged(**ended(137, "OOMKilled")).message
+
+
+def test_a_container_killed_for_memory_before_it_began_is_told_as_one_killed_later() -> None:
+    told = "failed to create task: container init was OOM-killed (memory limit too low?)"
+    assert judged(**ended(128, "StartError", told)).reason == "OutOfHostMemory"
 
 
 def test_a_pod_that_just_starts_is_no_obstacle() -> None:

@@ -37,6 +37,11 @@ def test_a_share_of_an_unknown_total_is_not_told() -> None:
     assert (share(1, 0), share(128, 300)) == (None, "128/300 (42%)")
 
 
+def test_of_bytes_only_the_percentage_is_told() -> None:
+    assert (share(114, 254, "bytes"), share(0, 0, "bytes")) == ("44%", None)
+    assert share(3, 4, "rows") == "3/4 (75%)"
+
+
 @pytest.mark.parametrize(("count", "text"), [(12, "12 B"), (2**20, "1.0 MiB"), (269 * 2**20, "269 MiB")])
 def test_sizes_are_for_people(count: int, text: str) -> None:
     assert size(count) == text
