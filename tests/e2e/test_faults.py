@@ -17,13 +17,13 @@ from tests.e2e.jobs import Jobs, eventually
 
 LONG_TRAINING: dict[str, Any] = {
     "training": {
-        "maxSteps": 300,
+        "maxSteps": 100,
         "globalBatchSize": 4,
         "perDeviceTrainBatchSize": 2,
         "maxLength": 64,
         "learningRate": 0.001,
         "checkpoint": {"everySteps": 10},
-        "eval": {"everySteps": 100},
+        "eval": {"everySteps": 50},
     },
     "method": {"lora": {"r": 4, "dropout": 0.1}},
 }
