@@ -11,10 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from finetune_trainer import merge
 from finetune_trainer.errors import VerificationFailed
-from finetune_trainer.evaluate import Comparison
+from finetune_trainer.evaluate import Comparison, compare
+from finetune_trainer.loading import load_base, load_dequantized, load_finished
 from finetune_trainer.progress import ExitCode, Reason
+from tests.unit.trainer.runs import CPU, SETTINGS, make_rows
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.unit.trainer.conftest import Desk
 
 
@@ -69,6 +73,17 @@ def test_a_merge_that_lost_the_adapter_is_found_out(
     assert word.reason is Reason.VERIFICATION_FAILED
     assert "not the one that was trained" in word.message
     assert not (desk.work / "merged").exists()
+
+
+def test_the_reference_is_the_base_that_was_trained_on_and_not_the_original(tiny_model: Path) -> None:
+    trained_on = load_base(tiny_model, SETTINGS, CPU, torch.float32)
+    dequantized = load_dequantized(tiny_model, SETTINGS, CPU, torch.float32)
+    original = load_finished(tiny_model, CPU, torch.float32)
+    rows = make_rows()
+    assert compare(trained_on, dequantized, rows).kl == pytest.approx(0.0, abs=1e-9)
+    assert compare(trained_on, original, rows).kl > 1e-6
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(dequantized.state_dict()[name], original.state_dict()[name])
 
 
 @pytest.mark.parametrize(
