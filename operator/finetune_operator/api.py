@@ -104,7 +104,7 @@ class ExistingClaim(Model):
 
 
 class OutputVolume(Model):
-    """Where the job works and leaves its results: at most one of create and existing."""
+    """Where the job works and leaves its results: exactly one of create and existing."""
 
     create: CreateClaim | None = Field(default=None, description="Make a claim for this job. The default.")
     existing: ExistingClaim | None = Field(default=None, description="Use a claim of the job's namespace.")

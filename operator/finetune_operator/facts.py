@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -159,7 +160,7 @@ class Facts:
     pods: tuple[StagePod, ...] = ()
     progress: Progress | None = None
     warnings: tuple[str, ...] = ()
-    """Warnings about the live Job or its pod, newest first."""
+    """Warnings about the live Job or its pod that still hold, newest first, as 'Reason: message'."""
     conflicts: tuple[Conflict, ...] = field(default=())
     refusal: Refusal | None = None
 
@@ -183,6 +184,22 @@ def parse_pods(bodies: Iterable[JSON], uid: str) -> tuple[StagePod, ...]:
     """The pods of the FineTuneJob with this uid, in the order of their attempts."""
     ours = [body for body in bodies if _labels(body).get(Label.JOB_UID) == uid and _is_run(body)]
     return tuple(sorted((parse_pod(body) for body in ours), key=lambda pod: pod.position))
+
+
+OVERCOME = frozenset({"Pulling", "Pulled"})
+"""Reasons of Events that a kubelet tells only when volumes are mounted and the sandbox stands."""
+
+
+def parse_warnings(events: Iterable[JSON]) -> tuple[str, ...]:
+    """The warnings that still hold: a mount that failed once is no reason while a large image is being pulled."""
+    newest_first = sorted(events, key=lambda event: (_event_time(event), event.get("type") != "Warning"), reverse=True)
+    recent = itertools.takewhile(lambda event: event.get("reason") not in OVERCOME, newest_first)
+    warnings = (event for event in recent if event.get("type") == "Warning")
+    return tuple(f"{event.get('reason', '')}: {event.get('message', '')}" for event in warnings)
+
+
+def _event_time(event: JSON) -> str:
+    return event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp") or ""
 
 
 def _labels(body: Mapping[str, Any]) -> dict[str, str]:

@@ -186,7 +186,7 @@ def delay(pod: StagePod | None, warnings: tuple[str, ...]) -> Failure | None:
         return waiting(Reason.CANNOT_START, what, "Check that the Secret and the key in tokenSecretRef exist.")
     if pod.unschedulable is not None:
         return _unschedulable(pod.unschedulable)
-    return _mount(warnings)
+    return _on_node(warnings)
 
 
 def waiting(reason: str, what: str, remedy: str, *, deadline: bool = True) -> Failure:
@@ -224,12 +224,17 @@ def _unschedulable(said: str) -> Failure:
     return waiting(Reason.UNSCHEDULABLE, f"No node can take the pod: {said}", remedy, deadline=False)
 
 
-def _mount(warnings: tuple[str, ...]) -> Failure | None:
-    refused = next((w for w in warnings if w.startswith(("FailedMount: ", "FailedAttachVolume: "))), None)
-    if refused is None:
-        return None
-    what = f"A volume cannot be mounted: {refused.partition(': ')[2]}"
-    return waiting(Reason.MOUNT_FAILED, what, "Check the claims and secrets that the spec names.")
+def _on_node(warnings: tuple[str, ...]) -> Failure | None:
+    """What a kubelet cannot do before it pulls the image: told by Events only."""
+    for warning in warnings:
+        reason, _, said = warning.partition(": ")
+        if reason in {"FailedMount", "FailedAttachVolume"}:
+            what = f"A volume cannot be mounted: {said}"
+            return waiting(Reason.MOUNT_FAILED, what, "Check the claims and secrets that the spec names.")
+        if reason == "FailedCreatePodSandBox":
+            what = f"The node cannot set up the pod: {said}"
+            return waiting(Reason.CANNOT_START, what, "Check pod.runtimeClassName, and the node's runtime and network.")
+    return None
 
 
 # --- an attempt that cannot be made ----------------------------------------------------------------------------------

@@ -68,8 +68,8 @@ def live_training(progress: Progress, before: TrainingStatus | None) -> Training
         "peak_memory": gib(progress.peak_memory_bytes),
         "last_checkpoint_step": progress.checkpoint_step,
     }
-    if progress.unit == STEPS:  # a train stage also reads, proves and writes files
-        told |= {"step": progress.done, "total_steps": progress.total or None}
+    if progress.unit == STEPS and progress.total:  # a train stage also loads, reads, proves and writes
+        told |= {"step": progress.done, "total_steps": progress.total}
         told["progress"] = share(progress.done, progress.total)
     kept = (before or TrainingStatus()).model_copy(update={k: v for k, v in told.items() if v is not None})
     return kept.model_copy(update={"eta": duration(progress.eta_seconds)})

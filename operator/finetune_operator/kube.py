@@ -126,11 +126,11 @@ class Kube:
             for item in page.get("items") or ()
         ]
 
-    async def warnings(self, namespace: str, uid: str) -> tuple[str, ...]:
-        """Warning events about one object, newest first, as 'Reason: message'."""
-        page = await self.list_page("Event", namespace, fieldSelector=f"involvedObject.uid={uid},type=Warning")
-        events = sorted(page.get("items") or (), key=_event_time, reverse=True)
-        return tuple(f"{event.get('reason', '')}: {event.get('message', '')}" for event in events)
+    async def events(self, namespace: str, uid: str) -> list[JSON]:
+        """Events about one object."""
+        page = await self.list_page("Event", namespace, fieldSelector=f"involvedObject.uid={uid}")
+        found: list[JSON] = page.get("items") or []
+        return found
 
     async def watch(self, kind: str, namespace: str | None, **query: str | int) -> AsyncIterator[JSON]:
         """Events of a watch until the server ends it; a wrong resource version raises `GoneError`."""
@@ -216,10 +216,6 @@ class Kube:
         answer = await self._api.call_api(method, full, headers, content, _request_timeout=limit)
         response: aiohttp.ClientResponse = answer.response
         return response
-
-
-def _event_time(event: JSON) -> str:
-    return event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp") or ""
 
 
 def _refusal(method: str, status: int, content: bytes) -> KubeError:

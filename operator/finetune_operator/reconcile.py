@@ -8,7 +8,18 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from finetune_operator.api import JSON, KIND, FineTuneJob, Status
-from finetune_operator.facts import Conflict, Facts, Owner, Refusal, StageJob, StagePod, after, parse_jobs, parse_pods
+from finetune_operator.facts import (
+    Conflict,
+    Facts,
+    Owner,
+    Refusal,
+    StageJob,
+    StagePod,
+    after,
+    parse_jobs,
+    parse_pods,
+    parse_warnings,
+)
 from finetune_operator.kube import ExistsError, Kube, KubeError, NotFoundError
 from finetune_operator.manifests import News, build_claim, build_config_map, build_event, build_stage_job
 from finetune_operator.progress import ProgressReader
@@ -106,7 +117,7 @@ async def _look_closer(facts: Facts, job: StageJob, pod: StagePod | None, world:
     if (pod is not None and pod.ended) or world.clock() < after(since, SETTLE_SECONDS):
         return facts
     about = pod.uid if pod is not None else job.uid
-    return replace(facts, warnings=await world.kube.warnings(facts.job.namespace, about))
+    return replace(facts, warnings=parse_warnings(await world.kube.events(facts.job.namespace, about)))
 
 
 # --- act -------------------------------------------------------------------------------------------------------------
@@ -139,10 +150,18 @@ async def ensure(job: FineTuneJob, manifest: JSON, kube: Kube) -> None:
     except KubeError as error:
         if error.status in BUSY:
             raise
-        kind, name = manifest["kind"], manifest["metadata"]["name"]
-        raise RefusedError(Refusal(kind, name, error.status, error.message), error) from error
+        await _check_refusal(job, manifest, error, kube)
     else:
         log.info("%s %s created", manifest["kind"], manifest["metadata"]["name"])
+
+
+async def _check_refusal(job: FineTuneJob, manifest: JSON, error: KubeError, kube: Kube) -> None:
+    """`RefusedError`, unless it is there: a quota that is used up refuses also what it has in it already."""
+    try:
+        await _check_owner(job, manifest, kube)
+    except NotFoundError:
+        kind, name = manifest["kind"], manifest["metadata"]["name"]
+        raise RefusedError(Refusal(kind, name, error.status, error.message), error) from error
 
 
 async def _check_owner(job: FineTuneJob, manifest: JSON, kube: Kube) -> None:

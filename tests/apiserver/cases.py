@@ -63,6 +63,6 @@ BAD: dict[str, tuple[JSON, str]] = {
         "each mode at most once",
     ),
     "a size that is none": (spec(output={"volume": {"create": {"size": "much"}}}), "spec.output.volume.create.size"),
-    "a fraction of a GPU": (spec(parallelism={"gpusPerNode": 2}), "spec.parallelism.gpusPerNode"),
+    "two GPUs": (spec(parallelism={"gpusPerNode": 2}), "spec.parallelism.gpusPerNode"),
     "retries without end": (spec(runPolicy={"maxRetries": 1000}), "spec.runPolicy.maxRetries"),
 }

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -18,7 +17,7 @@ import pytest
 from finetune_operator.api import API_VERSION, KIND, Label
 from finetune_trainer.progress import PROGRESS_PORT, Progress, Reason, Stage
 from tests.apiserver import players
-from tests.apiserver.api import Space, wait_for
+from tests.apiserver.api import RefusedError, Space, wait_for
 from tests.apiserver.cases import spec
 from tests.apiserver.conftest import Operator, quiet_for
 from tests.unit.operator.builders import word
@@ -188,6 +187,14 @@ def test_a_stage_job_that_a_quota_refuses_is_told_and_made_when_there_is_room(sp
     assert space.wait_status("demo", reason="Running")["phase"] == "Preparing"
 
 
+def test_a_quota_that_the_job_itself_used_up_holds_no_stage_up(space: Space) -> None:
+    space.submit("demo", SPEC)
+    prepare = players.next_job(space, "demo", "prepare", 1)
+    limit(space, persistentvolumeclaims="1")
+    players.succeed(space, prepare)
+    players.next_job(space, "demo", "train", 1)
+
+
 @pytest.fixture
 def broken_webhook(space: Space) -> Iterator[None]:
     """Nobody answers who must agree to each new Job of the namespace."""
@@ -202,9 +209,20 @@ def broken_webhook(space: Space) -> Iterator[None]:
     }
     body = {"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration"}
     space.call("POST", root, body | {"metadata": {"name": space.namespace}, "webhooks": [webhook]})
-    time.sleep(1.5)  # the API server hears of it in its own time
+    wait_for(lambda: refuses_jobs(space), "the webhook in force")
     yield
     space.call("DELETE", f"{root}/{space.namespace}")
+
+
+def refuses_jobs(space: Space) -> bool:
+    """Whether a Job would be refused; none is made."""
+    pod = {"restartPolicy": "Never", "containers": [{"name": "x", "image": "x"}]}
+    body = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": {"template": {"spec": pod}}}
+    try:
+        space.call("POST", space.path("jobs", query="?dryRun=All"), body)
+    except RefusedError:
+        return True
+    return False
 
 
 @pytest.mark.usefixtures("broken_webhook")

@@ -108,6 +108,7 @@ def unscheduled(message: str) -> JSON:
         (unscheduled("pod has unbound immediate PersistentVolumeClaims"), (), "VolumeUnbound", True),
         (unscheduled("0/1 nodes are available: 1 Insufficient nvidia.com/gpu."), (), "Unschedulable", False),
         (waits("ContainerCreating"), ('FailedMount: secret "hf" not found',), "MountFailed", True),
+        (waits("ContainerCreating"), ('FailedCreatePodSandBox: no runtime for "kata"',), "CannotStart", True),
     ],
 )
 def test_what_keeps_a_pod_from_starting_is_told(

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_operator.figures import digits, duration, share, size
+from finetune_operator.api import TrainingStatus
+from finetune_operator.figures import digits, duration, live_training, share, size
+from finetune_trainer.progress import Progress, Stage
 
 
 @pytest.mark.parametrize(
@@ -45,3 +47,9 @@ def test_of_bytes_only_the_percentage_is_told() -> None:
 @pytest.mark.parametrize(("count", "text"), [(12, "12 B"), (2**20, "1.0 MiB"), (269 * 2**20, "269 MiB")])
 def test_sizes_are_for_people(count: int, text: str) -> None:
     assert size(count) == text
+
+
+def test_what_a_train_stage_does_besides_steps_leaves_the_count_of_steps_alone() -> None:
+    before = TrainingStatus(step=128, total_steps=300, progress="128/300 (42%)")
+    loading = Progress(stage=Stage.TRAIN, attempt=2, activity="loading the base model")
+    assert live_training(loading, before) == before
