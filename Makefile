@@ -26,7 +26,7 @@ test: $(VENV)/all  ## everything: lint, unit, API server and end-to-end tests
 chaos: $(VENV)/all  ## the random trials in full, hundreds of kills and full disks (hours)
 	@$(PYTHON) -m tests.suites --full chaos
 
-lint: $(VENV)/all  ## style, types, import contracts, generated files
+lint: $(VENV)/all  ## style, types, import contracts
 	@$(PYTHON) -m tests.suites lint
 
 test-unit: $(VENV)/all  ## pure code and small models, seconds to minutes

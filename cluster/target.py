@@ -95,15 +95,15 @@ def current_target() -> Target:
             "IMAGE_REPOSITORY is not set: say where your cluster pulls the images from, e.g.\n"
             f"  IMAGE_REPOSITORY=registry.example/team make demo CLUSTER=current\n"
             "and put them there first:\n"
-            f"  docker build --target operator -t $IMAGE_REPOSITORY/operator:{tag} . && docker push ...\n"
-            f"  docker build --target trainer -t $IMAGE_REPOSITORY/trainer:{tag} . && docker push ..."
+            f"  docker build --target operator -t $IMAGE_REPOSITORY/finetune-operator:{tag} . && docker push ...\n"
+            f"  docker build --target trainer -t $IMAGE_REPOSITORY/finetune-trainer:{tag} . && docker push ..."
         )
     target = Target(
         kubectl_path=_tool("kubectl"),
         helm_path=_tool("helm"),
         kubeconfig=None,
-        operator_image=f"{repository}/operator:{tag}",
-        trainer_image=f"{repository}/trainer:{tag}",
+        operator_image=f"{repository}/finetune-operator:{tag}",
+        trainer_image=f"{repository}/finetune-trainer:{tag}",
     )
     target.kubectl("version", "-o", "json")
     return target
