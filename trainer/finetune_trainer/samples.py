@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SAMPLES = 2
-NEW_TOKENS = 40
+NEW_TOKENS = 32
 SHOWN_CHARACTERS = 400
 
 
