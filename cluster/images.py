@@ -133,7 +133,10 @@ def _buildkit(live: Namespace) -> Iterator[None]:
     config = write_text(state.config / "buildkitd.toml", BUILDKIT_CONFIG.format(cgroup=state.cgroup))
     command = (str(build.command("buildkitd")), "--config", str(config))
     log = state.logs / "buildkitd.log"
-    live.start(Component("buildkitd", command, str(log)))
+    scratch = state.root / "build-scratch"  # it leaves mount points behind; the machine's /tmp is not the place
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    live.start(Component("buildkitd", command, str(log), environment={"TMPDIR": str(scratch)}))
     try:
         probe = live.command(str(build.command("buildctl")), "debug", "workers")
 
