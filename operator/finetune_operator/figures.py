@@ -67,6 +67,7 @@ def live_training(progress: Progress, before: TrainingStatus | None) -> Training
         "tokens_per_second": digits(progress.tokens_per_second),
         "peak_memory": gib(progress.peak_memory_bytes),
         "last_checkpoint_step": progress.checkpoint_step,
+        "resumed_from_step": progress.resumed_from_step,
     }
     if progress.unit == STEPS and progress.total:  # a train stage also loads, reads, proves and writes
         told |= {"step": progress.done, "total_steps": progress.total}
@@ -76,7 +77,7 @@ def live_training(progress: Progress, before: TrainingStatus | None) -> Training
 
 
 def final_training(facts: TrainFacts, before: TrainingStatus | None) -> TrainingStatus:
-    """Training as its last word tells it."""
+    """Training as its last word tells it; speed, memory and resumes stay as the running stage told them."""
     before = before or TrainingStatus()
     return before.model_copy(
         update={
@@ -84,11 +85,8 @@ def final_training(facts: TrainFacts, before: TrainingStatus | None) -> Training
             "total_steps": facts.steps,
             "epoch": digits(facts.epochs),
             "loss": digits(facts.loss) or before.loss,
-            "tokens_per_second": digits(facts.tokens_per_second) or before.tokens_per_second,
-            "peak_memory": gib(facts.peak_memory_bytes) or before.peak_memory,
             "progress": share(facts.steps, facts.steps),
             "eta": None,
-            "resumed_from_step": facts.resumed_from_step,
             "trainable_parameters": facts.trainable_parameters,
             "total_parameters": facts.total_parameters,
         }

@@ -87,7 +87,7 @@ class Progress(Model):
     activity: str = Field(description="What is being done now, e.g. 'loading the base model'.")
     done: int = 0
     total: int = 0
-    unit: str = Field(default="steps", description="steps, rows, layers or files.")
+    unit: str = Field(default="steps", description="steps, rows, layers, answers or bytes.")
     epoch: float | None = None
     loss: float | None = Field(default=None, description="Mean training loss since the last log line, nats a token.")
     eval_loss: float | None = Field(default=None, description="Held-out loss, nats a token.")
@@ -95,6 +95,9 @@ class Progress(Model):
     eta_seconds: float | None = None
     peak_memory_bytes: int | None = None
     checkpoint_step: int | None = Field(default=None, description="Step of the newest verified checkpoint.")
+    resumed_from_step: int | None = Field(
+        default=None, description="Step that this attempt went on from; unset where it began at the start."
+    )
 
 
 class ResolvedQuantize(Model):
@@ -182,16 +185,13 @@ class Artifact(Model):
 
 
 class TrainFacts(Model):
-    """What training did."""
+    """What training did. Speed, memory and resumes are told live alone: in a manifest they would change its digest."""
 
     steps: int
     epochs: float
     loss: float | None = Field(default=None, description="Training loss of the last log line, nats a token.")
-    tokens_per_second: float | None = None
-    peak_memory_bytes: int | None = None
     trainable_parameters: int
     total_parameters: int
-    resumed_from_step: int | None = None
 
 
 class LastWord(Model):

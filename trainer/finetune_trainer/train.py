@@ -152,7 +152,12 @@ def _train(  # noqa: PLR0913 - the pieces of a training
     if start is not None:
         log.info("going on from step %d", loop.resumed_from)
     context.report.begin("training", resolved.total_steps, "steps")
-    context.report.update(done=loop.resumed_from or 0, checkpoint_step=loop.resumed_from, eta_seconds=None)
+    context.report.update(
+        done=loop.resumed_from or 0,
+        checkpoint_step=loop.resumed_from,
+        resumed_from_step=loop.resumed_from,
+        eta_seconds=None,
+    )
     if (
         start is not None and loop.resumed_from == resolved.total_steps
     ):  # broken off between the last step and the adapter

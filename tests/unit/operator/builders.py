@@ -147,7 +147,7 @@ def word(step: str, attempt: int, reason: Reason = Reason.COMPLETED, message: st
             told |= {"resolved": resolved(), "data": DataFacts(**dict.fromkeys(DataFacts.model_fields, 7))}
         if stage is Stage.TRAIN:
             told["training"] = TrainFacts(
-                steps=40, epochs=0.1, loss=1.20441, trainable_parameters=5, total_parameters=9, peak_memory_bytes=2**30
+                steps=40, epochs=0.1, loss=1.20441, trainable_parameters=5, total_parameters=9
             )
         if stage is not Stage.PREPARE:
             kind = {Stage.TRAIN: "Adapter", Stage.MERGE: "Merged", Stage.QUANTIZE: "Quantized"}[stage]

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_operator.api import TrainingStatus
-from finetune_operator.figures import digits, duration, live_training, share, size
-from finetune_trainer.progress import Progress, Stage
+from finetune_operator.figures import digits, duration, final_training, live_training, share, size
+from finetune_trainer.progress import Progress, Stage, TrainFacts
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,21 @@ def test_what_a_train_stage_does_besides_steps_leaves_the_count_of_steps_alone()
     before = TrainingStatus(step=128, total_steps=300, progress="128/300 (42%)")
     loading = Progress(stage=Stage.TRAIN, attempt=2, activity="loading the base model")
     assert live_training(loading, before) == before
+
+
+def test_what_only_the_running_stage_knows_outlives_its_end() -> None:
+    running = Progress(
+        stage=Stage.TRAIN,
+        attempt=2,
+        activity="training",
+        done=24,
+        total=40,
+        tokens_per_second=1234.5,
+        peak_memory_bytes=2**30,
+        resumed_from_step=20,
+    )
+    live = live_training(running, TrainingStatus())
+    assert live.resumed_from_step == 20
+    told = final_training(TrainFacts(steps=40, epochs=1, trainable_parameters=5, total_parameters=9), live)
+    assert (told.resumed_from_step, told.tokens_per_second, told.peak_memory) == (20, "1234", "1")
+    assert (told.step, told.eta) == (40, None)
