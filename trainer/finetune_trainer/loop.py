@@ -202,6 +202,7 @@ class Loop(TrainerCallback):
         self._checkpoints, self._context = checkpoints, context
         self._steps: list[tuple[int, float]] = []
         self._step_began = 0.0
+        self._saved: int | None = None
         self.resumed_from: int | None = None
         self.loss: float | None = None
         self.eval_loss: float | None = None
@@ -238,6 +239,7 @@ class Loop(TrainerCallback):
     def take_over(self, folder: Path) -> None:
         """Take the finished run's weights and account; Trainer would take one step more (transformers 5.23)."""
         checkpoint.read_weights(self._trainer.model, folder)
+        self._saved = checkpoint.step_of(folder)
         self._trainer.state = state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         self.loss = next((float(line["loss"]) for line in reversed(state.log_history) if "loss" in line), None)
         self._measure(state.global_step)
@@ -305,12 +307,14 @@ class Loop(TrainerCallback):
 
     def _save(self, step: int) -> None:
         self._checkpoints.save(step, lambda folder: checkpoint.write_state(self._trainer, folder))
+        self._saved = step
         self._context.report.update(checkpoint_step=step)
 
     def _leave_if_asked(self, step: int) -> None:
         if not self._context.stopping.is_set():
             return
-        self._save(step)
+        if step != self._saved:  # a run that was taken over has no optimizer to save
+            self._save(step)
         total = self._resolved.total_steps
         msg = f"Asked to leave at step {step} of {total}: saved; the next attempt goes on from there."
         raise Interrupted(msg)

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from transformers import TrainerCallback
 
-from finetune_trainer import manifest
+from finetune_trainer import manifest, train
 from finetune_trainer.checkpoint import size_of
 from finetune_trainer.errors import Interrupted, VolumeFull
-from tests.unit.trainer.runs import SETTINGS, Run, replace_settings, same_bits
+from tests.unit.trainer.runs import SETTINGS, Run, make_rows, replace_settings, same_bits, weights
 
 if TYPE_CHECKING:
     import torch
+
+    from finetune_trainer.context import Context
 
 
 class CrashError(Exception):
@@ -129,21 +131,51 @@ class AskAfter(TrainerCallback):
             self.stopping.set()
 
 
+def ask_while_measuring(context: Context) -> None:
+    """SIGTERM as soon as the held-out loss is measured."""
+    update = context.report.update
+
+    def ask(**changes: Any) -> None:
+        if "measuring" in changes.get("activity", ""):
+            context.stopping.set()
+        update(**changes)
+
+    context.report.update = ask  # type: ignore[method-assign]
+
+
 def test_asked_to_leave_while_it_measures_it_saves_as_well(tiny_model: Path, tmp_path: Path) -> None:
     run = Run(tiny_model, tmp_path).change(eval_steps=1, checkpoint_steps=100)
     run.attempt = 1
     trainer, loop = run.build()
-    update = loop._context.report.update
-
-    def ask(**changes: Any) -> None:
-        if "measuring" in changes.get("activity", ""):
-            loop._context.stopping.set()
-        update(**changes)
-
-    loop._context.report.update = ask  # type: ignore[method-assign]
+    ask_while_measuring(loop._context)
     with pytest.raises(Interrupted):
         trainer.train()
     assert run.checkpoints.newest_good() == tmp_path / "checkpoints" / "step-00000001"
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["left alone", "asked to leave while it measures"])
+def test_killed_between_the_last_step_and_the_adapter_it_takes_the_checkpoint_over(
+    tiny_model: Path, tmp_path: Path, unbroken: dict[float, dict[str, torch.Tensor]], asked: bool
+) -> None:
+    run = Run(tiny_model, tmp_path)
+    with pytest.raises(CrashError):
+        run.go(CrashAfter(8))
+    start = run.checkpoints.newest_good()
+    assert start == tmp_path / "checkpoints" / "step-00000008"
+    run.attempt = 2
+    trainer, _ = run.build()
+    context, rows = run.context(), train.Rows(make_rows(), make_rows(4, seed=9), [])
+    if asked:
+        ask_while_measuring(context)
+        with pytest.raises(Interrupted, match="step 8 of 8"):
+            train._train(trainer, run.settings, rows, run.checkpoints, start, context)
+    else:
+        loop = train._train(trainer, run.settings, rows, run.checkpoints, start, context)
+        assert loop.facts().steps == 8
+        assert loop.eval_loss is not None
+    assert context.report.current.resumed_from_step == 8
+    assert same_bits(weights(trainer.model), unbroken[0.1])
+    assert run.checkpoints.newest_good() == start
 
 
 CHILD = """
