@@ -36,6 +36,8 @@ IGNORED = -100
 """The label of a token that does not count, as torch's cross-entropy has it."""
 BATCH_TOKENS = 1024
 """Padded tokens a batch: on 2 cores larger ones are no faster, and logits of 50,000 words take 200 KB a token."""
+COMPARED_ROWS = 64
+"""Rows compared at most: two models are held at once, and figures no longer move beyond that."""
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,13 @@ def training_device(config_gpus: int) -> torch.device:
     return torch.device("cuda", 0)
 
 
+def working_device() -> torch.device:
+    """A GPU if there is one: merging and quantizing need none."""
+    import torch  # noqa: PLC0415 - slow
+
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def compute_dtype(resolved: Resolved, device: torch.device) -> torch.dtype:
     """What products are computed in; FP16 in place of BF16 on a GPU that lacks it (prepare sees no GPU)."""
     import torch  # noqa: PLC0415 - slow

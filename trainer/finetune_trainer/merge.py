@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_trainer import manifest
 from finetune_trainer.errors import VerificationFailed
-from finetune_trainer.evaluate import Comparison, TokenRow, compare, read_token_rows
-from finetune_trainer.loading import import_peft, load_dequantized, load_finished, set_up_torch
+from finetune_trainer.evaluate import COMPARED_ROWS, Comparison, TokenRow, compare, read_token_rows
+from finetune_trainer.loading import import_peft, load_dequantized, load_finished, set_up_torch, working_device
 from finetune_trainer.manifest import Made, Manifest, Result
 from finetune_trainer.progress import Measured
 
@@ -35,15 +35,13 @@ MAX_KL = 2e-3
 """Nats a token. Rounding the merged weights to bf16 costs about 1e-4 (SmolLM2-135M); a merge that goes wrong (another
 base, a lost scale, requantized layers) costs 0.03 and more. In between, nothing was seen."""
 MAX_SHARD_SIZE = "5GB"
-DEVICE_ROWS = 64
-"""Rows compared at most: two models are held at once, and figures no longer move beyond that."""
 
 
 def run(_config: JobConfig, context: Context) -> Manifest:
     """Merge, write `merged/` in bf16, load it back, compare, publish."""
     set_up_torch()
     device = working_device()
-    rows = read_token_rows(context.work.data)[:DEVICE_ROWS]
+    rows = read_token_rows(context.work.data)[:COMPARED_ROWS]
     context.report.begin("dequantizing the base model")
     reference = load_reference(context, device)
 
@@ -58,13 +56,6 @@ def run(_config: JobConfig, context: Context) -> Manifest:
         msg = "merge needs a target"
         raise ValueError(msg)
     return manifest.publish(context.target, context.attempt, build, context.report.bytes_progress)
-
-
-def working_device() -> torch.device:
-    """A GPU if there is one: merging and quantizing need none."""
-    import torch  # noqa: PLC0415 - slow
-
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load_reference(context: Context, device: torch.device) -> Any:  # noqa: ANN401 - a PEFT model

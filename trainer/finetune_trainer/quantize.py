@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, Any
 from finetune_trainer import manifest, samples
 from finetune_trainer.data import TRAIN
 from finetune_trainer.errors import InvalidConfig, VerificationFailed
-from finetune_trainer.evaluate import compare, load_gptq, read_token_rows
-from finetune_trainer.loading import load_finished, set_up_torch
+from finetune_trainer.evaluate import COMPARED_ROWS, compare, load_gptq, read_token_rows
+from finetune_trainer.loading import load_finished, set_up_torch, working_device
 from finetune_trainer.manifest import Made, Manifest, Result
-from finetune_trainer.merge import DEVICE_ROWS, working_device
 from finetune_trainer.model import load_tokenizer
 from finetune_trainer.progress import Measured
 
@@ -180,7 +179,7 @@ def _prove(folder: Path, settings: ResolvedQuantize, device: torch.device, conte
     """Load what was written, compare it with the merged model and let it write. VerificationFailed."""
     import torch  # noqa: PLC0415 - slow
 
-    rows = read_token_rows(context.work.data)[:DEVICE_ROWS]
+    rows = read_token_rows(context.work.data)[:COMPARED_ROWS]
     context.report.begin("loading the quantized model back")
     quantized = load_gptq(folder, device, torch.float32)
     verify_layers(quantized, folder)
