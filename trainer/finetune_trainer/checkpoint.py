@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 ADAPTER_NAME = "adapter.safetensors"
 NAME_PATTERN = re.compile(r"step-(\d{8})")
+DAMAGED_PATTERN = re.compile(r"damaged-step-(\d{8})-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,13 @@ class Checkpoints:
 
     def _set_aside(self, path: Path, error: TrainerError) -> None:
         aside = path.with_name(f"damaged-{path.name}-{self.attempt}")
+        """Keep it for whoever wants to know why, in the place of the one kept before."""
         log.warning("checkpoint %s is damaged and set aside as %s: %s", path.name, aside.name, error)
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
+        damaged = [path for path in self.folder.iterdir() if DAMAGED_PATTERN.fullmatch(path.name)]
+        for older in sorted(damaged, key=_attempt_and_step)[:-1]:
+            shutil.rmtree(older, ignore_errors=True)
 
     def _clean_leftovers(self) -> None:
         pattern = re.compile(r"\.step-\d{8}\.partial-(\d+)")
@@ -149,6 +154,11 @@ def step_of(path: Path) -> int:
         msg = f"{path} is no checkpoint"
         raise ValueError(msg)
     return int(match[1])
+
+
+def _attempt_and_step(damaged: Path) -> tuple[int, int]:
+    match = DAMAGED_PATTERN.fullmatch(damaged.name)
+    return (int(match[2]), int(match[1])) if match else (0, 0)
 
 
 def is_volume_full(error: BaseException) -> bool:
