@@ -72,7 +72,10 @@ REMEDIES: dict[str, tuple[Retry, str]] = {
     Said.NOT_FOUND: (Retry.NEVER, "Correct the path or put the files there, then apply the job under a new name."),
     Said.ACCESS_DENIED: (Retry.NEVER, "Check the token in tokenSecretRef and who may read the files."),
     Said.VOLUME_FULL: (Retry.NEVER, "Give output.volume more space; the last good checkpoint is kept."),
-    Said.OUT_OF_MEMORY: (Retry.NEVER, "Use a smaller perDeviceTrainBatchSize, a shorter maxLength or a larger GPU."),
+    Said.OUT_OF_MEMORY: (
+        Retry.NEVER,
+        "Use a larger GPU; to train, a smaller perDeviceTrainBatchSize or maxLength may do.",
+    ),
     Said.NON_FINITE_LOSS: (Retry.NEVER, "Lower training.learningRate, or compute in BF16 or FP32."),
     Said.VERIFICATION_FAILED: (Retry.COUNTED, "What was read is not what was written: check the volume."),
     Said.INTERRUPTED: (Retry.FREE, "It goes on from its last checkpoint."),

@@ -114,13 +114,13 @@ def translate(error: BaseException) -> TrainerError | None:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, then what it came from, each once."""
+    """The error, then what it came from, each once; not what `raise ... from None` left behind."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         yield current
-        current = current.__cause__ or current.__context__
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
 
 
 def _as_volume_full(error: BaseException) -> VolumeFull | None:
@@ -138,8 +138,7 @@ def _as_out_of_memory(error: BaseException) -> OutOfMemory | None:
         return None
     first_line = text.splitlines()[0] if text else "no details given"
     return OutOfMemory(
-        f"The GPU ran out of memory: {first_line} "
-        "Lower training.perDeviceTrainBatchSize or training.maxLength, or use a larger GPU."
+        f"The GPU ran out of memory: {first_line} Use a GPU with more memory, or one that nobody else works on."
     )
 
 

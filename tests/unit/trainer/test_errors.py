@@ -45,6 +45,24 @@ def test_foreign_exceptions_are_translated(raised: Exception, kind: type[errors.
     assert type(errors.translate(raised)) is kind
 
 
+def test_what_was_deliberately_left_behind_is_no_cause() -> None:
+    def replaced() -> None:
+        try:
+            raise NO_SPACE
+        except OSError:
+            raise ValueError("the disk has nothing to do with it") from None
+
+    with pytest.raises(ValueError, match="nothing to do") as raised:
+        replaced()
+    assert errors.translate(raised.value) is None
+
+
+def test_out_of_memory_at_large_says_nothing_of_micro_batches() -> None:
+    found = errors.translate(OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    assert "training." not in str(found)
+    assert "GPU with more memory" in str(found)
+
+
 def test_a_bug_stays_a_bug() -> None:
     assert errors.translate(ValueError("surprise")) is None
 
