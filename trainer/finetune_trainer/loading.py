@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+GPU_SLACK_BYTES = 4 * 2**30
+"""Room for what is not weights: CUDA itself, and logits of 1,024 tokens of 150,000 words, several times over."""
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -86,11 +88,18 @@ def training_device(config_gpus: int) -> torch.device:
     return torch.device("cuda", 0)
 
 
-def working_device() -> torch.device:
-    """A GPU if there is one: merging and quantizing need none."""
+def working_device(weights_bytes: int) -> torch.device:
+    """A GPU if there is one with room for so many bytes of weights: merging and quantizing need none."""
     import torch  # noqa: PLC0415 - slow
 
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    if (needed := weights_bytes + GPU_SLACK_BYTES) <= free:
+        return torch.device("cuda", 0)
+    log.info("the GPU has %.1f GiB free, %.1f are needed: working on the CPU", free / 2**30, needed / 2**30)
+    return torch.device("cpu")
 
 
 def compute_dtype(resolved: Resolved, device: torch.device) -> torch.dtype:
@@ -152,8 +161,8 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device, **options: Any
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map={"": device}, local_files_only=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch_out_of_memory())):
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the volume's fault, not the model's
             raise
         msg = f"The model in {folder} cannot be loaded: {error}. Delete {folder} and run the stage that makes it again."
         raise InvalidModel(msg) from error

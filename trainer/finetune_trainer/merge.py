@@ -34,13 +34,15 @@ log = logging.getLogger(__name__)
 MAX_KL = 2e-3
 """Nats a token. Rounding the merged weights to bf16 costs about 1e-4 (SmolLM2-135M); a merge that goes wrong (another
 base, a lost scale, requantized layers) costs 0.03 and more. In between, nothing was seen."""
+HELD_BYTES = 2 * 4
+"""Bytes a parameter: two models in fp32, the reference and either its merged copy or what is loaded back."""
 MAX_SHARD_SIZE = "5GB"
 
 
 def run(_config: JobConfig, context: Context) -> Manifest:
     """Merge, write `merged/` in bf16, load it back, compare, publish."""
     set_up_torch()
-    device = working_device()
+    device = working_device(context.resolved.parameters * HELD_BYTES)
     rows = read_token_rows(context.work.data)[:COMPARED_ROWS]
     context.report.begin("dequantizing the base model")
     reference = load_reference(context, device)

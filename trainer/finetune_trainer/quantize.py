@@ -31,7 +31,6 @@ from finetune_trainer.model import load_tokenizer
 from finetune_trainer.progress import Measured
 
 if TYPE_CHECKING:
-    import torch
 
     from finetune_trainer.config import JobConfig, Quantize
     from finetune_trainer.context import Context
@@ -43,6 +42,8 @@ log = logging.getLogger(__name__)
 DEFAULT_SAMPLES, DEFAULT_MAX_LENGTH = 256, 1024
 NOT_SHIPPED = ("quant_log.csv",)
 NEW_TOKENS = 24
+COMPARED_BYTES = 2 * 2
+"""Bytes a parameter on a GPU at most: the merged model and the quantized one, in 16 bits."""
 
 
 def run(config: JobConfig, context: Context) -> Manifest:
@@ -50,13 +51,12 @@ def run(config: JobConfig, context: Context) -> Manifest:
     set_up_torch()
     entry, settings = _settings(config, context)
     calibration = choose_calibration(read_token_rows(context.work.data, TRAIN), entry, context.resolved.seed)
-    device = working_device()
 
     def build(folder: Path) -> Result:
         context.report.begin("loading the merged model")
         write_gptq(context.work.merged, folder, settings, calibration, context)
         _copy_tokenizer(context.work.merged, folder)
-        return _prove(folder, settings, device, context)
+        return _prove(folder, settings, context)
 
     if context.target is None:
         msg = "quantize needs a target"
@@ -95,14 +95,17 @@ def write_gptq(
     calibration: list[dict[str, list[int]]],
     context: Context,
 ) -> None:
-    """Quantize `merged` into `folder`, in the format that transformers, vLLM and gptqmodel read."""
+    """Quantize `merged` into `folder`, in the format that transformers, vLLM and gptqmodel read.
+
+    On a GPU gptqmodel holds a layer at a time, which is less than the slack that is asked for.
+    """
     with tempfile.TemporaryDirectory(prefix="gptq-") as aside, redirect_stdout(io.StringIO()):
         gptqmodel = import_gptqmodel(Path(aside))
         quantization = gptqmodel.QuantizeConfig(
             bits=settings.bits,
             group_size=settings.group_size,
             desc_act=False,
-            device=str(working_device()),
+            device=str(working_device(0)),
             offload_to_disk_path=aside,
         )
         model = gptqmodel.GPTQModel.load(str(merged), quantization)
@@ -175,11 +178,12 @@ def _copy_tokenizer(merged: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _prove(folder: Path, settings: ResolvedQuantize, device: torch.device, context: Context) -> Result:
+def _prove(folder: Path, settings: ResolvedQuantize, context: Context) -> Result:
     """Load what was written, compare it with the merged model and let it write. VerificationFailed."""
     import torch  # noqa: PLC0415 - slow
 
     rows = read_token_rows(context.work.data)[:COMPARED_ROWS]
+    device = working_device(context.resolved.parameters * COMPARED_BYTES)
     context.report.begin("loading the quantized model back")
     quantized = load_gptq(folder, device, torch.float32)
     verify_layers(quantized, folder)

@@ -31,8 +31,17 @@ def trained(desk: Desk, config: dict[str, Any]) -> tuple[Desk, dict[str, Any]]:
     return desk, config
 
 
-def test_merged_equals_the_adapter_on_the_dequantized_base(trained: tuple[Desk, dict[str, Any]]) -> None:
+def test_merged_equals_the_adapter_on_the_dequantized_base(
+    trained: tuple[Desk, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     desk, config = trained
+    asked: list[int] = []
+
+    def on_cpu(weights_bytes: int) -> torch.device:
+        asked.append(weights_bytes)
+        return CPU
+
+    monkeypatch.setattr(merge, "working_device", on_cpu)
     code, word = desk.run("merge", config)
     assert code == 0
     assert word is not None
@@ -45,6 +54,7 @@ def test_merged_equals_the_adapter_on_the_dequantized_base(trained: tuple[Desk, 
     merged = desk.work / "merged"
     model = AutoModelForCausalLM.from_pretrained(merged)
     assert model.dtype == torch.bfloat16
+    assert asked == [2 * 4 * model.num_parameters()], "room for two models in fp32"
     assert not hasattr(model.config, "quantization_config")
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= {
         path.name for path in merged.iterdir()
