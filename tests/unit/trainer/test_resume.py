@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -196,30 +197,42 @@ run.go()
 """
 
 
+@pytest.mark.chaos
+@pytest.mark.timeout(0)
 def test_killed_at_a_random_moment_it_goes_on_exactly(
-    tiny_model: Path, tmp_path: Path, unbroken: dict[float, dict[str, torch.Tensor]]
+    tiny_model: Path,
+    tmp_path: Path,
+    unbroken: dict[float, dict[str, torch.Tensor]],
+    rng: random.Random,
+    full_trials: bool,
 ) -> None:
-    seed = int(os.environ.get("KILL_SEED", random.SystemRandom().randrange(1 << 16)))
-    print(f"KILL_SEED={seed}")
-    lines = random.Random(seed).randint(1, 6)
+    for trial in range(200 if full_trials else 2):
+        folder = tmp_path / str(trial)
+        kill_while_it_saves(tiny_model, folder, rng)
+        run = Run(tiny_model, folder)
+        run.attempt = 1
+        assert same_bits(run.go(), unbroken[0.1]), f"trial {trial}"
+        assert not list((folder / "checkpoints").glob(".*"))
+
+
+def kill_while_it_saves(tiny_model: Path, folder: Path, rng: random.Random) -> None:
+    """Start a run in a process of its own, and kill it at a random moment of one of its saves, or right after."""
     root = Path(__file__).parents[3]
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(tiny_model), str(tmp_path)],
+        [sys.executable, "-c", CHILD, str(tiny_model), str(folder)],
         cwd=root,
         env={**os.environ, "PYTHONPATH": f"{root}:{root / 'trainer'}"},
         stdout=subprocess.PIPE,
         text=True,
     )
     assert child.stdout is not None
-    for _ in range(lines):
+    for _ in range(rng.randint(1, 6)):
         assert child.stdout.readline()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(timeout=rng.uniform(0, 0.05))
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
-    run = Run(tiny_model, tmp_path)
-    run.attempt = 1
-    assert same_bits(run.go(), unbroken[0.1])
-    assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
