@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import struct
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.errors import InvalidModel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -219,6 +226,7 @@ def describe(folder: Path) -> ModelFacts:
         msg = f"The model cannot be built from its {CONFIG}: {error}. Correct {CONFIG}, or copy the model again."
         raise InvalidModel(msg) from error
     _check_shapes(folder, model)
+    _check_complete(folder)
     head = model.get_output_embeddings()
     linear = {
         name: _input_columns(module)
@@ -280,6 +288,49 @@ def _check_shapes(folder: Path, model: Any) -> None:  # noqa: ANN401 - a torch m
     if not agreed:
         msg = f"No weight in the safetensors files has a name that {type(model).__name__} knows. "
         raise InvalidModel(msg + f"{CONFIG} and weights are of different models: copy both from the same one.")
+
+
+def _check_complete(folder: Path) -> None:
+    """Refuse a model that lacks weights, which transformers fills with random ones; name those that are too many.
+
+    The model is loaded onto the meta device: transformers maps and ties names in its own way and reads no weight.
+    """
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow
+
+    quiet()
+    try:
+        with _without_warnings("transformers"):  # its own report of what is told here
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                device_map={"": "meta"},
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except (ValueError, KeyError, RuntimeError) as error:
+        msg = f"The weights do not go into the model that {CONFIG} describes: {error}. Copy the model again."
+        raise InvalidModel(msg) from error
+    _, found = loaded
+    if mismatched := sorted(name for name, *_ in found["mismatched_keys"]):
+        msg = f"The weights of {mismatched[0]} are not all there, or not of the shape that {CONFIG} asks for. "
+        raise InvalidModel(msg + "Copy the model again, all of it.")
+    if missing := sorted(found["missing_keys"]):
+        msg = f"The model has no {missing[0]} ({len(missing):,} of the weights that {CONFIG} asks for are missing). "
+        raise InvalidModel(msg + "Copy the model again, all of it.")
+    if unknown := sorted(found["unexpected_keys"]):
+        shown = ", ".join(unknown[:NAMES_SHOWN]) + (", ..." if len(unknown) > NAMES_SHOWN else "")
+        log.warning("%d weights are left out, which the model does not know: %s", len(unknown), shown)
+
+
+@contextmanager
+def _without_warnings(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from finetune_trainer import data, fetch, manifest
 from finetune_trainer.progress import ExitCode, Reason
@@ -220,6 +222,18 @@ def as_adapter(folder: Path) -> None:
     (folder / "config.json").rename(folder / "adapter_config.json")
 
 
+def without(name: str) -> Callable[[Path], object]:
+    """Lose a tensor of the weights."""
+
+    def apply(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        del tensors[name]
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return apply
+
+
 CONFIG = "config.json"
 MODELS: list[tuple[str, Callable[[Path], object], str]] = [
     ("no config", lambda f: (f / CONFIG).unlink(), "is no model: config.json is missing .*Give a folder"),
@@ -244,6 +258,9 @@ MODELS: list[tuple[str, Callable[[Path], object], str]] = [
     ("unknown type", edit(CONFIG, model_type="llamma"), "'llamma'.* not understood by transformers"),
     ("no type", edit(CONFIG, model_type=None), "has no model_type"),
     ("another model's config", edit(CONFIG, hidden_size=32), "are of different models"),
+    ("a missing weight", without("model.layers.1.mlp.up_proj.weight"),
+     r"has no model.layers.1.mlp.up_proj.weight \(1 of the weights .* missing\).*Copy the model again"),
+    ("a missing head", edit(CONFIG, tie_word_embeddings=False), "has no lm_head.weight"),
     ("no end token", edit("tokenizer_config.json", eos_token=None), "has no end token"),
 ]  # fmt: skip
 
@@ -257,6 +274,17 @@ def test_a_folder_that_is_no_model_is_refused_for_its_own_reason(
     assert word is not None
     assert (code, word.reason) == (ExitCode.INVALID_MODEL, Reason.INVALID_MODEL)
     assert re.search(words, word.message), word.message
+
+
+def test_weights_that_the_model_does_not_know_are_named(
+    desk: Desk, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = desk.models / "tiny" / "model.safetensors"
+    save_file({**load_file(path), "value_head.weight": torch.zeros(2)}, path, metadata={"format": "pt"})
+    assert desk.run("prepare", config)[0] == ExitCode.COMPLETED
+    told = capsys.readouterr().err
+    assert "does not know: value_head.weight" in told
+    assert "LOAD REPORT" not in told
 
 
 def test_a_model_in_shards_keeps_its_values(desk: Desk, config: dict[str, Any]) -> None:
