@@ -31,7 +31,6 @@ from finetune_trainer.model import load_tokenizer
 from finetune_trainer.progress import Measured
 
 if TYPE_CHECKING:
-
     from finetune_trainer.config import JobConfig, Quantize
     from finetune_trainer.context import Context
     from finetune_trainer.evaluate import TokenRow
