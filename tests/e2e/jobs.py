@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from cluster.target import Target, TargetError
+from cluster.target import ROOT, Target, TargetError
 
 Manifest = dict[str, Any]
 Status = dict[str, Any]
@@ -28,6 +30,12 @@ def eventually(what: str, look: Callable[[], Found | None], deadline_seconds: fl
             return found
         time.sleep(POLL_SECONDS)
     raise AssertionError(f"not seen within {deadline_seconds} s: {what}")
+
+
+def in_cluster(*command: str) -> str:
+    """What a command prints that runs among the cluster's own processes and mounts."""
+    exec_ = [sys.executable, "-m", "cluster", "exec", "--", *command]
+    return subprocess.run(exec_, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
 @dataclass(frozen=True)
@@ -97,10 +105,6 @@ class Jobs:
             return next((pod for pod, phase in phases.items() if phase == "Running"), None)
 
         return eventually(f"{name}'s {stage} pod runs", running)
-
-    def kill(self, pod: str) -> None:
-        """End a pod without a moment's grace."""
-        self.target.kubectl("delete", "pod", pod, "-n", self.namespace, "--grace-period=0", "--force")
 
     def stage_jobs(self, name: str) -> list[str]:
         """Names of the Jobs made for a FineTuneJob."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,8 @@ from typing import Any
 import pytest
 
 from cluster.staging import read_file
-from cluster.target import OPERATOR_NAMESPACE, ROOT, Target, TargetError
-from tests.e2e.jobs import Jobs, eventually
+from cluster.target import OPERATOR_NAMESPACE, Target, TargetError
+from tests.e2e.jobs import Jobs, eventually, in_cluster
 
 LONG_TRAINING: dict[str, Any] = {
     "training": {
@@ -70,13 +68,14 @@ def test_killed_pods_and_a_killed_operator_change_nothing_in_the_outcome(jobs: J
         ["broken-prepare-1", "broken-train-1", "broken-train-2", "broken-merge-2", "broken-quantize-0-2"]
     )
     assert status["training"]["resumedFromStep"] >= 20
+    assert status["retries"] == 1
     assert adapter_digest(jobs, "broken") == adapter_digest(jobs, "unbroken")
 
 
 def kill_in_mid_run(jobs: Jobs, name: str, pod: str) -> None:
-    """Kill a train pod some steps after a checkpoint, and wait for the next."""
+    """SIGKILL a trainer some steps after a checkpoint, and wait for the next."""
     eventually("a checkpoint in mid-run", lambda: step_of(jobs, pod) >= 20)
-    jobs.kill(pod)
+    in_cluster("pkill", "-KILL", "-f", f"finetune-trainer train .*/work/{name}-")
     eventually("a new train pod", lambda: other_pod(jobs, name, "train", pod))
 
 
@@ -117,12 +116,6 @@ def small_disk(operator: Target, staged: str) -> Iterator[tuple[str, Path]]:
     operator.kubectl("delete", "pvc", "small", "-n", staged, "--wait")
     operator.kubectl("delete", "pv", "finetune-small", "--wait")
     in_cluster("umount", str(folder))
-
-
-def in_cluster(*command: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-m", "cluster", "exec", "--", *command], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
 
 
 def small_volume(folder: Path, node: str) -> dict[str, Any]:
