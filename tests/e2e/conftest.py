@@ -71,7 +71,13 @@ def files(folder: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def jobs(operator: Target, staged: str) -> Iterator[Jobs]:
-    """The jobs of the staged namespace; all are gone before the next test."""
+    """The jobs of the staged namespace; none is left from before, all are gone afterwards."""
+    remove_jobs(operator, staged)
     yield Jobs(operator, staged)
-    operator.kubectl("delete", "finetunejobs", "--all", "-n", staged, "--wait")
-    operator.kubectl("delete", "jobs", "--all", "-n", staged, "--wait")
+    remove_jobs(operator, staged)
+
+
+def remove_jobs(cluster: Target, namespace: str) -> None:
+    """All FineTuneJobs, with what belongs to them."""
+    for kind in ("finetunejobs", "jobs"):
+        cluster.kubectl("delete", kind, "--all", "-n", namespace, "--wait")

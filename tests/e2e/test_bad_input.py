@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.target import Target
-from tests.e2e.conftest import quick_operator
+from tests.e2e.conftest import quick_operator, remove_jobs
 from tests.e2e.jobs import Jobs, eventually
 
 BAD: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
@@ -53,11 +53,12 @@ BAD: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
 @pytest.fixture(scope="module")
 def bad_jobs(operator: Target, staged: str) -> Iterator[Jobs]:
     """All of them at once: they wait for their pods side by side."""
+    remove_jobs(operator, staged)
     jobs = Jobs(operator, staged)
     for name, (spec, _, _) in BAD.items():
         jobs.apply(name, **spec)
     yield jobs
-    operator.kubectl("delete", "finetunejobs", "--all", "-n", staged, "--wait")
+    remove_jobs(operator, staged)
 
 
 @pytest.mark.parametrize("name", BAD)

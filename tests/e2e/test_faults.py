@@ -11,6 +11,7 @@ import pytest
 
 from cluster.staging import read_file
 from cluster.target import OPERATOR_NAMESPACE, Target, TargetError
+from tests.e2e.conftest import remove_jobs
 from tests.e2e.jobs import Jobs, eventually, in_cluster
 
 LONG_TRAINING: dict[str, Any] = {
@@ -111,8 +112,7 @@ def small_disk(operator: Target, staged: str) -> Iterator[tuple[str, Path]]:
     node = json.loads(operator.kubectl("get", "nodes", "-o", "json"))["items"][0]["metadata"]["name"]
     operator.apply(small_volume(folder, node), small_claim(staged))
     yield "small", folder
-    operator.kubectl("delete", "finetunejobs", "--all", "-n", staged, "--wait")
-    operator.kubectl("delete", "jobs", "--all", "-n", staged, "--wait")
+    remove_jobs(operator, staged)
     operator.kubectl("delete", "pvc", "small", "-n", staged, "--wait")
     operator.kubectl("delete", "pv", "finetune-small", "--wait")
     in_cluster("umount", str(folder))
