@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from finetune_operator.api import JSON, ArtifactStatus, DataStatus, MeasuredStatus, TrainingStatus
-from finetune_trainer.progress import Artifact, DataFacts, Progress, Resolved, TrainFacts
+from finetune_trainer.progress import Artifact, DataFacts, Measured, Progress, Resolved, TrainFacts
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 STEPS, BYTES = "steps", "bytes"
@@ -76,7 +76,7 @@ def live_training(progress: Progress, before: TrainingStatus | None) -> Training
     return kept.model_copy(update={"eta": duration(progress.eta_seconds)})
 
 
-def final_training(facts: TrainFacts, before: TrainingStatus | None) -> TrainingStatus:
+def final_training(facts: TrainFacts, measured: Measured | None, before: TrainingStatus | None) -> TrainingStatus:
     """Training as its last word tells it; speed, memory and resumes stay as the running stage told them."""
     before = before or TrainingStatus()
     return before.model_copy(
@@ -85,6 +85,8 @@ def final_training(facts: TrainFacts, before: TrainingStatus | None) -> Training
             "total_steps": facts.steps,
             "epoch": digits(facts.epochs),
             "loss": digits(facts.loss) or before.loss,
+            "eval_loss": digits(measured.eval_loss if measured else None) or before.eval_loss,
+            "last_checkpoint_step": facts.steps,
             "progress": share(facts.steps, facts.steps),
             "eta": None,
             "trainable_parameters": facts.trainable_parameters,

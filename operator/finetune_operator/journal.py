@@ -224,11 +224,12 @@ def _hear(journal: Journal, job: FineTuneJob, word: LastWord) -> Journal:
         told = artifact_status(word.artifact, names.claim(job), names.folder(job))
         others = tuple(artifact for artifact in journal.artifacts if artifact.name != told.name)
         journal = replace(journal, artifacts=(*others, told))
+    measured = word.artifact.measured if word.artifact else None
     return replace(
         journal,
         data=data_status(word.data) if word.data else journal.data,
         resolved=resolved_status(word.resolved) if word.resolved else journal.resolved,
-        training=final_training(word.training, journal.training) if word.training else journal.training,
+        training=final_training(word.training, measured, journal.training) if word.training else journal.training,
     )
 
 

@@ -68,6 +68,7 @@ def test_every_stage_runs_once_in_order_and_the_job_succeeds() -> None:
     assert status.resolved["learningRate"] == "0.0002"
     assert status.training is not None
     assert (status.training.loss, status.training.eta, status.progress) == ("1.204", None, "40/40 (100%)")
+    assert (status.training.eval_loss, status.training.last_checkpoint_step) == ("1.5", 40)
     assert "Succeeded" in cluster.said
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from finetune_operator.api import TrainingStatus
 from finetune_operator.figures import digits, duration, final_training, live_training, share, size
-from finetune_trainer.progress import Progress, Stage, TrainFacts
+from finetune_trainer.progress import Measured, Progress, Stage, TrainFacts
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,15 @@ def test_what_only_the_running_stage_knows_outlives_its_end() -> None:
     )
     live = live_training(running, TrainingStatus())
     assert live.resumed_from_step == 20
-    told = final_training(TrainFacts(steps=40, epochs=1, trainable_parameters=5, total_parameters=9), live)
+    told = final_training(TrainFacts(steps=40, epochs=1, trainable_parameters=5, total_parameters=9), None, live)
     assert (told.resumed_from_step, told.tokens_per_second, told.peak_memory) == (20, "1234", "1")
     assert (told.step, told.eta) == (40, None)
+
+
+def test_the_last_word_replaces_what_was_polled_before_it() -> None:
+    polled = TrainingStatus(step=38, total_steps=40, loss="1.4", eval_loss="1.7", last_checkpoint_step=20)
+    facts = TrainFacts(steps=40, epochs=1, loss=1.20441, trainable_parameters=5, total_parameters=9)
+    told = final_training(facts, Measured(eval_loss=1.5), polled)
+    assert (told.loss, told.eval_loss, told.last_checkpoint_step) == ("1.204", "1.5", 40)
+    assert told.progress == "40/40 (100%)"
+    assert final_training(facts, None, polled).eval_loss == "1.7", "nothing newer was measured"
