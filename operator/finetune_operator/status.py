@@ -104,7 +104,7 @@ def _watch(facts: Facts, journal: Journal, live: AttemptStatus, settings: Settin
     stage = journal.stages[step.title]
     state = "Running" if pod is not None and pod.running else "Pending"
     journal = journal.with_stage(stage.model_copy(update={"state": state, "message": view.message}))
-    status = _status(facts, journal, view, now, progress=_progress(facts, step, live))
+    status = _status(facts, journal, view, now, progress=_progress(facts, journal, step, live))
     after_seconds = _look_again(pod, job, found, settings, now)
     return Decision(status, events=_news(facts.job, journal, status), requeue_after_seconds=after_seconds)
 
@@ -115,11 +115,15 @@ def _observe_progress(facts: Facts, journal: Journal, step: Step, pod: StagePod 
     return replace(journal, training=live_training(facts.progress, journal.training))
 
 
-def _progress(facts: Facts, step: Step, live: AttemptStatus) -> str | None:
-    """The live stage's own count: as just told, or as told before of this same attempt."""
+def _progress(facts: Facts, journal: Journal, step: Step, live: AttemptStatus) -> str | None:
+    """The live stage's own count: as just told, or as told before of this same attempt.
+
+    What a training reads and proves between its steps is no progress of it.
+    """
     told = facts.progress
     if told is not None and (told.stage, told.attempt) == (step.stage, live.number):
-        return share(told.done, told.total, told.unit)
+        steps = journal.training.progress if step.stage is Stage.TRAIN and journal.training else None
+        return steps or share(told.done, told.total, told.unit)
     before = (facts.job.status.attempts or (None,))[-1]
     same = before is not None and (before.stage, before.number) == (live.stage, live.number)
     return facts.job.status.progress if same else None

@@ -195,9 +195,35 @@ def test_bytes_are_no_training_steps() -> None:
     counted = {"activity": "proving the adapter", "done": 114, "total": 254, "unit": "bytes"}
     cluster.progress = Progress(stage=Stage.TRAIN, attempt=1, **counted)
     status = cluster.settle().status
-    assert status.progress == "44%"
+    assert status.progress == "128/300 (42%)", "not that of the bytes"
     assert status.training is not None
     assert (status.training.step, status.training.progress) == (128, "128/300 (42%)")
+
+
+def test_a_training_that_is_run_again_keeps_its_progress_until_it_counts_on() -> None:
+    cluster = Cluster()
+    training(cluster)
+    cluster.end_pod(20, "", "Error")
+    cluster.settle()
+    cluster.later(400)
+    cluster.settle()
+    cluster.run_pod()
+    for told in ({"activity": "verifying data/", "done": 9, "total": 9, "unit": "bytes"}, {"activity": "loading"}):
+        cluster.progress = Progress(stage=Stage.TRAIN, attempt=2, **told)
+        assert cluster.settle().status.progress == "128/300 (42%)"
+    cluster.progress = Progress(stage=Stage.TRAIN, attempt=2, activity="training", done=120, total=300)
+    assert cluster.settle().status.progress == "120/300 (40%)"
+
+
+def test_before_the_first_step_of_a_training_the_progress_is_that_of_what_it_does() -> None:
+    cluster = Cluster()
+    cluster.settle()
+    cluster.say()
+    cluster.settle()
+    cluster.run_pod()
+    told = {"activity": "verifying data/", "done": 114, "total": 254, "unit": "bytes"}
+    cluster.progress = Progress(stage=Stage.TRAIN, attempt=1, **told)
+    assert cluster.settle().status.progress == "44%"
 
 
 def test_after_the_end_the_progress_is_that_of_the_training() -> None:
