@@ -290,7 +290,7 @@ class StageStatus(Model):
     """One stage, in the order of the line."""
 
     name: str = Field(description="prepare, train, merge, or quantize- and the name of the entry.")
-    state: str = Field(description="Waiting, Pending, Running, Succeeded or Failed.")
+    state: str = Field(description="Waiting, Pending, Running, Retrying (waits to be run again), Succeeded or Failed.")
     attempt: int | None = Field(default=None, description="Number of its latest attempt.")
     job: str | None = Field(default=None, description="Name of that attempt's Job: kubectl logs job/NAME.")
     start_time: Time | None = Field(default=None, description="Begin of that attempt.")

@@ -236,8 +236,9 @@ def _hear(journal: Journal, job: FineTuneJob, word: LastWord) -> Journal:
 def close(journal: Journal, step: Step, found: Failure, max_retries: int, ended: datetime) -> Journal:
     """The attempt failed: whether the stage is run again is settled here, once."""
     found = _last_straw(journal, step, found, max_retries)
+    state = "Failed" if found.retry is Retry.NEVER else "Retrying"
     stage = journal.stages[step.title].model_copy(
-        update={"state": "Failed", "completion_time": format_time(ended), "message": found.message}
+        update={"state": state, "completion_time": format_time(ended), "message": found.message}
     )
     ending = {
         "completion_time": format_time(ended),

@@ -291,7 +291,10 @@ def _settled_at(job: FineTuneJob, journal: Journal) -> datetime:
 
 
 def _end(facts: Facts, journal: Journal, view: View, now: datetime) -> Decision:
-    """Terminal, for good."""
+    """Terminal, for good: nothing is run again any more."""
+    for stage in journal.stages.values():
+        if stage.state == "Retrying":
+            journal = journal.with_stage(stage.model_copy(update={"state": "Failed"}))
     status = _status(facts, journal, view, now, progress=_final_progress(facts, journal))
     return Decision(status, events=_news(facts.job, journal, status))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -330,6 +331,22 @@ def test_an_unknown_failure_is_retried_so_often_and_no_more() -> None:
     assert "Gave up after 3 retries" in (status.message or "")
     assert "boom" in (status.message or "")
     assert finished(status) == {"Accepted": "True", "Succeeded": "False", "Finished": "True"}
+
+
+def test_a_stage_has_failed_only_when_it_is_not_run_again() -> None:
+    def state() -> str:
+        return (cluster.job.status.stages or ())[0].state
+
+    cluster = Cluster(spec=SPEC | {"runPolicy": {"maxRetries": 1}})
+    cluster.settle()
+    cluster.end_pod(1, "boom", "Error")
+    cluster.settle()
+    waiting = state()
+    taken = replace(cluster.facts, conflicts=(Conflict("Job", "demo-prepare-2", leftover=False),))
+    ended = decide(taken, SETTINGS, cluster.now + timedelta(seconds=301)).status
+    fail(cluster)
+    assert (waiting, state()) == ("Retrying", "Failed")
+    assert (ended.phase, (ended.stages or ())[0].state) == ("Failed", "Failed"), "and not when the job has ended"
 
 
 def test_max_retries_zero_retries_nothing() -> None:
