@@ -64,5 +64,24 @@ BAD: dict[str, tuple[JSON, str]] = {
     ),
     "a size that is none": (spec(output={"volume": {"create": {"size": "much"}}}), "spec.output.volume.create.size"),
     "two GPUs": (spec(parallelism={"gpusPerNode": 2}), "spec.parallelism.gpusPerNode"),
+    "steps without end": (spec(training={"maxSteps": 10**8 + 1}), "spec.training.maxSteps"),
+    "a warm-up without end": (spec(training={"warmupSteps": 10**8 + 1}), "spec.training.warmupSteps"),
+    "a log line never": (spec(training={"loggingSteps": 10**8 + 1}), "spec.training.loggingSteps"),
+    "a measurement never": (spec(training={"eval": {"everySteps": 10**8 + 1}}), "spec.training.eval.everySteps"),
+    "a checkpoint never": (
+        spec(training={"checkpoint": {"everySteps": 10**8 + 1}}),
+        "spec.training.checkpoint.everySteps",
+    ),
+    "gradients without bound": (spec(training={"maxGradNorm": 1e7}), "spec.training.maxGradNorm"),
+    "rows without end": (spec(evaluation={"maxRows": 10**7 + 1}), "spec.evaluation.maxRows"),
+    "a seed of 33 bits": (spec(evaluation={"seed": 2**32}), "spec.evaluation.seed"),
+    "a Secret's name with a slash": (
+        spec(model={"huggingFace": HUB | {"tokenSecretRef": {"name": "a/b", "key": "token"}}}),
+        "spec.model.huggingFace.tokenSecretRef.name",
+    ),
+    "a Secret's key with a space": (
+        spec(model={"huggingFace": HUB | {"tokenSecretRef": {"name": "a.b", "key": "a b"}}}),
+        "spec.model.huggingFace.tokenSecretRef.key",
+    ),
     "retries without end": (spec(runPolicy={"maxRetries": 1000}), "spec.runPolicy.maxRetries"),
 }

@@ -19,6 +19,12 @@ from pydantic.alias_generators import to_camel
 NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 """A DNS label: safe as a Kubernetes name and as a folder name."""
 
+SUBDOMAIN_PATTERN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+"""A DNS subdomain: what Kubernetes allows as a name of most things."""
+
+STEPS_LIMIT = 100_000_000
+SEED_LIMIT = 2**32 - 1
+
 RELATIVE_PATH_PATTERN = r"^[^/\x00].*$"
 
 
@@ -39,20 +45,20 @@ ClaimName = Annotated[
     Field(
         min_length=1,
         max_length=253,
-        pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$",
+        pattern=SUBDOMAIN_PATTERN,
         description="Name of a PersistentVolumeClaim in the namespace of the job.",
     ),
 ]
 ShortName = Annotated[str, Field(min_length=1, max_length=40, pattern=NAME_PATTERN)]
 RelativePath = Annotated[str, Field(min_length=1, max_length=1024, pattern=RELATIVE_PATH_PATTERN)]
-SecretName = Annotated[str, Field(min_length=1, max_length=253)]
+SecretName = Annotated[str, Field(min_length=1, max_length=253, pattern=SUBDOMAIN_PATTERN)]
 
 
 class SecretKeyRef(Model):
     """One key of a Secret in the job's namespace."""
 
     name: SecretName = Field(description="Name of the Secret.")
-    key: str = Field(min_length=1, max_length=253, description="Key within the Secret.")
+    key: str = Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$", description="Key within the Secret.")
 
 
 class VolumeSource(Model):
@@ -136,8 +142,8 @@ class Evaluation(Model):
     datasets: tuple[Dataset, ...] | None = Field(
         default=None, min_length=1, max_length=16, description="Rows that are never trained on."
     )
-    max_rows: int | None = Field(default=None, ge=1, description="At most so many rows. Default 500.")
-    seed: int | None = Field(default=None, ge=0, description="Seed of the choice of rows. Default 42.")
+    max_rows: int | None = Field(default=None, ge=1, le=10_000_000, description="At most so many rows. Default 500.")
+    seed: int | None = Field(default=None, ge=0, le=SEED_LIMIT, description="Seed of the choice of rows. Default 42.")
 
     @model_validator(mode="after")
     def _percent_or_datasets(self) -> Self:
@@ -222,7 +228,7 @@ class EverySteps(Model):
     """How often, in optimizer steps."""
 
     every_steps: int | None = Field(
-        default=None, ge=1, description="Each so many optimizer steps. Default: a tenth of the run."
+        default=None, ge=1, le=STEPS_LIMIT, description="Each so many optimizer steps. Default: a tenth of the run."
     )
 
 
@@ -243,12 +249,14 @@ class Training(Model):
         lt=1,
         description="Warm-up as a share of all steps. Default 0.1 below 1,000 steps, else 0.03.",
     )
-    warmup_steps: int | None = Field(default=None, ge=0, description="Warm-up in steps.")
+    warmup_steps: int | None = Field(default=None, ge=0, le=STEPS_LIMIT, description="Warm-up in steps.")
     num_train_epochs: float | None = Field(default=None, gt=0, le=1000, description="Passes over the rows. Default 1.")
-    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps, however long an epoch is.")
+    max_steps: int | None = Field(
+        default=None, ge=1, le=STEPS_LIMIT, description="Optimizer steps, however long an epoch is."
+    )
     weight_decay: float | None = Field(default=None, ge=0, le=1, description="AdamW's weight decay. Default 0.")
     max_grad_norm: float | None = Field(
-        default=None, gt=0, description="Gradients are clipped to this norm. Default 1."
+        default=None, gt=0, le=1_000_000, description="Gradients are clipped to this norm. Default 1."
     )
     global_batch_size: int | None = Field(
         default=None, ge=1, le=65536, description="Rows an optimizer step. Default 16."
@@ -265,8 +273,10 @@ class Training(Model):
     gradient_checkpointing: GradientCheckpointing | None = Field(
         default=None, description="Auto: Full on a GPU, Off on CPU. Default Auto."
     )
-    seed: int | None = Field(default=None, ge=0, le=4294967295, description="Seed of everything random. Default 42.")
-    logging_steps: int | None = Field(default=None, ge=1, description="Steps between two lines of the log. Default 1.")
+    seed: int | None = Field(default=None, ge=0, le=SEED_LIMIT, description="Seed of everything random. Default 42.")
+    logging_steps: int | None = Field(
+        default=None, ge=1, le=STEPS_LIMIT, description="Steps between two lines of the log. Default 1."
+    )
     eval: EverySteps | None = Field(default=None, description="When to measure the held-out loss.")
     checkpoint: Checkpoint | None = Field(default=None, description="When to save a checkpoint.")
 
