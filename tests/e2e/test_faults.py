@@ -27,7 +27,7 @@ LONG_TRAINING: dict[str, Any] = {
     "method": {"lora": {"r": 4, "dropout": 0.1}},
 }
 QUANTIZE = {"quantize": [{"name": "g4", "method": "GPTQ", "calibration": {"samples": 8, "maxLength": 64}}]}
-STAGES = ("prepare", "train", "merge", "quantize")
+STAGES = ("prepare", "train", "merge", "quantize-0")
 
 
 def adapter_digest(jobs: Jobs, name: str) -> str:
