@@ -43,7 +43,13 @@ ROOT = (
     ),
 )
 
+INSIDE = Rule("!self.path.split('/').exists(part, part == '..')", "path: no part may be '..'")
+"""Of a volume: its path does not leave the claim."""
+
 RULES: dict[str, tuple[Rule, ...]] = {
+    "model.volume": (INSIDE,),
+    "datasets.[].volume": (INSIDE,),
+    "evaluation.datasets.[].volume": (INSIDE,),
     "model": (exactly_one(("huggingFace", "volume"), "model"),),
     "evaluation": (not_both("percent", "datasets", "evaluation"),),
     "training": (
@@ -60,6 +66,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("self.all(m, self.filter(n, n == m).size() == 1)", "accessModes: each mode at most once"),
     ),
     "": (
+        Rule(
+            "!(has(self.evaluation) && has(self.evaluation.percent) && self.evaluation.percent == 0.0"
+            " && has(self.training) && has(self.training.eval))",
+            "evaluation.percent 0 holds nothing out: drop training.eval or hold rows out",
+        ),
         Rule(
             "!(has(self.quantize) && size(self.quantize) > 0 && has(self.merge) && has(self.merge.policy)"
             " && self.merge.policy == 'Never')",

@@ -17,6 +17,11 @@ def spec(**changes: Any) -> JSON:
     return copy.deepcopy(GOOD) | changes
 
 
+FINE = spec(
+    model={"volume": VOLUME | {"path": "a..b/..c/x.."}}, evaluation={"percent": 0}, training={"checkpoint": {"keep": 1}}
+)
+"""Close to what is refused."""
+
 BAD: dict[str, tuple[JSON, str]] = {
     "an unknown field": (spec(suspend=True), 'unknown field "spec.suspend"'),
     "an unknown field far inside": (spec(method={"lora": {"rank": 8}}), 'unknown field "spec.method.lora.rank"'),
@@ -25,10 +30,26 @@ BAD: dict[str, tuple[JSON, str]] = {
     "no source": (spec(model={}), "set exactly one of huggingFace and volume"),
     "no dataset": (spec(datasets=[]), "should have at least 1 items"),
     "a path from the root": (spec(model={"volume": VOLUME | {"path": "/etc"}}), "spec.model.volume.path"),
+    "a path that leaves the claim": (
+        spec(model={"volume": VOLUME | {"path": "a/../../b"}}),
+        "path: no part may be '..'",
+    ),
+    "a dataset's path that leaves the claim": (
+        spec(datasets=[{"volume": VOLUME | {"path": ".."}}]),
+        "path: no part may be '..'",
+    ),
+    "a measured path that leaves the claim": (
+        spec(evaluation={"datasets": [{"volume": VOLUME | {"path": "../rows"}}]}),
+        "path: no part may be '..'",
+    ),
     "a claim's name with a slash": (spec(model={"volume": VOLUME | {"claimName": "../x"}}), "claimName"),
     "percent and datasets": (
         spec(evaluation={"percent": 5, "datasets": GOOD["datasets"]}),
         "percent and datasets are alternatives, set one",
+    ),
+    "a loss measured on no rows": (
+        spec(evaluation={"percent": 0}, training={"eval": {"everySteps": 5}}),
+        "evaluation.percent 0 holds nothing out: drop training.eval or hold rows out",
     ),
     "warm-up twice": (
         spec(training={"warmupRatio": 0.1, "warmupSteps": 5}),

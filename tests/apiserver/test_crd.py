@@ -13,7 +13,7 @@ from cluster.api import Api
 from finetune_operator.api import API_VERSION, KIND
 from finetune_operator.crd import NAME
 from tests.apiserver.api import RefusedError, Space
-from tests.apiserver.cases import BAD, GOOD, HUB, JSON, spec
+from tests.apiserver.cases import BAD, FINE, GOOD, HUB, JSON, spec
 
 Kubectl = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -48,6 +48,10 @@ def test_kubectl_apply_says_so_too(kubectl: Kubectl, space: Space) -> None:
 def test_a_name_that_leaves_no_room_for_stages_is_refused(space: Space, name: str, message: str) -> None:
     with pytest.raises(RefusedError, match=message):
         space.submit(name, GOOD)
+
+
+def test_what_comes_close_is_taken(space: Space) -> None:
+    assert space.submit("fine", FINE)
 
 
 def test_a_name_of_forty_characters_is_taken(space: Space) -> None:

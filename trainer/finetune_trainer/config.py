@@ -13,7 +13,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
 NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
@@ -66,6 +66,14 @@ class VolumeSource(Model):
 
     claim_name: ClaimName
     path: RelativePath = Field(description="File or folder inside the claim, relative, without leading slash.")
+
+    @field_validator("path")
+    @classmethod
+    def _inside_the_claim(cls, path: str) -> str:
+        if ".." in path.split("/"):
+            msg = "path: no part may be '..'"
+            raise ValueError(msg)
+        return path
 
 
 class HuggingFaceSource(Model):
@@ -358,6 +366,14 @@ class JobConfig(Model):
     quantize: tuple[Quantize, ...] | None = Field(
         default=None, max_length=8, description="Quantized forms of the merged model; names are unique. Default none."
     )
+
+    @model_validator(mode="after")
+    def _measured_rows_are_held_out(self) -> Self:
+        percent = self.evaluation.percent if self.evaluation else None
+        if percent == 0 and self.training is not None and self.training.eval is not None:
+            msg = "evaluation.percent 0 holds nothing out: drop training.eval or hold rows out"
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _quantize_needs_a_merge_and_unique_names(self) -> Self:
