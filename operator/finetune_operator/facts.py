@@ -83,6 +83,8 @@ class StagePod:
     ip: str = ""
     reason: str = ""
     message: str = ""
+    claims: tuple[str, ...] = ()
+    """The claims that it mounts."""
     disruption: str | None = None
     """Reason of the condition DisruptionTarget."""
     disruption_message: str = ""
@@ -246,10 +248,17 @@ def parse_pod(body: Mapping[str, Any]) -> StagePod:
         reason=status.get("reason", ""),
         message=status.get("message", ""),
         gone_by=_time(metadata.get("deletionTimestamp")),
+        claims=_claims(body),
         **_disruption(conditions.get("DisruptionTarget")),
         **_scheduling(conditions.get("PodScheduled")),
         **_container(status),
     )
+
+
+def _claims(body: Mapping[str, Any]) -> tuple[str, ...]:
+    volumes = (body.get("spec") or {}).get("volumes") or ()
+    mounted = (volume["persistentVolumeClaim"]["claimName"] for volume in volumes if "persistentVolumeClaim" in volume)
+    return tuple(dict.fromkeys(mounted))
 
 
 def _disruption(condition: JSON | None) -> JSON:

@@ -188,7 +188,7 @@ def delay(pod: StagePod | None, warnings: tuple[str, ...]) -> Failure | None:
         what = f"The container cannot start ({pod.waiting_reason}): {pod.waiting_message}"
         return waiting(Reason.CANNOT_START, what, "Check that the Secret and the key in tokenSecretRef exist.")
     if pod.unschedulable is not None:
-        return _unschedulable(pod.unschedulable)
+        return _unschedulable(pod.unschedulable, pod.claims)
     return _on_node(warnings)
 
 
@@ -199,6 +199,12 @@ def waiting(reason: str, what: str, remedy: str, *, deadline: bool = True) -> Fa
 
 
 QUOTA_REMEDY = "It waits until the namespace's quota has room, or the quota is raised."
+POLICY_REMEDY = "Ask who administers the namespace's policies."
+NAME_REMEDIES = (
+    ("no PriorityClass with name", "Correct pod.priorityClassName."),
+    ('RuntimeClass "', "Correct pod.runtimeClassName."),
+)
+"""By what the API server says of a name that it does not know."""
 
 
 def _no_pod(warnings: tuple[str, ...]) -> Failure | None:
@@ -208,13 +214,18 @@ def _no_pod(warnings: tuple[str, ...]) -> Failure | None:
     if "exceeded quota" in refused:
         return waiting(Reason.QUOTA_EXCEEDED, refused.removeprefix("FailedCreate: "), QUOTA_REMEDY, deadline=False)
     what = f"The pod was refused: {refused.removeprefix('FailedCreate: ')}"
-    return waiting(Reason.POD_REFUSED, what, "Ask who administers the namespace's policies.")
+    remedy = next((remedy for name, remedy in NAME_REMEDIES if name in refused), POLICY_REMEDY)
+    return waiting(Reason.POD_REFUSED, what, remedy)
 
 
 SCHEDULER_NOISE = re.compile(r"[\s,]*\b(still not schedulable|no new claims to deallocate|preemption:)")
 
 
-def _unschedulable(said: str) -> Failure:
+STRAY = re.compile(r"(?<=[.])\s+not found\.?$")
+"""What the scheduler leaves of a StorageClass that is not there."""
+
+
+def _unschedulable(said: str, claims: tuple[str, ...]) -> Failure:
     said = SCHEDULER_NOISE.split(said, maxsplit=1)[0] or said
     if "persistentvolumeclaim" in said and "not found" in said:
         claim = said.partition('persistentvolumeclaim "')[2].partition('"')[0]
@@ -222,7 +233,9 @@ def _unschedulable(said: str) -> Failure:
         return waiting(Reason.VOLUME_UNBOUND, what, "Create it in the job's namespace, or correct claimName.")
     if "PersistentVolumeClaim" in said or "persistentvolumeclaim" in said:
         remedy = "Check that the claim's StorageClass exists and can make volumes."
-        return waiting(Reason.VOLUME_UNBOUND, f"A claim has no volume yet: {said}", remedy)
+        which = f"Claim {claims[0]}" if len(claims) == 1 else f"One of the claims {', '.join(claims)}"
+        what = f"{which if claims else 'A claim'} has no volume yet: {STRAY.sub('', said.rstrip())}"
+        return waiting(Reason.VOLUME_UNBOUND, what, remedy)
     remedy = "It waits until a node has room; lower pod.resources or parallelism, or add nodes, if none ever will."
     return waiting(Reason.UNSCHEDULABLE, f"No node can take the pod: {said}", remedy, deadline=False)
 

@@ -159,6 +159,32 @@ def test_a_claim_that_is_missing_and_one_without_a_volume_are_told_apart() -> No
     assert missing.message.startswith("PersistentVolumeClaim 'nowhere' is not there. Create it")
 
 
+@pytest.mark.parametrize(
+    ("claims", "told"),
+    [(("work",), "Claim work has no volume yet"), (("work", "data"), "One of the claims work, data has no volume yet")],
+)
+def test_a_claim_without_a_volume_is_named(claims: tuple[str, ...], told: str) -> None:
+    body = pod_body(**unscheduled(f"{UNBOUND} not found. preemption: 0/1 nodes are available: 1 Not helpful."))
+    volumes = [{"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in claims]
+    found = delay(parse_pod(body | {"spec": {"volumes": [*volumes, {"name": "config", "configMap": {}}]}}), ())
+    assert found is not None
+    assert found.message == f"{told}: {UNBOUND} Check that the claim's StorageClass exists and can make volumes."
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("no PriorityClass with name nope was found", "Correct pod.priorityClassName."),
+        ('pod rejected: RuntimeClass "nope" not found', "Correct pod.runtimeClassName."),
+        ('violates PodSecurity "restricted:latest"', "Ask who administers the namespace's policies."),
+    ],
+)
+def test_a_pod_that_is_refused_for_a_name_says_which_field_to_correct(said: str, remedy: str) -> None:
+    found = delay(None, (f'FailedCreate: Error creating: pods "demo-prepare-1-" is forbidden: {said}',))
+    assert found is not None
+    assert found.message.endswith(f"{said}. {remedy}")
+
+
 def test_killed_for_memory_names_the_field_to_raise() -> None:
     assert "pod.resources.limits.memory" in judged(**ended(137, "OOMKilled")).message
 
