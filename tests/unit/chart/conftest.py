@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+
+from cluster import build
+from cluster.errors import ClusterError
 
 ROOT = Path(__file__).resolve().parents[3]
 CHART = ROOT / "charts" / "finetune-operator"
@@ -44,7 +45,7 @@ class Helm:
 
 @pytest.fixture(scope="session")
 def helm() -> Helm:
-    path = shutil.which("helm", path=f"{ROOT / '.cluster' / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}")
-    if path is None:
-        pytest.fail("helm is neither in .cluster/bin nor on the PATH: run `make cluster-build` first.")
-    return Helm(path)
+    try:
+        return Helm(str(build.command("helm")))
+    except ClusterError as error:
+        pytest.fail(str(error))
