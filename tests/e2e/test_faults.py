@@ -76,7 +76,7 @@ def test_killed_pods_and_a_killed_operator_change_nothing_in_the_outcome(jobs: J
 def kill_in_mid_run(jobs: Jobs, name: str, pod: str) -> None:
     """SIGKILL a trainer some steps after a checkpoint, and wait for the next."""
     eventually("a checkpoint in mid-run", lambda: step_of(jobs, pod) >= 20)
-    in_cluster("pkill", "-KILL", "-f", f"finetune-trainer train .*/work/{name}-")
+    in_cluster("pkill", "-KILL", "-f", f"finetune-trainer train .*/{name}-")
     eventually("a new train pod", lambda: other_pod(jobs, name, "train", pod))
 
 

@@ -19,7 +19,7 @@ def nested(outer: Exception, inner: Exception) -> Exception:
         return error
 
 
-NO_SPACE = OSError(errno.ENOSPC, "No space left on device", "/work/model.safetensors")
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device", "/volume/model.safetensors")
 
 
 @pytest.mark.parametrize(
