@@ -105,10 +105,10 @@ def test_deletion_while_training_leaves_no_pod_and_keeps_the_claim(jobs: Jobs) -
 
 @pytest.fixture
 def small_disk(operator: Target, staged: str) -> Iterator[tuple[str, Path]]:
-    """A claim on a volume of 3 MiB, and its folder inside the cluster."""
+    """A claim on a small volume of its own, and its folder inside the cluster."""
     folder = Path("/tmp/finetune-small-disk")  # noqa: S108 - inside the cluster's own mount namespace
     in_cluster("mkdir", "-p", str(folder))
-    in_cluster("mount", "-t", "tmpfs", "-o", "size=3m,mode=0777", "tmpfs", str(folder))
+    in_cluster("mount", "-t", "tmpfs", "-o", "size=96m,mode=0777", "tmpfs", str(folder))
     node = json.loads(operator.kubectl("get", "nodes", "-o", "json"))["items"][0]["metadata"]["name"]
     operator.apply(small_volume(folder, node), small_claim(staged))
     yield "small", folder
@@ -125,7 +125,7 @@ def small_volume(folder: Path, node: str) -> dict[str, Any]:
         "kind": "PersistentVolume",
         "metadata": {"name": "finetune-small"},
         "spec": {
-            "capacity": {"storage": "3Mi"},
+            "capacity": {"storage": "96Mi"},
             "accessModes": ["ReadWriteOnce"],
             "storageClassName": "small",
             "local": {"path": str(folder)},
@@ -143,7 +143,7 @@ def small_claim(namespace: str) -> dict[str, Any]:
             "accessModes": ["ReadWriteOnce"],
             "storageClassName": "small",
             "volumeName": "finetune-small",
-            "resources": {"requests": {"storage": "3Mi"}},
+            "resources": {"requests": {"storage": "96Mi"}},
         },
     }
 
@@ -152,8 +152,11 @@ def test_a_full_volume_ends_with_a_clear_word_and_keeps_the_last_good_checkpoint
     jobs: Jobs, small_disk: tuple[str, Path]
 ) -> None:
     claim, folder = small_disk
-    training = LONG_TRAINING["training"] | {"checkpoint": {"everySteps": 2, "keep": 100}}
+    training = LONG_TRAINING["training"] | {"maxSteps": 5000}
     jobs.apply("full", training=training, output={"volume": {"existing": {"claimName": claim}}})
+    pod = jobs.running_pod("full", "train")
+    eventually("a first checkpoint", lambda: step_of(jobs, pod) >= 10)
+    in_cluster("sh", "-c", f"dd if=/dev/zero of={folder}/somebody-elses bs=4k 2>/dev/null || true")
     status = jobs.finish("full")
     assert status["phase"] == "Failed"
     assert jobs.condition("full", "Succeeded")["reason"] == "VolumeFull", jobs.tell("full")
