@@ -14,7 +14,6 @@ SOURCES = "/sources"
 SECRETS = "/secrets"
 CONFIG = "/etc/finetune"
 CONFIG_FILE = "job.json"
-TOKEN_FILE = "model-token"  # noqa: S105 - a file name
 
 PHASES = {
     Stage.PREPARE: Phase.PREPARING,

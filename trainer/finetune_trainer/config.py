@@ -25,6 +25,9 @@ SUBDOMAIN_PATTERN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 STEPS_LIMIT = 100_000_000
 SEED_LIMIT = 2**32 - 1
 
+MODEL_TOKEN_FILE = "model-token"  # noqa: S105 - a file name
+"""Below the secrets folder: the token for the base model's repository."""
+
 RELATIVE_PATH_PATTERN = r"^[^/\x00].*$"
 
 

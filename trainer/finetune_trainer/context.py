@@ -11,9 +11,10 @@ from finetune_trainer import manifest
 from finetune_trainer.errors import Interrupted, VerificationFailed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-    from finetune_trainer.manifest import Target
+    from finetune_trainer.manifest import Manifest, Result, Target
     from finetune_trainer.progress import Resolved
     from finetune_trainer.report import Report
     from finetune_trainer.work import WorkFolder
@@ -34,6 +35,18 @@ class Context:
     """quantize: which entry."""
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set by SIGTERM."""
+
+    @property
+    def goal(self) -> Target:
+        """What the stage is to publish; evaluate publishes nothing, and asking for it there is a bug."""
+        if self.target is None:
+            msg = f"{self.report.current.stage} needs a target"
+            raise ValueError(msg)
+        return self.target
+
+    def publish(self, build: Callable[[Path], Result]) -> Manifest:
+        """Put the stage's artifact in its place, complete or not at all."""
+        return manifest.publish(self.goal, self.attempt, build, self.report.bytes_progress)
 
     def raise_if_stopping(self) -> None:
         """Interrupted if the process was asked to leave: for loops with nothing to save."""

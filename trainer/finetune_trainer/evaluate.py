@@ -67,15 +67,16 @@ class Comparison:
         """The figures of the candidate."""
         increase = (math.exp(self.loss - self.reference_loss) - 1) * 100
         return Measured(
-            eval_loss=_rounded(self.loss),
-            perplexity=_rounded(math.exp(self.loss)),
-            kl_divergence=_rounded(max(self.kl, 0.0)),
-            top1_agreement=_rounded(self.top1),
-            perplexity_increase_percent=_rounded(increase),
+            eval_loss=rounded(self.loss),
+            perplexity=rounded(math.exp(self.loss)),
+            kl_divergence=rounded(max(self.kl, 0.0)),
+            top1_agreement=rounded(self.top1),
+            perplexity_increase_percent=rounded(increase),
         )
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+    """Six digits: what a measure is worth, and the same text for the same figure."""
     return float(f"{value:.6g}")
 
 
@@ -249,7 +250,7 @@ def _measure_all(config: JobConfig, context: Context, rows: Sequence[TokenRow]) 
         context.report.begin(f"measuring {name}", len(rows), "rows")
         model = load()
         loss = measure_loss(model, rows, context.polled)
-        yield name, Measured(eval_loss=_rounded(loss), perplexity=_rounded(math.exp(loss)))
+        yield name, Measured(eval_loss=rounded(loss), perplexity=rounded(math.exp(loss)))
         del model
         gc.collect()
 

@@ -14,7 +14,6 @@ import math
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from finetune_trainer import manifest
 from finetune_trainer.errors import VerificationFailed
 from finetune_trainer.evaluate import COMPARED_ROWS, Comparison, TokenRow, compare, read_token_rows
 from finetune_trainer.loading import import_peft, load_dequantized, load_finished, set_up_torch, working_device
@@ -54,10 +53,7 @@ def run(_config: JobConfig, context: Context) -> Manifest:
         copy_companions(context, folder)
         return _prove(reference, folder, rows, context)
 
-    if context.target is None:
-        msg = "merge needs a target"
-        raise ValueError(msg)
-    return manifest.publish(context.target, context.attempt, build, context.report.bytes_progress)
+    return context.publish(build)
 
 
 def load_reference(context: Context, device: torch.device) -> Any:  # noqa: ANN401 - a PEFT model

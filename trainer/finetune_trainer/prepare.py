@@ -11,7 +11,6 @@ import logging
 from typing import TYPE_CHECKING
 
 from finetune_trainer import data, manifest, resolve
-from finetune_trainer.errors import TrainerError
 from finetune_trainer.fetch import fetch_model, reusable, revision
 from finetune_trainer.manifest import Manifest, Result
 from finetune_trainer.model import describe, load_tokenizer
@@ -28,12 +27,9 @@ log = logging.getLogger(__name__)
 
 def run(config: JobConfig, context: Context) -> Manifest:
     """Prepare the job; the manifest of `data/`."""
-    if context.target is None:
-        msg = "prepare needs a target"
-        raise TrainerError(msg)
     data.check_first_rows(config, context)
     fetched, model_folder = fetch_model(config, context), context.work.model
-    target = context.target.with_inputs(model=fetched.digest)
+    target = context.goal.with_inputs(model=fetched.digest)
     if (found := reusable(target, context)) is not None:
         return found
     context.report.begin("reading the model's config and tokenizer")

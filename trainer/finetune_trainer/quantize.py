@@ -21,7 +21,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_trainer import manifest, samples
+from finetune_trainer import samples
 from finetune_trainer.data import TRAIN
 from finetune_trainer.errors import InvalidConfig, VerificationFailed
 from finetune_trainer.evaluate import COMPARED_ROWS, compare, load_gptq, read_token_rows
@@ -57,10 +57,7 @@ def run(config: JobConfig, context: Context) -> Manifest:
         _copy_tokenizer(context.work.merged, folder)
         return _prove(folder, settings, context)
 
-    if context.target is None:
-        msg = "quantize needs a target"
-        raise ValueError(msg)
-    return manifest.publish(context.target, context.attempt, build, context.report.bytes_progress)
+    return context.publish(build)
 
 
 def _settings(config: JobConfig, context: Context) -> tuple[Quantize, ResolvedQuantize]:

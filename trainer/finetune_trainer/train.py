@@ -17,7 +17,7 @@ from finetune_trainer import checkpoint, manifest, samples
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.data import TRAIN
 from finetune_trainer.errors import InvalidDataset, OutOfMemory
-from finetune_trainer.evaluate import TokenRow, measure_loss, read_token_rows
+from finetune_trainer.evaluate import TokenRow, measure_loss, read_token_rows, rounded
 from finetune_trainer.loading import compute_dtype, load_base, set_up_torch, torch_out_of_memory, training_device
 from finetune_trainer.manifest import Made, Manifest, Result
 from finetune_trainer.model import load_tokenizer
@@ -73,10 +73,7 @@ def run(config: JobConfig, context: Context) -> Manifest:
 
 
 def _checkpoints(context: Context, resolved: Resolved) -> Checkpoints:
-    if context.target is None:
-        msg = "train needs a target"
-        raise ValueError(msg)
-    return Checkpoints(context.work.root, context.target, context.attempt, resolved.checkpoint_keep)
+    return Checkpoints(context.work.root, context.goal, context.attempt, resolved.checkpoint_keep)
 
 
 def _read_rows(context: Context) -> Rows:
@@ -198,10 +195,7 @@ def _publish(  # noqa: PLR0913 - what is told of an adapter
         tokenizer.save_pretrained(folder)
         return result
 
-    if context.target is None:
-        msg = "train needs a target"
-        raise ValueError(msg)
-    return manifest.publish(context.target, context.attempt, build, context.report.bytes_progress)
+    return context.publish(build)
 
 
 def _forget_machine(folder: Path) -> None:
@@ -219,7 +213,7 @@ def _result(loop: Loop, before: Before, resolved: Resolved) -> Result:
     told = "nothing was held out"
     if after is not None and before.eval_loss is not None:
         measured = Measured(
-            eval_loss=_rounded(after), perplexity=_rounded(math.exp(after)), eval_loss_base=_rounded(before.eval_loss)
+            eval_loss=rounded(after), perplexity=rounded(math.exp(after)), eval_loss_base=rounded(before.eval_loss)
         )
         told = f"held-out loss {before.eval_loss:.4f} before, {after:.4f} after"
     return Result(
@@ -227,7 +221,3 @@ def _result(loop: Loop, before: Before, resolved: Resolved) -> Result:
         training=loop.facts(),
         artifact=Made(name="adapter", type="Adapter", measured=measured),
     )
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")

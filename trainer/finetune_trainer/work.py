@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from finetune_trainer.config import MODEL_TOKEN_FILE
 from finetune_trainer.errors import AccessDenied, InvalidConfig, NotFound
 
 if TYPE_CHECKING:
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
 
     from finetune_trainer.config import VolumeSource
 
-TOKEN_NAME = "model-token"  # noqa: S105 - a file name
 NAMES_SHOWN = 12
 
 
@@ -103,7 +103,7 @@ def _what_is_there(root: Path, path: Path) -> str:
 
 def read_token(secrets: Path) -> str | None:
     """The hub's token, from `<secrets>/model-token`, if there is one."""
-    path = secrets / TOKEN_NAME
+    path = secrets / MODEL_TOKEN_FILE
     try:
         return path.read_text(encoding="utf-8").strip() or None
     except (FileNotFoundError, NotADirectoryError):

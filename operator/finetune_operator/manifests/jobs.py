@@ -9,6 +9,7 @@ from finetune_operator.api import JSON, FineTuneJob, Label, Pod
 from finetune_operator.manifests.meta import build_labels, build_metadata
 from finetune_operator.names import Step
 from finetune_operator.settings import Settings
+from finetune_trainer.config import MODEL_TOKEN_FILE
 from finetune_trainer.progress import PROGRESS_PORT, Stage
 
 USER = 65532
@@ -182,7 +183,7 @@ def _sources(job: FineTuneJob) -> list[tuple[JSON, JSON]]:
 
 
 def _token(secret: str, key: str) -> tuple[JSON, JSON]:
-    items = [{"key": key, "path": names.TOKEN_FILE}]
+    items = [{"key": key, "path": MODEL_TOKEN_FILE}]
     return (
         {"name": "model-token", "secret": {"secretName": secret, "items": items, "defaultMode": 0o440}},
         {"name": "model-token", "mountPath": names.SECRETS, "readOnly": True},
