@@ -263,7 +263,7 @@ def _settings(evaluation: Evaluation | None) -> tuple[float, int, int]:
 
 def _facts(kept: Kept, trained: NDArray[np.bool_], eval_rows: int, dropped: int) -> DataFacts:
     lengths = np.asarray(kept.lengths, dtype=np.int64)[trained]
-    p50, p95 = (int(np.percentile(lengths, share, method="nearest")) for share in (50, 95))
+    p50, p95, p99 = (int(np.percentile(lengths, share, method="nearest")) for share in (50, 95, 99))
     return DataFacts(
         train_rows=len(lengths),
         eval_rows=eval_rows,
@@ -272,6 +272,7 @@ def _facts(kept: Kept, trained: NDArray[np.bool_], eval_rows: int, dropped: int)
         loss_tokens=int(np.asarray(kept.loss_tokens, dtype=np.int64)[trained].sum()),
         length_p50=p50,
         length_p95=p95,
+        length_p99=p99,
         length_max=int(lengths.max()),
     )
 

@@ -91,6 +91,7 @@ class Progress(Model):
     epoch: float | None = None
     loss: float | None = Field(default=None, description="Mean training loss since the last log line, nats a token.")
     eval_loss: float | None = Field(default=None, description="Held-out loss, nats a token.")
+    best_eval_loss: float | None = Field(default=None, description="Lowest held-out loss so far, nats a token.")
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
     peak_memory_bytes: int | None = None
@@ -100,24 +101,88 @@ class Progress(Model):
     )
 
 
+class ResolvedLora(Model):
+    """The settings of the adapter, in PEFT's terms."""
+
+    r: int
+    alpha: int
+    dropout: float
+    target_modules: tuple[str, ...]
+    target_parameters: tuple[str, ...] = ()
+    exclude_modules: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    bias: str = "None"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: str = "Default"
+
+
+class ResolvedGaLore(Model):
+    """The settings of GaLore."""
+
+    rank: int
+    update_interval: int
+    scale: float
+
+
+class ResolvedDpo(Model):
+    """The settings of DPO."""
+
+    beta: float
+    loss_type: str
+    label_smoothing: float
+
+
+class ResolvedEarlyStopping(Model):
+    """When a run ends before its last step."""
+
+    patience: int = Field(description="Measurements in a row without a better one.")
+    threshold: float = Field(description="What counts as better, nats a token.")
+
+
+class ResolvedParallelism(Model):
+    """How devices share the work."""
+
+    num_nodes: int
+    gpus_per_node: int
+    world_size: int = Field(description="Processes in all.")
+    strategy: str = Field(description="Single (one process), DDP or FSDP.")
+    sharding: str | None = Field(default=None, description="FSDP: Full or GradOp.")
+    cpu_offload: bool = False
+
+
+class ResolvedMerge(Model):
+    """How the adapter is merged."""
+
+    base: str = Field(description="Dequantized or Original.")
+    dtype: str
+    max_shard_size: str
+
+
 class ResolvedQuantize(Model):
     """The settings of one quantized form."""
 
     name: str
+    method: str
     bits: int
     group_size: int
+    symmetric: bool
 
 
 class Resolved(Model):
     """Every setting that was unset and every source that could move, fixed once by prepare."""
 
     model_digest: str = Field(description="Digest of the base model's manifest.")
-    model_revision: str | None = Field(default=None, description="Commit, for a model from a hub.")
+    model_revision: str | None = Field(default=None, description="Commit or digest, for a model that could move.")
     data_digest: str = Field(description="Digest of the rows trained and measured on.")
+    data_revisions: tuple[str, ...] = Field(default=(), description="Commits of datasets that could move, NAME@COMMIT.")
     architecture: str = Field(description="The model's class, e.g. LlamaForCausalLM.")
     parameters: int = Field(description="Parameters of the base model.")
+    method: str = Field(description="QLoRA, LoRA, Full or GaLore.")
+    objective: str = Field(description="SFT or DPO.")
     max_length: int = Field(description="Tokens.")
-    global_batch_size: int = Field(description="Rows an optimizer step.")
+    packing: bool = Field(description="Whether short rows share a sequence.")
+    global_batch_size: int = Field(description="Rows an optimizer step, over all devices.")
     micro_batch_size: int = Field(description="Rows a forward pass on one device.")
     gradient_accumulation_steps: int
     total_steps: int = Field(description="Optimizer steps of the whole run.")
@@ -128,39 +193,68 @@ class Resolved(Model):
     weight_decay: float
     max_grad_norm: float
     optimizer: str
+    adam_beta1: float
+    adam_beta2: float
     compute_dtype: str
     attention: str
-    gradient_checkpointing: bool
-    base_format: str
+    gradient_checkpointing: str = Field(description="Full, Selective or Off.")
+    neftune_noise_alpha: float | None = None
+    base_format: str = Field(description="How the base weights are held: NF4, FP4, GPTQ, Int8, BF16, FP16 or FP32.")
     double_quantization: bool
-    lora_r: int
-    lora_alpha: int
-    lora_dropout: float
-    target_modules: tuple[str, ...]
+    lora: ResolvedLora | None = Field(default=None, description="QLoRA, LoRA.")
+    galore: ResolvedGaLore | None = Field(default=None, description="GaLore.")
+    dpo: ResolvedDpo | None = Field(default=None, description="DPO.")
+    added_tokens: tuple[int, ...] = Field(default=(), description="Ids of new tokens: of embeddings only these train.")
+    dataset_weights: tuple[float, ...] = Field(
+        default=(), description="Share of each dataset in an epoch, if weighted."
+    )
+    shuffle: bool
     seed: int
     logging_steps: int
     eval_steps: int
     checkpoint_steps: int
     checkpoint_keep: int
+    restore_best: bool
+    early_stopping: ResolvedEarlyStopping | None = None
+    parallelism: ResolvedParallelism
+    merge: ResolvedMerge | None = Field(default=None, description="Where a merge stage follows.")
     quantize: tuple[ResolvedQuantize, ...] = ()
 
 
+class DatasetFacts(Model):
+    """What the rows of one dataset are like."""
+
+    name: str
+    train_rows: int
+    eval_rows: int
+    dropped_rows: int
+    truncated_rows: int
+    train_tokens: int
+
+
 class DataFacts(Model):
-    """What the rows are like. Lengths in tokens, of the rows kept for training."""
+    """What the rows are like. Lengths in tokens, of the rows kept for training, before they are packed."""
 
     train_rows: int
     eval_rows: int
     dropped_rows: int = Field(description="Rows too long or without a token to learn from.")
+    truncated_rows: int = Field(default=0, description="Rows cut at maxLength.")
     train_tokens: int
     loss_tokens: int = Field(description="Tokens of the training rows that count in the loss.")
     length_p50: int
     length_p95: int
+    length_p99: int
     length_max: int
+    packed_rows: int | None = Field(default=None, description="Sequences that the rows were packed into.")
+    datasets: tuple[DatasetFacts, ...] = ()
 
 
 class Measured(Model):
     """Quality of an artifact on the held-out rows."""
 
+    preference_accuracy: float | None = Field(
+        default=None, description="DPO: share of held-out pairs whose better answer is preferred, 0 to 1."
+    )
     eval_loss: float | None = Field(default=None, description="Nats a token.")
     perplexity: float | None = None
     eval_loss_base: float | None = Field(default=None, description="Of the base model before training, nats a token.")
@@ -176,12 +270,21 @@ class Measured(Model):
 class Artifact(Model):
     """One thing that came out, complete and verified."""
 
-    name: str = Field(description="adapter, merged, or the name of the quantized form.")
-    type: str = Field(description="Adapter, Merged or Quantized.")
+    name: str = Field(description="adapter, merged, model (trained whole), or the name of the quantized form.")
+    type: str = Field(description="Adapter, Merged (any finished model) or Quantized.")
     path: str = Field(description="Folder, relative to the job's work folder.")
     size_bytes: int
     digest: str = Field(description="SHA-256 of its manifest.")
     measured: Measured | None = None
+
+
+class LayerFacts(Model):
+    """Parameters of one kind of layer in one dtype, as it is trained."""
+
+    module: str = Field(description="Class of the layer, e.g. Linear4bit.")
+    dtype: str
+    parameters: int
+    trainable: int
 
 
 class TrainFacts(Model):
@@ -192,6 +295,10 @@ class TrainFacts(Model):
     loss: float | None = Field(default=None, description="Training loss of the last log line, nats a token.")
     trainable_parameters: int
     total_parameters: int
+    best_step: int | None = Field(default=None, description="Step of the lowest held-out loss.")
+    best_eval_loss: float | None = Field(default=None, description="That loss, nats a token.")
+    stopped_early: bool = Field(default=False, description="Whether early stopping ended the run.")
+    layers: tuple[LayerFacts, ...] = Field(default=(), description="Module classes and dtypes as trained.")
 
 
 class LastWord(Model):

@@ -10,20 +10,49 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from finetune_trainer.config import (
+    BITSANDBYTES,
+    FORMATS,
+    Attention,
     BaseFormat,
     BaseWeights,
     Checkpoint,
     ComputeDtype,
-    EverySteps,
+    Dpo,
+    DpoLossType,
+    Every,
+    Fsdp,
+    GaLore,
     GradientCheckpointing,
     JobConfig,
     Lora,
+    LoraBias,
+    LoraInit,
     LrScheduler,
+    Merge,
+    MergeBase,
+    MergeDtype,
     Method,
+    MethodType,
+    ObjectiveType,
+    Optimizer,
+    Parallelism,
+    QuantizeMethod,
+    Sharding,
+    Strategy,
     Training,
 )
 from finetune_trainer.errors import InvalidConfig
-from finetune_trainer.progress import DataFacts, Resolved, ResolvedQuantize
+from finetune_trainer.progress import (
+    DataFacts,
+    Resolved,
+    ResolvedDpo,
+    ResolvedEarlyStopping,
+    ResolvedGaLore,
+    ResolvedLora,
+    ResolvedMerge,
+    ResolvedParallelism,
+    ResolvedQuantize,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,16 +62,25 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEFAULT_MAX_LENGTH = 2048
-DEFAULT_LEARNING_RATE = 0.0002
-DEFAULT_GLOBAL_BATCH = 16
+LEARNING_RATES = {
+    (ObjectiveType.SFT, MethodType.QLORA): 0.0002,
+    (ObjectiveType.SFT, MethodType.LORA): 0.0002,
+    (ObjectiveType.SFT, MethodType.FULL): 0.00002,
+    (ObjectiveType.SFT, MethodType.GALORE): 0.00001,
+    (ObjectiveType.DPO, MethodType.QLORA): 0.000005,
+    (ObjectiveType.DPO, MethodType.LORA): 0.000005,
+    (ObjectiveType.DPO, MethodType.FULL): 0.000001,
+    (ObjectiveType.DPO, MethodType.GALORE): 0.000001,
+}
+ADAPTER_GLOBAL_BATCH, WHOLE_GLOBAL_BATCH = 16, 32
+FULL_WEIGHT_DECAY = 0.01
 LARGEST_DEFAULT_MICRO_BATCH = 4
 """Rows of 2,048 tokens of an 8B QLoRA with checkpointing fit a 24 GB GPU four at a time; more gains little speed."""
 SHORT_RUN_STEPS = 1000
 GROUP_SIZES = (128, 64, 32)
-OPTIMIZER = "adamw_torch"
-ATTENTION = "sdpa"
 ALL_LINEAR = "all-linear"
 DEFAULT_BITS = 4
+DEFAULT_SHARD_SIZE = "5GB"
 
 
 @dataclass(frozen=True)
@@ -52,49 +90,68 @@ class SourceFacts:
     model_digest: str
     model_revision: str | None
     data_digest: str
+    data_revisions: tuple[str, ...] = ()
 
 
-def resolve(config: JobConfig, sources: SourceFacts, model: ModelFacts, data: DataFacts) -> Resolved:
+def resolve(
+    config: JobConfig,
+    sources: SourceFacts,
+    model: ModelFacts,
+    data: DataFacts,
+    added_tokens: tuple[int, ...] = (),
+) -> Resolved:
     """All settings of the job. InvalidConfig where a field does not go with the model, the rows or the device."""
     method, training = config.method or Method(), config.training or Training()
-    lora, weights = method.lora or Lora(), method.base_weights or BaseWeights()
-    rank = _or(lora.r, 16)
-    global_batch, micro_batch = resolve_batch(training)
-    total_steps, epochs = resolve_length(training, data.train_rows, global_batch)
-    tenth = max(1, math.ceil(total_steps / 10))
+    global_batch, micro_batch = resolve_batch(config)
+    sequences = _or(data.packed_rows, data.train_rows)
+    total_steps, epochs = resolve_length(training, sequences, global_batch)
     checkpoint = training.checkpoint or Checkpoint()
     return Resolved(
         model_digest=sources.model_digest,
         model_revision=sources.model_revision,
         data_digest=sources.data_digest,
+        data_revisions=sources.data_revisions,
         architecture=model.architecture,
         parameters=model.parameters,
+        method=config.method_type.value,
+        objective=config.objective_type.value,
         max_length=resolve_max_length(config, model),
+        packing=data.packed_rows is not None,
         global_batch_size=global_batch,
         micro_batch_size=micro_batch,
-        gradient_accumulation_steps=global_batch // micro_batch,
+        gradient_accumulation_steps=global_batch // (micro_batch * config.world_size),
         total_steps=total_steps,
         num_train_epochs=epochs,
-        learning_rate=_or(training.learning_rate, DEFAULT_LEARNING_RATE),
+        learning_rate=_or(training.learning_rate, LEARNING_RATES[config.objective_type, config.method_type]),
         lr_scheduler=_or(training.lr_scheduler, LrScheduler.COSINE).value,
         warmup_steps=resolve_warmup(training, total_steps),
-        weight_decay=_or(training.weight_decay, 0.0),
+        weight_decay=_or(training.weight_decay, FULL_WEIGHT_DECAY if config.method_type is MethodType.FULL else 0.0),
         max_grad_norm=_or(training.max_grad_norm, 1.0),
-        optimizer=OPTIMIZER,
+        optimizer=resolve_optimizer(config).value,
+        adam_beta1=_or(training.adam_beta1, 0.9),
+        adam_beta2=_or(training.adam_beta2, 0.999),
         compute_dtype=resolve_compute_dtype(config),
-        attention=ATTENTION,
-        gradient_checkpointing=resolve_gradient_checkpointing(config),
-        base_format=_or(weights.format, BaseFormat.NF4).value,
-        double_quantization=_or(weights.double_quantization, True),
-        lora_r=rank,
-        lora_alpha=_or(lora.alpha, 2 * rank),
-        lora_dropout=_or(lora.dropout, 0.0),
-        target_modules=resolve_target_modules(config, model),
+        attention=_or(config.model.attention, Attention.AUTO).value,
+        gradient_checkpointing=resolve_gradient_checkpointing(config).value,
+        neftune_noise_alpha=training.neftune_noise_alpha,
+        base_format=resolve_base_format(config).value,
+        double_quantization=resolve_base_format(config) in BITSANDBYTES
+        and _or((method.base_weights or BaseWeights()).double_quantization, True),
+        lora=resolve_lora(config, model),
+        galore=resolve_galore(config),
+        dpo=resolve_dpo(config),
+        added_tokens=added_tokens,
+        dataset_weights=resolve_dataset_weights(config),
+        shuffle=_or(training.shuffle, True),
         seed=_or(training.seed, 42),
         logging_steps=_or(training.logging_steps, 1),
-        eval_steps=_or((training.eval or EverySteps()).every_steps, tenth),
-        checkpoint_steps=_or(checkpoint.every_steps, tenth),
+        eval_steps=resolve_interval(training.eval or Every(), total_steps),
+        checkpoint_steps=resolve_checkpoint_steps(checkpoint, total_steps, sequences, global_batch),
         checkpoint_keep=_or(checkpoint.keep, 2),
+        restore_best=_or(training.restore_best, False),
+        early_stopping=resolve_early_stopping(training),
+        parallelism=resolve_parallelism(config),
+        merge=resolve_merge(config),
         quantize=resolve_quantize(config, model),
     )
 
@@ -102,10 +159,11 @@ def resolve(config: JobConfig, sources: SourceFacts, model: ModelFacts, data: Da
 def check_early(config: JobConfig, model: ModelFacts) -> None:
     """All that can be refused before the rows are read. InvalidConfig."""
     resolve_max_length(config, model)
-    resolve_target_modules(config, model)
+    resolve_lora(config, model)
     resolve_quantize(config, model)
     resolve_compute_dtype(config)
-    resolve_batch(config.training or Training())
+    resolve_optimizer(config)
+    resolve_batch(config)
 
 
 def _or(value: T | None, default: T) -> T:
@@ -124,25 +182,155 @@ def resolve_max_length(config: JobConfig, model: ModelFacts) -> int:
     return asked
 
 
-def resolve_batch(training: Training) -> tuple[int, int]:
-    """Rows an optimizer step and rows a forward pass. The second divides the first."""
-    micro = training.per_device_train_batch_size
-    total = training.global_batch_size
+def resolve_batch(config: JobConfig) -> tuple[int, int]:
+    """Rows an optimizer step and rows a forward pass on one device. Devices times the second divide the first."""
+    training, world_size = config.training or Training(), config.world_size
+    micro, total = training.per_device_train_batch_size, training.global_batch_size
     if total is None:
-        total = DEFAULT_GLOBAL_BATCH
-        if micro is not None and total % micro:
+        total = default_global_batch(config)
+        if total % ((micro or 1) * world_size):
             msg = (
-                f"training.perDeviceTrainBatchSize {micro} does not divide globalBatchSize (by default {total}). "
-                f"Set globalBatchSize to a multiple of {micro}, or perDeviceTrainBatchSize to {_divisors(total)}."
+                f"training.globalBatchSize is {total} by default, which {world_size:,} devices with "
+                f"perDeviceTrainBatchSize {micro or 1} do not share evenly. "
+                f"Set globalBatchSize to a multiple of {(micro or 1) * world_size:,}."
             )
             raise InvalidConfig(msg)
     if micro is None:
-        micro = max(size for size in range(1, LARGEST_DEFAULT_MICRO_BATCH + 1) if total % size == 0)
+        share = total // world_size
+        micro = max(size for size in range(1, LARGEST_DEFAULT_MICRO_BATCH + 1) if share % size == 0)
     return total, micro
 
 
-def _divisors(number: int) -> str:
-    return ", ".join(str(size) for size in range(1, number + 1) if number % size == 0)
+def default_global_batch(config: JobConfig) -> int:
+    """16 rows a step for adapters in SFT, 32 for all else."""
+    small = config.trains_adapter and config.objective_type is ObjectiveType.SFT
+    return ADAPTER_GLOBAL_BATCH if small else WHOLE_GLOBAL_BATCH
+
+
+def resolve_base_format(config: JobConfig) -> BaseFormat:
+    """How the base is held: NF4 for QLoRA; else BF16 on a GPU and FP32 on CPU; for Full FP32, which AdamW needs."""
+    weights = config.method.base_weights if config.method else None
+    if weights is not None and weights.format is not None:
+        return weights.format
+    if config.method_type is MethodType.QLORA:
+        return FORMATS[MethodType.QLORA][0]
+    whole = config.method_type is MethodType.FULL or config.gpus_per_node == 0
+    return BaseFormat.FP32 if whole else BaseFormat.BF16
+
+
+def resolve_optimizer(config: JobConfig) -> Optimizer:
+    """AdamW unless set; GaLore is AdamW on projected gradients."""
+    asked = config.training.optimizer if config.training else None
+    if config.method_type is MethodType.GALORE and asked not in (None, Optimizer.ADAMW):
+        msg = f"training.optimizer {asked} does not go with GaLore, which is AdamW itself. Leave it unset."
+        raise InvalidConfig(msg)
+    return _or(asked, Optimizer.ADAMW)
+
+
+def resolve_galore(config: JobConfig) -> ResolvedGaLore | None:
+    """The projection of GaLore."""
+    if config.method_type is not MethodType.GALORE:
+        return None
+    asked = (config.method.galore if config.method else None) or GaLore()
+    return ResolvedGaLore(
+        rank=_or(asked.rank, 256), update_interval=_or(asked.update_interval, 200), scale=_or(asked.scale, 0.25)
+    )
+
+
+def resolve_dpo(config: JobConfig) -> ResolvedDpo | None:
+    """The settings of DPO, TRL's where unset."""
+    if config.objective_type is not ObjectiveType.DPO:
+        return None
+    asked = (config.objective.dpo if config.objective else None) or Dpo()
+    return ResolvedDpo(
+        beta=_or(asked.beta, 0.1),
+        loss_type=_or(asked.loss_type, DpoLossType.SIGMOID).value,
+        label_smoothing=_or(asked.label_smoothing, 0.0),
+    )
+
+
+def resolve_dataset_weights(config: JobConfig) -> tuple[float, ...]:
+    """Each dataset's share of an epoch; empty where none has a weight. One that has none among others weighs 1."""
+    if all(dataset.weight is None for dataset in config.datasets):
+        return ()
+    weights = [_or(dataset.weight, 1.0) for dataset in config.datasets]
+    return tuple(round(weight / sum(weights), 6) for weight in weights)
+
+
+def resolve_interval(every: Every, total_steps: int) -> int:
+    """Steps between two of something: as set, or a tenth of the run."""
+    if every.every_steps is not None:
+        return every.every_steps
+    return max(1, math.ceil(total_steps * _or(every.every_percent, 10.0) / 100))
+
+
+def resolve_checkpoint_steps(checkpoint: Checkpoint, total_steps: int, sequences: int, global_batch: int) -> int:
+    """Steps between two checkpoints; an epoch's if so set."""
+    return math.ceil(sequences / global_batch) if checkpoint.every_epoch else resolve_interval(checkpoint, total_steps)
+
+
+def resolve_early_stopping(training: Training) -> ResolvedEarlyStopping | None:
+    """When a run ends before its last step; None: never."""
+    asked = training.early_stopping
+    if asked is None:
+        return None
+    return ResolvedEarlyStopping(patience=asked.patience, threshold=_or(asked.threshold, 0.0))
+
+
+def resolve_parallelism(config: JobConfig) -> ResolvedParallelism:
+    """How devices share the work: FSDP where all weights are trained on several of them, else DDP."""
+    asked = config.parallelism or Parallelism()
+    strategy = _or(asked.strategy, Strategy.AUTO)
+    if strategy is Strategy.AUTO:
+        shards = config.method_type is MethodType.FULL or asked.fsdp is not None
+        strategy = Strategy.FSDP if shards else Strategy.DDP
+    fsdp = asked.fsdp or Fsdp()
+    sharded = strategy is Strategy.FSDP and asked.world_size > 1
+    return ResolvedParallelism(
+        num_nodes=config.num_nodes,
+        gpus_per_node=config.gpus_per_node,
+        world_size=asked.world_size,
+        strategy=strategy.value if asked.world_size > 1 else "Single",
+        sharding=_or(fsdp.sharding, Sharding.FULL).value if sharded else None,
+        cpu_offload=sharded and _or(fsdp.cpu_offload, False),
+    )
+
+
+def resolve_merge(config: JobConfig) -> ResolvedMerge | None:
+    """Into which weights the adapter is merged: those that were trained on, where they can be widened."""
+    if not config.merges:
+        return None
+    asked = config.merge or Merge()
+    base = _or(asked.base, MergeBase.AUTO)
+    if base is MergeBase.AUTO:
+        widened = resolve_base_format(config) in BITSANDBYTES and asked.original is None
+        base = MergeBase.DEQUANTIZED if widened else MergeBase.ORIGINAL
+    return ResolvedMerge(
+        base=base.value,
+        dtype=_or(asked.dtype, MergeDtype.BF16).value,
+        max_shard_size=_or(asked.max_shard_size, DEFAULT_SHARD_SIZE),
+    )
+
+
+def resolve_lora(config: JobConfig, model: ModelFacts) -> ResolvedLora | None:
+    """The adapter; None where the model itself is trained."""
+    if not config.trains_adapter:
+        return None
+    lora = (config.method.lora if config.method else None) or Lora()
+    rank = _or(lora.r, 16)
+    return ResolvedLora(
+        r=rank,
+        alpha=_or(lora.alpha, 2 * rank),
+        dropout=_or(lora.dropout, 0.0),
+        target_modules=resolve_target_modules(config, model),
+        target_parameters=lora.target_parameters or (),
+        exclude_modules=lora.exclude_modules or (),
+        modules_to_save=lora.modules_to_save or (),
+        bias=_or(lora.bias, LoraBias.NONE).value,
+        use_rslora=_or(lora.use_rslora, False),
+        use_dora=_or(lora.use_dora, False),
+        init_lora_weights=_or(lora.init_lora_weights, LoraInit.DEFAULT).value,
+    )
 
 
 def resolve_length(training: Training, rows: int, global_batch: int) -> tuple[int, float]:
@@ -190,11 +378,12 @@ def resolve_compute_dtype(config: JobConfig) -> str:
     return asked.value
 
 
-def resolve_gradient_checkpointing(config: JobConfig) -> bool:
-    """On for a GPU, where memory is short; off on CPU, where time is."""
-    training = config.training or Training()
-    asked = _or(training.gradient_checkpointing, GradientCheckpointing.AUTO)
-    return config.gpus_per_node > 0 if asked is GradientCheckpointing.AUTO else asked is GradientCheckpointing.FULL
+def resolve_gradient_checkpointing(config: JobConfig) -> GradientCheckpointing:
+    """Full on a GPU, where memory is short; off on CPU, where time is."""
+    asked = _or(config.training.gradient_checkpointing if config.training else None, GradientCheckpointing.AUTO)
+    if asked is not GradientCheckpointing.AUTO:
+        return asked
+    return GradientCheckpointing.FULL if config.gpus_per_node else GradientCheckpointing.OFF
 
 
 def resolve_target_modules(config: JobConfig, model: ModelFacts) -> tuple[str, ...]:
@@ -222,6 +411,8 @@ def resolve_quantize(config: JobConfig, model: ModelFacts) -> tuple[ResolvedQuan
     return tuple(
         ResolvedQuantize(
             name=entry.name,
+            method=entry.method.value,
+            symmetric=_or(entry.symmetric, entry.method is QuantizeMethod.GPTQ),
             bits=_or(entry.bits, DEFAULT_BITS),
             group_size=_group_size(entry.name, entry.group_size, set(model.linear_layers.values())),
         )

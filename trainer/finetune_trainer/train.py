@@ -127,7 +127,7 @@ def _build_trainer(  # noqa: PLR0913 - the pieces of a training
     dtype: torch.dtype,
     context: Context,
 ) -> Any:  # noqa: ANN401 - an SFTTrainer
-    from finetune_trainer.loop import build_trainer  # noqa: PLC0415 - brings trl, slow
+    from finetune_trainer.trainers import build_trainer  # noqa: PLC0415 - brings trl, slow
 
     context.report.begin("setting up the trainer")
     return build_trainer(base, tokenizer, rows.train, resolved, dtype, context.work.checkpoints)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from finetune_trainer.config import MODEL_TOKEN_FILE
+from finetune_trainer.config import TOKEN_FILE
 from finetune_trainer.errors import AccessDenied, InvalidConfig, NotFound
 
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ def _what_is_there(root: Path, path: Path) -> str:
 
 
 def read_token(secrets: Path) -> str | None:
-    """The hub's token, from `<secrets>/model-token`, if there is one."""
-    path = secrets / MODEL_TOKEN_FILE
+    """The hub's token, from `<secrets>/model/token`, if there is one."""
+    path = secrets / "model" / TOKEN_FILE
     try:
         return path.read_text(encoding="utf-8").strip() or None
     except (FileNotFoundError, NotADirectoryError):

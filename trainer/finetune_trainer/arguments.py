@@ -1,0 +1,68 @@
+"""The settings of a run in the terms of transformers and TRL."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from trl.trainer.sft_config import SFTConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from finetune_trainer.progress import Resolved
+
+SCHEDULERS = {
+    "Cosine": "cosine",
+    "Linear": "linear",
+    "Constant": "constant_with_warmup",
+    "CosineWithRestarts": "cosine_with_restarts",
+    "Polynomial": "polynomial",
+    "InverseSqrt": "inverse_sqrt",
+}
+OPTIMIZERS = {
+    "AdamW": "adamw_torch",
+    "AdamW8bit": "adamw_bnb_8bit",
+    "PagedAdamW": "paged_adamw_32bit",
+    "PagedAdamW8bit": "paged_adamw_8bit",
+    "Adafactor": "adafactor",
+    "SGD": "sgd",
+}
+
+
+def build_arguments(resolved: Resolved, dtype: torch.dtype, device: torch.device, scratch: Path) -> SFTConfig:
+    """The settings in TRL's terms. Rows are tokenized and masked already, and never packed or cut."""
+    return SFTConfig(
+        output_dir=str(scratch),
+        max_steps=resolved.total_steps,
+        num_train_epochs=math.ceil(resolved.num_train_epochs),
+        per_device_train_batch_size=resolved.micro_batch_size,
+        gradient_accumulation_steps=resolved.gradient_accumulation_steps,
+        learning_rate=resolved.learning_rate,
+        lr_scheduler_type=SCHEDULERS[resolved.lr_scheduler],
+        warmup_steps=resolved.warmup_steps,
+        weight_decay=resolved.weight_decay,
+        max_grad_norm=resolved.max_grad_norm,
+        optim=OPTIMIZERS[resolved.optimizer],
+        adam_beta1=resolved.adam_beta1,
+        adam_beta2=resolved.adam_beta2,
+        neftune_noise_alpha=resolved.neftune_noise_alpha,
+        activation_checkpointing=resolved.gradient_checkpointing != "Off",
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        use_cpu=device.type == "cpu",
+        seed=resolved.seed,
+        logging_steps=resolved.logging_steps,
+        logging_nan_inf_filter=False,  # it hides what `Loop` watches for
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=device.type != "cpu",
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        packing=False,
+        restore_callback_states_from_checkpoint=False,
+    )

@@ -1,0 +1,59 @@
+"""What every record of the contract is made of: closed, frozen, camelCase outside, snake_case inside."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+"""A DNS label: safe as a Kubernetes name and as a folder name."""
+
+SUBDOMAIN_PATTERN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+"""A DNS subdomain: what Kubernetes allows as a name of most things."""
+
+RELATIVE_PATH_PATTERN = r"^[^/\x00].*$"
+
+STEPS_LIMIT = 100_000_000
+SEED_LIMIT = 2**32 - 1
+
+
+class Model(BaseModel):
+    """A closed, frozen record: a typo in a field is an error."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True, allow_inf_nan=False
+    )
+
+    def to_json(self) -> str:
+        """The record as JSON with its public names, unset fields left out, the same bytes for the same record."""
+        return self.model_dump_json(by_alias=True, exclude_none=True)
+
+
+ClaimName = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=253,
+        pattern=SUBDOMAIN_PATTERN,
+        description="Name of a PersistentVolumeClaim in the namespace of the job.",
+    ),
+]
+ShortName = Annotated[str, Field(min_length=1, max_length=40, pattern=NAME_PATTERN)]
+RelativePath = Annotated[str, Field(min_length=1, max_length=1024, pattern=RELATIVE_PATH_PATTERN)]
+SecretName = Annotated[str, Field(min_length=1, max_length=253, pattern=SUBDOMAIN_PATTERN)]
+Url = Annotated[str, Field(min_length=8, max_length=1024, pattern=r"^https?://[^\s]+$")]
+
+
+class SecretKeyRef(Model):
+    """One key of a Secret in the job's namespace."""
+
+    name: SecretName = Field(description="Name of the Secret.")
+    key: str = Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$", description="Key within the Secret.")
+
+
+class SecretRef(Model):
+    """A Secret in the job's namespace."""
+
+    name: SecretName = Field(description="Name of the Secret.")

@@ -1,0 +1,182 @@
+"""The whole of a job, and what its blocks mean together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+from pydantic import Field, model_validator
+
+from finetune_trainer.config.base import Model
+from finetune_trainer.config.data import Dataset, Evaluation
+from finetune_trainer.config.method import (
+    ADAPTER_METHODS,
+    BaseFormat,
+    Method,
+    MethodType,
+    Objective,
+    ObjectiveType,
+)
+from finetune_trainer.config.model import BaseModelSource
+from finetune_trainer.config.outcome import Merge, MergePolicy, Quantize
+from finetune_trainer.config.tracking import Tracking
+from finetune_trainer.config.training import Packing, Parallelism, Strategy, Training
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from finetune_trainer.config.sources import Source
+
+
+class JobConfig(Model):
+    """What one job is to do: the training half of a FineTuneJob's spec, and the trainer's `--config` file."""
+
+    model: BaseModelSource = Field(description="The base model.")
+    datasets: tuple[Dataset, ...] = Field(min_length=1, max_length=16, description="What to train on.")
+    evaluation: Evaluation | None = Field(default=None, description="What to measure on.")
+    method: Method | None = Field(default=None, description="What is trained and how the base is held.")
+    objective: Objective | None = Field(default=None, description="What training is for.")
+    training: Training | None = Field(default=None, description="Hyperparameters of the optimization.")
+    parallelism: Parallelism | None = Field(default=None, description="How many devices train, and how they share it.")
+    merge: Merge | None = Field(default=None, description="What becomes of the adapter.")
+    quantize: tuple[Quantize, ...] | None = Field(
+        default=None, max_length=8, description="Quantized forms of the finished model; names are unique. Default none."
+    )
+    tracking: Tracking | None = Field(default=None, description="Where the run is followed besides the status.")
+
+    @model_validator(mode="after")
+    def _measured_rows_are_held_out(self) -> Self:
+        percent = self.evaluation.percent if self.evaluation else None
+        training = self.training or Training()
+        asking = {
+            "eval": training.eval is not None,
+            "restoreBest": bool(training.restore_best),
+            "earlyStopping": training.early_stopping is not None,
+        }
+        for field, asked in asking.items():
+            if percent == 0 and asked:
+                msg = f"evaluation.percent 0 holds nothing out: drop training.{field} or hold rows out"
+                raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _dpo_compares_whole_rows(self) -> Self:
+        training = self.training or Training()
+        if self.objective_type is not ObjectiveType.DPO:
+            return self
+        if training.packing is Packing.ON:
+            msg = "training.packing: rows of DPO are not packed, leave it unset or Off"
+            raise ValueError(msg)
+        if training.neftune_noise_alpha is not None:
+            msg = "training.neftuneNoiseAlpha is for objective SFT"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _batch_is_shared_evenly(self) -> Self:
+        training = self.training or Training()
+        total, micro = training.global_batch_size, training.per_device_train_batch_size
+        if total is not None and total % ((micro or 1) * self.world_size):
+            msg = (
+                "training: perDeviceTrainBatchSize times the number of devices "
+                "(parallelism.numNodes x gpusPerNode) must divide globalBatchSize"
+            )
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _weights_can_be_sharded(self) -> Self:
+        if self.parallelism is None or self.parallelism.strategy is not Strategy.FSDP:
+            return self
+        weights = self.method.base_weights if self.method else None
+        held = weights.format if weights else None
+        if held in (BaseFormat.GPTQ, BaseFormat.INT8):
+            msg = f"parallelism.strategy FSDP cannot shard {held} weights: use DDP, or baseWeights NF4 or BF16"
+            raise ValueError(msg)
+        if self.method_type is MethodType.GALORE:
+            msg = "parallelism.strategy FSDP does not go with GaLore, which needs whole gradients: use DDP"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _quantize_needs_a_finished_model(self) -> Self:
+        entries = self.quantize or ()
+        if self.merge is not None and self.method_type not in ADAPTER_METHODS:
+            msg = f"merge is for adapters: {self.method_type} trains the model itself, drop merge"
+            raise ValueError(msg)
+        if entries and self.merge is not None and self.merge.policy is MergePolicy.NEVER:
+            msg = "quantize needs the merged model: leave merge.policy unset or drop quantize"
+            raise ValueError(msg)
+        names = [entry.name for entry in entries]
+        if len(set(names)) < len(names):
+            msg = "quantize: each entry needs a name of its own"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _datasets_have_names_of_their_own(self) -> Self:
+        for datasets, what in ((self.datasets, "datasets"), (self._evaluation_datasets, "evaluation.datasets")):
+            names = [dataset.name for dataset in datasets if dataset.name is not None]
+            if len(set(names)) < len(names):
+                msg = f"{what}: each name at most once"
+                raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _an_adapter_continues_an_adapter(self) -> Self:
+        if self.model.adapter is not None and self.method_type not in ADAPTER_METHODS:
+            msg = f"model.adapter is for QLoRA and LoRA, method.type is {self.method_type}"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def method_type(self) -> MethodType:
+        """What is trained."""
+        return (self.method.type if self.method else None) or MethodType.QLORA
+
+    @property
+    def objective_type(self) -> ObjectiveType:
+        """What training is for."""
+        return (self.objective.type if self.objective else None) or ObjectiveType.SFT
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether an adapter is trained; otherwise the model itself."""
+        return self.method_type in ADAPTER_METHODS
+
+    @property
+    def merges(self) -> bool:
+        """Whether the job has a merge stage."""
+        return self.trains_adapter and (self.merge is None or self.merge.policy is not MergePolicy.NEVER)
+
+    @property
+    def num_nodes(self) -> int:
+        """Pods of the train stage."""
+        return (self.parallelism or Parallelism()).num_nodes or 1
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs a pod of the train stage holds."""
+        if self.parallelism is None or self.parallelism.gpus_per_node is None:
+            return 1
+        return self.parallelism.gpus_per_node
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the train stage."""
+        return (self.parallelism or Parallelism()).world_size
+
+    @property
+    def _evaluation_datasets(self) -> tuple[Dataset, ...]:
+        return (self.evaluation.datasets or ()) if self.evaluation else ()
+
+    def sources(self) -> Iterator[tuple[str, str, Source]]:
+        """Everything that prepare fetches: a slot (folder of its secrets and downloads), its field, the source."""
+        yield "model", "model", self.model
+        if self.model.adapter is not None:
+            yield "adapter", "model.adapter", self.model.adapter
+        if self.merge is not None and self.merge.original is not None:
+            yield "original", "merge.original", self.merge.original
+        for index, dataset in enumerate(self.datasets):
+            yield f"dataset-{index}", f"datasets[{index}]", dataset
+        for index, dataset in enumerate(self._evaluation_datasets):
+            yield f"evaluation-{index}", f"evaluation.datasets[{index}]", dataset

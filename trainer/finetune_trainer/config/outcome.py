@@ -1,0 +1,99 @@
+"""What becomes of the trained weights."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from finetune_trainer.config.base import Model, ShortName
+from finetune_trainer.config.sources import Source
+
+
+class MergePolicy(StrEnum):
+    """Whether the adapter is merged into the base."""
+
+    AUTO = "Auto"
+    ALWAYS = "Always"
+    NEVER = "Never"
+
+
+class MergeBase(StrEnum):
+    """Which weights the adapter is merged into."""
+
+    AUTO = "Auto"
+    DEQUANTIZED = "Dequantized"
+    ORIGINAL = "Original"
+
+
+class MergeDtype(StrEnum):
+    """What the merged weights are saved in."""
+
+    BF16 = "BF16"
+    FP16 = "FP16"
+    FP32 = "FP32"
+
+
+class Merge(Model):
+    """The adapter merged into the base: the model that was trained, in one piece."""
+
+    policy: MergePolicy | None = Field(
+        default=None, description="Auto, Always: merge; Never: end with the adapter. Default Auto."
+    )
+    base: MergeBase | None = Field(
+        default=None,
+        description="Dequantized: the weights that were trained on, widened. Original: the weights before they were "
+        "quantized. Auto: Dequantized for NF4 and FP4, Original for Int8, GPTQ and unquantized bases. Default Auto.",
+    )
+    original: Source | None = Field(
+        default=None,
+        description="The original model of a base that is quantized as it comes (GPTQ). Default: the base itself.",
+    )
+    dtype: MergeDtype | None = Field(default=None, description="BF16, FP16 or FP32. Default BF16.")
+    max_shard_size: str | None = Field(
+        default=None,
+        max_length=20,
+        pattern=r"^[0-9]+(KB|MB|GB)$",
+        description="Largest file of the saved weights, e.g. 2048MB. Default 5GB.",
+    )
+
+    @model_validator(mode="after")
+    def _original_is_merged_into(self) -> Self:
+        if self.original is not None and self.base is MergeBase.DEQUANTIZED:
+            msg = "merge: original is for base Original, base is Dequantized"
+            raise ValueError(msg)
+        return self
+
+
+class QuantizeMethod(StrEnum):
+    """How the finished model is made small."""
+
+    GPTQ = "GPTQ"
+    AWQ = "AWQ"
+
+
+class Calibration(Model):
+    """Rows of the training set that a quantizer looks at."""
+
+    samples: int | None = Field(default=None, ge=1, le=4096, description="How many rows. Default 256.")
+    max_length: int | None = Field(default=None, ge=8, le=32768, description="Longest row, in tokens. Default 1024.")
+
+
+class Quantize(Model):
+    """One quantized form of the finished model."""
+
+    name: ShortName = Field(description="Its folder below quantized/ and its name in the status.")
+    method: QuantizeMethod = Field(description="GPTQ or AWQ.")
+    bits: Annotated[int, Field(ge=4, le=4)] | None = Field(default=None, description="Bits a weight. Default 4.")
+    group_size: int | None = Field(
+        default=None,
+        ge=16,
+        le=1024,
+        description="Weights that share a scale; must divide the model's layers. "
+        "Default the largest of 128, 64, 32 that does.",
+    )
+    symmetric: bool | None = Field(
+        default=None, description="Scales without a zero point. Default true for GPTQ, false for AWQ."
+    )
+    calibration: Calibration | None = Field(default=None, description="The rows that the quantizer looks at.")
