@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune_trainer import checkpoint
+from finetune_trainer import state
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.context import Context
 from finetune_trainer.evaluate import IGNORED, TokenRow
 from finetune_trainer.loading import load_base, set_up_torch
 from finetune_trainer.manifest import Target
 from finetune_trainer.model import load_tokenizer
-from finetune_trainer.progress import Resolved, Stage
+from finetune_trainer.progress import Resolved, ResolvedLora, ResolvedParallelism, Stage
 from finetune_trainer.report import Report
 from finetune_trainer.work import WorkFolder
 
@@ -30,7 +30,10 @@ SETTINGS = Resolved(
     data_digest="sha256:0",
     architecture="LlamaForCausalLM",
     parameters=1,
+    method="QLoRA",
+    objective="SFT",
     max_length=64,
+    packing=False,
     global_batch_size=4,
     micro_batch_size=2,
     gradient_accumulation_steps=2,
@@ -41,21 +44,23 @@ SETTINGS = Resolved(
     warmup_steps=1,
     weight_decay=0.01,
     max_grad_norm=1.0,
-    optimizer="adamw_torch",
+    optimizer="AdamW",
+    adam_beta1=0.9,
+    adam_beta2=0.999,
     compute_dtype="FP32",
-    attention="sdpa",
-    gradient_checkpointing=False,
+    attention="SDPA",
+    gradient_checkpointing="Off",
     base_format="NF4",
     double_quantization=True,
-    lora_r=4,
-    lora_alpha=8,
-    lora_dropout=0.1,
-    target_modules=LINEAR,
+    lora=ResolvedLora(r=4, alpha=8, dropout=0.1, target_modules=LINEAR),
+    shuffle=True,
     seed=7,
     logging_steps=1,
     eval_steps=3,
     checkpoint_steps=2,
     checkpoint_keep=3,
+    restore_best=False,
+    parallelism=ResolvedParallelism(num_nodes=1, gpus_per_node=0, world_size=1, strategy="Single"),
 )
 """Ten rows, four a step in two micro-batches: an epoch is three steps, and its last step has two rows."""
 
@@ -95,7 +100,8 @@ class Run:
 
     def build(self) -> tuple[Any, Loop]:
         """Trainer and loop, on a freshly loaded base."""
-        from finetune_trainer.loop import Loop, build_trainer  # noqa: PLC0415 - slow
+        from finetune_trainer.loop import Loop  # noqa: PLC0415 - slow
+        from finetune_trainer.trainers import build_trainer  # noqa: PLC0415 - slow
 
         set_up_torch()
         base = load_base(self.model, self.settings, CPU, torch.float32)
@@ -119,7 +125,7 @@ class Run:
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
     """Copies of what was trained."""
-    return {name: tensor.detach().clone() for name, tensor in checkpoint.trained(model)}
+    return {name: tensor.detach().clone() for name, tensor in state.trained(model)}
 
 
 def replace_settings(settings: Resolved, **changes: Any) -> Resolved:

@@ -186,13 +186,13 @@ from tests.unit.trainer.runs import Run
 run = Run(Path(sys.argv[1]), Path(sys.argv[2]))
 class Told:
     pass
-from finetune_trainer import checkpoint
-write = checkpoint.write_state
+from finetune_trainer import state
+write = state.write_state
 def told(trainer, folder):
     print("saving", flush=True)
     write(trainer, folder)
     print("written", flush=True)
-checkpoint.write_state = told
+state.write_state = told
 run.go()
 """
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from finetune_trainer.adapters import build_lora, train_in_fp32
+from finetune_trainer.arguments import build_arguments
 from finetune_trainer.errors import NonFiniteLoss, OutOfMemory
 from finetune_trainer.evaluate import IGNORED, TokenRow, batches, compare, measure_loss, pad
 from finetune_trainer.loading import keep_weights_on_cpu, load_base, set_up_torch, usable_cores
-from finetune_trainer.loop import RowOrder, build_arguments, build_lora, train_in_fp32
+from finetune_trainer.order import RowOrder
 from tests.unit.trainer.runs import CPU, SETTINGS, Run, make_rows, replace_settings
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from tests.unit.trainer.conftest import Desk
 
 EOS = 1
-NO_DROPOUT = replace_settings(SETTINGS, lora_dropout=0.0)
+NO_DROPOUT = replace_settings(SETTINGS, lora=SETTINGS.lora.model_copy(update={"dropout": 0.0}))
 """A new epoch draws a random number for its loader, so with dropout one long epoch is another run than three."""
 
 
@@ -64,7 +66,7 @@ def plain_losses(model: Path, rows: list[TokenRow], scratch: Path) -> list[float
         args=arguments,
         train_dataset=Dataset.from_dict(columns),
         processing_class=AutoTokenizer.from_pretrained(model),
-        peft_config=build_lora(NO_DROPOUT),
+        peft_config=build_lora(NO_DROPOUT.lora),
         callbacks=[losses],
     )
     train_in_fp32(trainer.model)
@@ -92,7 +94,7 @@ def test_measuring_before_training_changes_no_gradient(tiny_model: Path) -> None
         base = load_base(tiny_model, SETTINGS, CPU, torch.float32)
         if measures:
             measure_loss(base, make_rows())
-        model = get_peft_model(base, build_lora(NO_DROPOUT))
+        model = get_peft_model(base, build_lora(NO_DROPOUT.lora))
         ids, mask, labels = pad(make_rows(3))
         model.train()(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
         gradients.append([tensor.grad for tensor in model.parameters() if tensor.requires_grad])

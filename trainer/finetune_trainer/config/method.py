@@ -188,8 +188,8 @@ class Sft(Model):
 
     loss_on: LossOn | None = Field(
         default=None,
-        description="Auto: all tokens for Text, the completion for Instruction, QuestionAnswer and PromptCompletion, the "
-        "assistant's turns for Chat. AllTokens; Completion: the last answer; Assistant: each answer. Default Auto.",
+        description="Auto: all tokens for Text, the completion for Instruction, QuestionAnswer and PromptCompletion, "
+        "the assistant's turns for Chat. AllTokens; Completion: the last answer; Assistant: each answer. Default Auto.",
     )
 
 
