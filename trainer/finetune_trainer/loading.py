@@ -124,7 +124,7 @@ def load_base(folder: Path, resolved: Resolved, device: torch.device, dtype: tor
         bnb_4bit_use_double_quant=resolved.double_quantization,
         bnb_4bit_compute_dtype=dtype,
     )
-    model = _load(folder, dtype, device, attn_implementation=resolved.attention, quantization_config=quantization)
+    model = _load(folder, dtype, device, attn_implementation="sdpa", quantization_config=quantization)
     keep_weights_on_cpu(model)
     if device.type == "cpu":
         torch.set_flush_denormal(True)

@@ -129,7 +129,13 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 def replace_settings(settings: Resolved, **changes: Any) -> Resolved:
-    return settings.model_copy(update=changes)
+    """The settings with some changed; a dict changes parts of a block: lora={"dropout": 0.0}."""
+    blocks = {
+        name: getattr(settings, name).model_copy(update=change)
+        for name, change in changes.items()
+        if isinstance(change, dict)
+    }
+    return settings.model_copy(update=changes | blocks)
 
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -18,7 +18,7 @@ SMOLLM2 = {"model.layers.0.self_attn.q_proj": 576, "model.layers.0.mlp.down_proj
 def settle(rows: int = 800, layers: dict[str, int] | None = None, limit: int | None = 8192, **fields: Any) -> Resolved:
     data = DataFacts(
         train_rows=rows, eval_rows=10, dropped_rows=0, train_tokens=1, loss_tokens=1,
-        length_p50=1, length_p95=1, length_max=1,
+        length_p50=1, length_p95=1, length_p99=1, length_max=1,
     )  # fmt: skip
     facts = ModelFacts("LlamaForCausalLM", 1000, limit, SMOLLM2 if layers is None else layers)
     config = parse_config(make_config(**fields))
@@ -90,7 +90,7 @@ def test_the_group_size_divides_every_layer(columns: dict[str, int], size: int) 
         pytest.param({"training": {"maxLength": 9000}}, "training.maxLength is 9,000.*8,192", id="length"),
         pytest.param({"training": {"warmupSteps": 50}}, "training.warmupSteps is 50.*50 steps", id="warm-up"),
         pytest.param(
-            {"training": {"perDeviceTrainBatchSize": 3}}, "globalBatchSize to a multiple of 3", id="micro-batch"
+            {"training": {"perDeviceTrainBatchSize": 3}}, "to a multiple of 3", id="micro-batch"
         ),
         pytest.param({"method": {"computeDtype": "FP16"}}, "FP16 needs a GPU", id="half precision on CPU"),
     ],

@@ -45,7 +45,7 @@ def unbroken(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     """The weights of unbroken runs, by dropout."""
     return {
         dropout: Run(
-            tiny_model, tmp_path_factory.mktemp("unbroken"), replace_settings(SETTINGS, lora_dropout=dropout)
+            tiny_model, tmp_path_factory.mktemp("unbroken"), replace_settings(SETTINGS, lora={"dropout": dropout})
         ).go()
         for dropout in (0.0, 0.1)
     }
@@ -56,7 +56,7 @@ def unbroken(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 def test_after_a_crash_the_weights_are_those_of_an_unbroken_run(
     tiny_model: Path, tmp_path: Path, unbroken: dict[float, dict[str, torch.Tensor]], dropout: float, step: int
 ) -> None:
-    run = Run(tiny_model, tmp_path).change(lora_dropout=dropout)
+    run = Run(tiny_model, tmp_path).change(lora={"dropout": dropout})
     with pytest.raises(CrashError):
         run.go(CrashAfter(step))
     assert same_bits(run.go(), unbroken[dropout])

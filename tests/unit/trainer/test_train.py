@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tests.unit.trainer.conftest import Desk
 
 EOS = 1
-NO_DROPOUT = replace_settings(SETTINGS, lora=SETTINGS.lora.model_copy(update={"dropout": 0.0}))
+NO_DROPOUT = replace_settings(SETTINGS, lora={"dropout": 0.0})
 """A new epoch draws a random number for its loader, so with dropout one long epoch is another run than three."""
 
 
