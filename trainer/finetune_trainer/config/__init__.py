@@ -10,6 +10,7 @@ the model or the data is resolved by the prepare stage (`finetune_trainer.resolv
     sources     hub, volume, S3, OCI      method    QLoRA, LoRA, Full, GaLore; SFT, DPO
     training    hyperparameters, devices  outcome   merge, quantize
     tracking    W&B, MLflow, TensorBoard  base      what all of them are made of
+    environment what a pod is told by variables
 
 Imports nothing heavier than pydantic.
 """
@@ -30,6 +31,12 @@ from finetune_trainer.config.base import (
     Url,
 )
 from finetune_trainer.config.data import ROWS_LIMIT, ColumnName, Columns, Dataset, DatasetFormat, Evaluation, Template
+from finetune_trainer.config.environment import (
+    NODE_RANK_VARIABLE,
+    REMOTE_CODE_VARIABLE,
+    RENDEZVOUS_PORT,
+    RENDEZVOUS_VARIABLE,
+)
 from finetune_trainer.config.job import JobConfig
 from finetune_trainer.config.method import (
     ADAPTER_METHODS,
@@ -113,7 +120,11 @@ __all__ = [
     "FOUR_BIT",
     "MLFLOW_CREDENTIALS",
     "NAME_PATTERN",
+    "NODE_RANK_VARIABLE",
     "RELATIVE_PATH_PATTERN",
+    "REMOTE_CODE_VARIABLE",
+    "RENDEZVOUS_PORT",
+    "RENDEZVOUS_VARIABLE",
     "ROWS_LIMIT",
     "S3_CREDENTIALS",
     "SEED_LIMIT",

@@ -1,0 +1,14 @@
+"""What a pod is told by its environment: what an administrator decides, and where the pods of a stage meet."""
+
+from __future__ import annotations
+
+REMOTE_CODE_VARIABLE = "FINETUNE_ALLOW_REMOTE_CODE"
+"""`1` where the administrator consents to Python code that a model brings; unset: it is never run."""
+
+RENDEZVOUS_VARIABLE = "FINETUNE_RENDEZVOUS"
+"""`host:port` where the pods of a train stage of several nodes meet: the name of the pod of rank 0. Unset: one node."""
+
+NODE_RANK_VARIABLE = "JOB_COMPLETION_INDEX"
+"""Which of the nodes a pod is, from 0. Kubernetes sets it in the pods of an Indexed Job."""
+
+RENDEZVOUS_PORT = 29500
