@@ -10,6 +10,8 @@
     ├── OutOfMemory              of the accelerator
     ├── NonFiniteLoss            NaN or infinity while training
     ├── VerificationFailed       a file is not what its manifest says
+    ├── RendezvousFailed         the pods of the stage did not find each other
+    ├── PeerLost                 another pod of the stage ended or fell silent
     └── Interrupted              left on request, to be continued
 
 Stages raise these. What libraries raise is translated once, at the edge, by `translate`.
@@ -86,6 +88,18 @@ class VerificationFailed(TrainerError):
     """A file is not what its manifest says."""
 
     reason = Reason.VERIFICATION_FAILED
+
+
+class RendezvousFailed(TrainerError):
+    """The processes of several nodes did not find each other in time."""
+
+    reason = Reason.RENDEZVOUS_FAILED
+
+
+class PeerLost(TrainerError):
+    """A process of another node ended or fell silent: why, it says itself."""
+
+    reason = Reason.PEER_LOST
 
 
 class Interrupted(TrainerError):

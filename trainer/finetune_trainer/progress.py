@@ -47,6 +47,8 @@ class Reason(StrEnum):
     OUT_OF_MEMORY = "OutOfMemory"
     NON_FINITE_LOSS = "NonFiniteLoss"
     VERIFICATION_FAILED = "VerificationFailed"
+    RENDEZVOUS_FAILED = "RendezvousFailed"
+    PEER_LOST = "PeerLost"
     INTERRUPTED = "Interrupted"
     UNKNOWN = "Unknown"
 
@@ -65,8 +67,12 @@ class ExitCode(IntEnum):
     OUT_OF_MEMORY = 16
     NON_FINITE_LOSS = 17
     VERIFICATION_FAILED = 18
+    RENDEZVOUS_FAILED = 19
+    """The pods of the stage did not find each other in time."""
     INTERRUPTED = 20
     """Saved a checkpoint on SIGTERM and left: nobody's fault."""
+    PEER_LOST = 21
+    """Another pod of the stage ended or fell silent: the reason stands there."""
 
     @property
     def reason(self) -> Reason:
