@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 TRAIN, EVAL = "train", "eval"
 INPUT_IDS, LOSS_MASK = "input_ids", "loss_mask"
+REJECTED_IDS, REJECTED_MASK = "rejected_ids", "rejected_mask"
 PREVIEW_NAME = "preview.jsonl"
 PREVIEW_ROWS = 5
 BATCH_ROWS = 512

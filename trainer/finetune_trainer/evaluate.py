@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from finetune_trainer.data import EVAL, INPUT_IDS, LOSS_MASK, read_rows
+from finetune_trainer.data import EVAL, INPUT_IDS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK, read_rows
 from finetune_trainer.errors import NotFound
 from finetune_trainer.loading import import_peft, load_base, load_finished, set_up_torch, training_device
 from finetune_trainer.progress import Measured, Resolved
@@ -55,6 +55,32 @@ class TokenRow:
 
 
 @dataclass(frozen=True)
+class PairRow:
+    """Two answers to one prompt, as prepare left them."""
+
+    chosen: TokenRow
+    """Prompt and better answer; of the tokens only the answer's count."""
+    rejected: TokenRow
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """What both answers answer."""
+        return self.chosen.prompt
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a model in training is worth on the held-out rows."""
+
+    loss: float
+    """Of the objective: nats a token; DPO: its loss, a pair."""
+    preference_accuracy: float | None = None
+    """DPO: share of pairs whose better answer gained more on the reference than the other, 0 to 1."""
+    reward_margin: float | None = None
+    """DPO: mean of beta x (gain of the better answer - gain of the other), in nats."""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A candidate against a reference, on the same tokens."""
 
@@ -84,10 +110,19 @@ def read_token_rows(data: Path, split: str = EVAL) -> list[TokenRow]:
     """The rows of `train` or `eval` that prepare left in `data`."""
     table = read_rows(data, split)
     ids, masks = table.column(INPUT_IDS).to_pylist(), table.column(LOSS_MASK).to_pylist()
-    return [
-        TokenRow(row, [token if counts else IGNORED for token, counts in zip(row, mask, strict=True)])
-        for row, mask in zip(ids, masks, strict=True)
-    ]
+    return [_token_row(row, mask) for row, mask in zip(ids, masks, strict=True)]
+
+
+def _token_row(ids: Sequence[int], mask: Sequence[bool]) -> TokenRow:
+    return TokenRow(ids, [token if counts else IGNORED for token, counts in zip(ids, mask, strict=True)])
+
+
+def read_pair_rows(data: Path, split: str = EVAL) -> list[PairRow]:
+    """The pairs of `train` or `eval` that prepare left in `data`."""
+    table = read_rows(data, split)
+    columns = (INPUT_IDS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK)
+    rows = zip(*(table.column(name).to_pylist() for name in columns), strict=True)
+    return [PairRow(_token_row(ids, mask), _token_row(other, other_mask)) for ids, mask, other, other_mask in rows]
 
 
 def batches(rows: Sequence[TokenRow], max_tokens: int = BATCH_TOKENS) -> Iterator[list[TokenRow]]:
