@@ -19,6 +19,8 @@ DNS_ADDRESS = "10.96.0.10"
 DNS_HEALTH_PORT = 8080
 STORAGE_NAMESPACE = "local-path-storage"
 STORAGE_CONFIG = "local-path-config"
+STORAGE_CLASS, SHARED_CLASS = "local-path", "shared"
+"""The default class, whose volumes belong to a node, and one whose volumes pods of all nodes mount (ReadWriteMany)."""
 
 
 def apply(namespace: Namespace, api: Api) -> None:
@@ -105,11 +107,16 @@ def local_path_provisioner(state: State, layout: Layout) -> Component:
 
 
 def _storage_config(state: State) -> dict[str, Any]:
-    return {"nodePathMap": [{"node": "DEFAULT_PATH_FOR_NON_LISTED_NODES", "paths": [str(state.volumes)]}]}
+    folder = str(state.volumes)
+    classes = {
+        STORAGE_CLASS: {"nodePathMap": [{"node": "DEFAULT_PATH_FOR_NON_LISTED_NODES", "paths": [folder]}]},
+        SHARED_CLASS: {"sharedFileSystemPath": folder},  # all nodes of this cluster see one file system
+    }
+    return {"storageClassConfigs": classes}
 
 
 def _storage_manifests(state: State) -> list[Manifest]:
-    """Return the default class, and the scripts and pod by which the provisioner makes and removes folders."""
+    """Return the classes, and the scripts and pod by which the provisioner makes and removes folders."""
     helper = {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -122,17 +129,6 @@ def _storage_manifests(state: State) -> list[Manifest]:
         "teardown": '#!/bin/sh\nset -eu\nrm -rf "$VOL_DIR"\n',
         "helperPod.yaml": json.dumps(helper),
     }
-    storage_class = {
-        "apiVersion": "storage.k8s.io/v1",
-        "kind": "StorageClass",
-        "metadata": {
-            "name": "local-path",
-            "annotations": {"storageclass.kubernetes.io/is-default-class": "true"},
-        },
-        "provisioner": "rancher.io/local-path",
-        "volumeBindingMode": "WaitForFirstConsumer",
-        "reclaimPolicy": "Delete",
-    }
     return [
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": STORAGE_NAMESPACE}},
         {
@@ -141,5 +137,20 @@ def _storage_manifests(state: State) -> list[Manifest]:
             "metadata": {"name": STORAGE_CONFIG, "namespace": STORAGE_NAMESPACE},
             "data": scripts,
         },
-        storage_class,
+        _storage_class(STORAGE_CLASS, default=True),
+        _storage_class(SHARED_CLASS, default=False),
     ]
+
+
+def _storage_class(name: str, *, default: bool) -> Manifest:
+    return {
+        "apiVersion": "storage.k8s.io/v1",
+        "kind": "StorageClass",
+        "metadata": {
+            "name": name,
+            "annotations": {"storageclass.kubernetes.io/is-default-class": str(default).lower()},
+        },
+        "provisioner": "rancher.io/local-path",
+        "volumeBindingMode": "WaitForFirstConsumer",
+        "reclaimPolicy": "Delete",
+    }
