@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from finetune_trainer.progress import Resolved
+    from finetune_trainer.progress import Resolved, ResolvedDpo
 
 SCHEDULERS = {
     "Cosine": "cosine",
@@ -29,40 +30,78 @@ OPTIMIZERS = {
     "Adafactor": "adafactor",
     "SGD": "sgd",
 }
+DPO_LOSSES = {
+    "Sigmoid": "sigmoid",
+    "SigmoidNorm": "sigmoid_norm",
+    "Hinge": "hinge",
+    "Ipo": "ipo",
+    "ExoPair": "exo_pair",
+    "NcaPair": "nca_pair",
+    "Robust": "robust",
+    "BcoPair": "bco_pair",
+    "SppoHard": "sppo_hard",
+    "Aot": "aot",
+    "AotUnpaired": "aot_unpaired",
+    "ApoZero": "apo_zero",
+    "ApoDown": "apo_down",
+    "Discopop": "discopop",
+}
 
 
 def build_arguments(resolved: Resolved, dtype: torch.dtype, device: torch.device, scratch: Path) -> SFTConfig:
-    """The settings in TRL's terms. Rows are tokenized and masked already, and never packed or cut."""
+    """The settings of SFT in TRL's terms. Rows are tokenized and masked already, and never packed or cut."""
     return SFTConfig(
-        output_dir=str(scratch),
-        max_steps=resolved.total_steps,
-        num_train_epochs=math.ceil(resolved.num_train_epochs),
-        per_device_train_batch_size=resolved.micro_batch_size,
-        gradient_accumulation_steps=resolved.gradient_accumulation_steps,
-        learning_rate=resolved.learning_rate,
-        lr_scheduler_type=SCHEDULERS[resolved.lr_scheduler],
-        warmup_steps=resolved.warmup_steps,
-        weight_decay=resolved.weight_decay,
-        max_grad_norm=resolved.max_grad_norm,
-        optim=OPTIMIZERS[resolved.optimizer],
-        adam_beta1=resolved.adam_beta1,
-        adam_beta2=resolved.adam_beta2,
+        **_shared(resolved, dtype, device, scratch),
         neftune_noise_alpha=resolved.neftune_noise_alpha,
-        activation_checkpointing=resolved.gradient_checkpointing != "Off",
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        bf16=dtype is torch.bfloat16,
-        fp16=dtype is torch.float16,
-        use_cpu=device.type == "cpu",
-        seed=resolved.seed,
-        logging_steps=resolved.logging_steps,
-        logging_nan_inf_filter=False,  # it hides what `Loop` watches for
-        save_strategy="no",
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=device.type != "cpu",
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         packing=False,
-        restore_callback_states_from_checkpoint=False,
     )
+
+
+def build_dpo_arguments(
+    resolved: Resolved, dpo: ResolvedDpo, dtype: torch.dtype, device: torch.device, scratch: Path
+) -> DPOConfig:
+    """The settings of DPO in TRL's terms: no dropout, in the model nor in its reference."""
+    return DPOConfig(
+        **_shared(resolved, dtype, device, scratch),
+        beta=dpo.beta,
+        loss_type=[DPO_LOSSES[dpo.loss_type]],
+        label_smoothing=dpo.label_smoothing,
+        disable_dropout=True,
+        remove_unused_columns=False,
+        max_length=None,
+    )
+
+
+def _shared(resolved: Resolved, dtype: torch.dtype, device: torch.device, scratch: Path) -> dict[str, Any]:
+    """What transformers' Trainer is told, whatever the objective."""
+    return {
+        "output_dir": str(scratch),
+        "max_steps": resolved.total_steps,
+        "num_train_epochs": math.ceil(resolved.num_train_epochs),
+        "per_device_train_batch_size": resolved.micro_batch_size,
+        "gradient_accumulation_steps": resolved.gradient_accumulation_steps,
+        "learning_rate": resolved.learning_rate,
+        "lr_scheduler_type": SCHEDULERS[resolved.lr_scheduler],
+        "warmup_steps": resolved.warmup_steps,
+        "weight_decay": resolved.weight_decay,
+        "max_grad_norm": resolved.max_grad_norm,
+        "optim": OPTIMIZERS[resolved.optimizer],
+        "adam_beta1": resolved.adam_beta1,
+        "adam_beta2": resolved.adam_beta2,
+        "activation_checkpointing": resolved.gradient_checkpointing != "Off",
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        "use_cpu": device.type == "cpu",
+        "seed": resolved.seed,
+        "logging_steps": resolved.logging_steps,
+        "logging_nan_inf_filter": False,  # it hides what `Loop` watches for
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": device.type != "cpu",
+        "restore_callback_states_from_checkpoint": False,
+    }
