@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from finetune_trainer.config import (
     BITSANDBYTES,
     FORMATS,
+    SORTING_LOSSES,
     Attention,
     BaseFormat,
     BaseWeights,
@@ -72,6 +73,7 @@ LEARNING_RATES = {
     (ObjectiveType.DPO, MethodType.FULL): 0.000001,
     (ObjectiveType.DPO, MethodType.GALORE): 0.000001,
 }
+LABEL_SMOOTHING = {DpoLossType.EXO_PAIR: 0.001, DpoLossType.ROBUST: 0.1}
 ADAPTER_GLOBAL_BATCH, WHOLE_GLOBAL_BATCH = 16, 32
 FULL_WEIGHT_DECAY = 0.01
 LARGEST_DEFAULT_MICRO_BATCH = 4
@@ -164,6 +166,7 @@ def check_early(config: JobConfig, model: ModelFacts) -> None:
     resolve_compute_dtype(config)
     resolve_optimizer(config)
     resolve_batch(config)
+    resolve_dpo(config)
 
 
 def _or(value: T | None, default: T) -> T:
@@ -238,14 +241,22 @@ def resolve_galore(config: JobConfig) -> ResolvedGaLore | None:
 
 
 def resolve_dpo(config: JobConfig) -> ResolvedDpo | None:
-    """The settings of DPO, TRL's where unset."""
+    """The settings of DPO, TRL's where unset; smoothing as the papers of ExoPair and Robust have it."""
     if config.objective_type is not ObjectiveType.DPO:
         return None
     asked = (config.objective.dpo if config.objective else None) or Dpo()
+    loss_type = _or(asked.loss_type, DpoLossType.SIGMOID)
+    _, micro_batch = resolve_batch(config)
+    if loss_type in SORTING_LOSSES and micro_batch == 1:
+        msg = (
+            f"objective.dpo.lossType {loss_type} compares the pairs of a micro-batch, which has one. "
+            "Set training.perDeviceTrainBatchSize to 2 or more, or use another lossType."
+        )
+        raise InvalidConfig(msg)
     return ResolvedDpo(
         beta=_or(asked.beta, 0.1),
-        loss_type=_or(asked.loss_type, DpoLossType.SIGMOID).value,
-        label_smoothing=_or(asked.label_smoothing, 0.0),
+        loss_type=loss_type.value,
+        label_smoothing=_or(asked.label_smoothing, LABEL_SMOOTHING.get(loss_type, 0.0)),
     )
 
 

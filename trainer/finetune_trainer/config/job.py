@@ -69,6 +69,9 @@ class JobConfig(Model):
         if training.neftune_noise_alpha is not None:
             msg = "training.neftuneNoiseAlpha is for objective SFT"
             raise ValueError(msg)
+        if self.method is not None and self.method.lora is not None and self.method.lora.dropout:
+            msg = "method.lora.dropout is for objective SFT: DPO compares model and reference without noise, drop it"
+            raise ValueError(msg)
         return self
 
     @model_validator(mode="after")

@@ -194,9 +194,13 @@ class Sft(Model):
 
 
 class DpoLossType(StrEnum):
-    """Loss of direct preference optimization, in TRL's terms (camel case here)."""
+    """Loss of direct preference optimization, by TRL's names (camel case here).
+
+    Left out is TRL's `sft`, which has no preference in it: that is objective SFT.
+    """
 
     SIGMOID = "Sigmoid"
+    SIGMOID_NORM = "SigmoidNorm"
     HINGE = "Hinge"
     IPO = "Ipo"
     EXO_PAIR = "ExoPair"
@@ -209,7 +213,11 @@ class DpoLossType(StrEnum):
     APO_ZERO = "ApoZero"
     APO_DOWN = "ApoDown"
     DISCOPOP = "Discopop"
-    SFT = "Sft"
+
+
+SMOOTHED_LOSSES = (DpoLossType.EXO_PAIR, DpoLossType.ROBUST, DpoLossType.AOT, DpoLossType.AOT_UNPAIRED)
+SORTING_LOSSES = (DpoLossType.AOT, DpoLossType.AOT_UNPAIRED)
+"""Losses that compare the pairs of a micro-batch with each other."""
 
 
 class Dpo(Model):
@@ -218,10 +226,28 @@ class Dpo(Model):
     beta: float | None = Field(
         default=None, gt=0, le=100, description="How near to stay to the reference. Default 0.1."
     )
-    loss_type: DpoLossType | None = Field(default=None, description="Loss, as TRL has them. Default Sigmoid.")
-    label_smoothing: float | None = Field(
-        default=None, ge=0, lt=0.5, description="Share of labels that may be wrong. Default 0."
+    loss_type: DpoLossType | None = Field(
+        default=None,
+        description="Loss, as TRL has them: Sigmoid, SigmoidNorm, Hinge, Ipo, ExoPair, NcaPair, Robust, BcoPair, "
+        "SppoHard, Aot, AotUnpaired, ApoZero, ApoDown or Discopop. Default Sigmoid.",
     )
+    label_smoothing: float | None = Field(
+        default=None,
+        gt=0,
+        lt=0.5,
+        description="Share of labels that may be wrong; ExoPair, Robust, Aot and AotUnpaired. "
+        "Default 0.001 for ExoPair, 0.1 for Robust, else 0.",
+    )
+
+    @model_validator(mode="after")
+    def _smoothing_is_used(self) -> Self:
+        if self.label_smoothing is not None and self.loss_type not in SMOOTHED_LOSSES:
+            msg = (
+                f"objective.dpo.labelSmoothing is for lossType {', '.join(SMOOTHED_LOSSES)}, "
+                f"not {self.loss_type or DpoLossType.SIGMOID}: drop it"
+            )
+            raise ValueError(msg)
+        return self
 
 
 class Objective(Model):
