@@ -11,7 +11,7 @@ CONSTRAINTS := $(foreach file,operator trainer development,--constraint constrai
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate
 PYTEST := $(BIN)/pytest
 
-.PHONY: help demo test chaos lint format test-unit test-apiserver test-e2e crds constraints \
+.PHONY: help demo recipes test chaos lint format test-unit test-apiserver test-e2e test-gpu crds constraints \
 	cluster-build cluster-up cluster-down cluster-status clean
 
 help:  ## this list
@@ -19,6 +19,9 @@ help:  ## this list
 
 demo: $(VENV)/tools  ## fine-tune, merge and quantize a real model in pods (CLUSTER=current: on the kubeconfig's cluster)
 	@$(PYTHON) -m cluster.demo --cluster $(CLUSTER)
+
+recipes: $(VENV)/all  ## the small twins of all recipes, one after another, on the local cluster (ONLY="1 3a": some)
+	@$(PYTHON) -m cluster.recipes $(if $(ONLY),--only $(ONLY))
 
 test: $(VENV)/all  ## everything: lint, unit, API server and end-to-end tests
 	@$(PYTHON) -m tests.suites lint unit apiserver e2e
@@ -34,6 +37,9 @@ test-unit: $(VENV)/all  ## pure code and small models, seconds to minutes
 
 test-apiserver: $(VENV)/all  ## the operator against a real kube-apiserver and etcd
 	@$(PYTHON) -m tests.suites apiserver
+
+test-gpu: $(VENV)/all  ## every method at real sizes: needs an NVIDIA GPU
+	@$(PYTEST) tests/gpu -s
 
 test-e2e: $(VENV)/all  ## real pods on the local cluster, the demo included
 	@$(PYTHON) -m tests.suites e2e
