@@ -110,7 +110,8 @@ def stage(target: Target) -> None:
 
 def run_all(target: Target, chosen: list[Recipe], at_once: int) -> list[Outcome]:
     """Start the jobs, so many at a time, and follow them to their ends."""
-    waiting, running, outcomes = list(chosen), {}, []
+    waiting, outcomes = list(chosen), list[Outcome]()
+    running: dict[Recipe, float] = {}
     watch: dict[str, str] = {}
     while waiting or running:
         while waiting and len(running) < at_once:
