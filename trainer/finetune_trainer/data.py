@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 TRAIN, EVAL = "train", "eval"
 INPUT_IDS, LOSS_MASK = "input_ids", "loss_mask"
 REJECTED_IDS, REJECTED_MASK = "rejected_ids", "rejected_mask"
+DATASET, LENGTHS = "dataset", "lengths"
 PREVIEW_NAME = "preview.jsonl"
 PREVIEW_ROWS = 5
 BATCH_ROWS = 512

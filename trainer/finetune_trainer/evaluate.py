@@ -13,10 +13,14 @@ from __future__ import annotations
 import gc
 import json
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+import numpy as np
 
 from finetune_trainer.data import EVAL, INPUT_IDS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK, read_rows
 from finetune_trainer.errors import NotFound
@@ -24,13 +28,17 @@ from finetune_trainer.loading import import_peft, load_base, load_finished, set_
 from finetune_trainer.progress import Measured, Resolved
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    import pyarrow as pa
     import torch
+    from numpy.typing import NDArray
 
     from finetune_trainer.config import JobConfig
     from finetune_trainer.context import Context
+
+Row = TypeVar("Row")
 
 IGNORED = -100
 """The label of a token that does not count, as torch's cross-entropy has it."""
@@ -44,14 +52,19 @@ COMPARED_ROWS = 64
 class TokenRow:
     """A row as prepare left it."""
 
-    input_ids: Sequence[int]
-    labels: Sequence[int]
+    input_ids: Sequence[int] | NDArray[np.int64]
+    labels: Sequence[int] | NDArray[np.int64]
     """The same tokens; IGNORED where a token does not count in the loss."""
 
     @property
-    def prompt(self) -> Sequence[int]:
+    def prompt(self) -> Sequence[int] | NDArray[np.int64]:
         """What stands before the first token to learn."""
         return self.input_ids[: next(i for i, label in enumerate(self.labels) if label != IGNORED)]
+
+    @property
+    def width(self) -> int:
+        """Tokens that it takes in a batch without padding."""
+        return len(self.input_ids)
 
 
 @dataclass(frozen=True)
@@ -63,9 +76,40 @@ class PairRow:
     rejected: TokenRow
 
     @property
-    def prompt(self) -> Sequence[int]:
+    def prompt(self) -> Sequence[int] | NDArray[np.int64]:
         """What both answers answer."""
         return self.chosen.prompt
+
+    @property
+    def width(self) -> int:
+        """Tokens that it takes in a batch: two rows, padded to the longer one."""
+        return 2 * max(self.chosen.width, self.rejected.width)
+
+
+class LazyRows(Sequence[Row]):
+    """Rows that stay in arrow's buffers, where they cost their bytes, and become numbers one at a time."""
+
+    def __init__(self, table: pa.Table, build: Callable[..., Row]) -> None:
+        """`build` makes a row of its values in the table's columns, arrays each."""
+        self._table, self._build = table, build
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        values = (column[index].values for column in self._table.columns)
+        return self._build(*(value.to_numpy(zero_copy_only=False) for value in values))
+
+
+Measurable = TypeVar("Measurable", TokenRow, PairRow)
 
 
 @dataclass(frozen=True)
@@ -106,30 +150,31 @@ def rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def read_token_rows(data: Path, split: str = EVAL) -> list[TokenRow]:
+def read_token_rows(data: Path, split: str = EVAL) -> Sequence[TokenRow]:
     """The rows of `train` or `eval` that prepare left in `data`."""
-    table = read_rows(data, split)
-    ids, masks = table.column(INPUT_IDS).to_pylist(), table.column(LOSS_MASK).to_pylist()
-    return [_token_row(row, mask) for row, mask in zip(ids, masks, strict=True)]
+    return LazyRows(read_rows(data, split).select([INPUT_IDS, LOSS_MASK]), token_row)
 
 
-def _token_row(ids: Sequence[int], mask: Sequence[bool]) -> TokenRow:
-    return TokenRow(ids, [token if counts else IGNORED for token, counts in zip(ids, mask, strict=True)])
+def token_row(ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> TokenRow:
+    """A row of its two columns."""
+    wide = ids.astype(np.int64)
+    return TokenRow(wide, np.where(mask, wide, IGNORED))
 
 
-def read_pair_rows(data: Path, split: str = EVAL) -> list[PairRow]:
+def read_pair_rows(data: Path, split: str = EVAL) -> Sequence[PairRow]:
     """The pairs of `train` or `eval` that prepare left in `data`."""
-    table = read_rows(data, split)
-    columns = (INPUT_IDS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK)
-    rows = zip(*(table.column(name).to_pylist() for name in columns), strict=True)
-    return [PairRow(_token_row(ids, mask), _token_row(other, other_mask)) for ids, mask, other, other_mask in rows]
+    columns = [INPUT_IDS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK]
+    return LazyRows(
+        read_rows(data, split).select(columns),
+        lambda ids, mask, other, other_mask: PairRow(token_row(ids, mask), token_row(other, other_mask)),
+    )
 
 
-def batches(rows: Sequence[TokenRow], max_tokens: int = BATCH_TOKENS) -> Iterator[list[TokenRow]]:
+def batches(rows: Sequence[Measurable], max_tokens: int = BATCH_TOKENS) -> Iterator[list[Measurable]]:
     """Rows sorted by length, in batches of at most so many tokens, padding counted; a longer row goes alone."""
-    batch: list[TokenRow] = []
-    for row in sorted(rows, key=lambda row: len(row.input_ids)):
-        if batch and (len(batch) + 1) * len(row.input_ids) > max_tokens:
+    batch: list[Measurable] = []
+    for row in sorted(rows, key=attrgetter("width")):
+        if batch and (len(batch) + 1) * row.width > max_tokens:
             yield batch
             batch = []
         batch.append(row)
@@ -162,8 +207,8 @@ def measure_loss(model: Any, rows: Sequence[TokenRow], poll: Callable[[int, int]
     import torch  # noqa: PLC0415 - slow
 
     total, count = 0.0, 0
-    with _evaluating(model):
-        for batch in _polled(rows, poll):
+    with evaluating(model):
+        for batch in polled(rows, poll):
             logprobs, targets = _logprobs(model, batch)
             total -= float(logprobs.gather(-1, targets[:, None]).to(torch.float64).sum())
             count += len(targets)
@@ -180,8 +225,8 @@ def compare(
     import torch  # noqa: PLC0415 - slow
 
     sums, count = [0.0] * 4, 0
-    with _evaluating(reference), _evaluating(candidate):
-        for batch in _polled(rows, poll):
+    with evaluating(reference), evaluating(candidate):
+        for batch in polled(rows, poll):
             p, targets = _logprobs(reference, batch)
             q, _ = _logprobs(candidate, batch)
             q, targets = q.to(p.device), targets.to(p.device)
@@ -197,7 +242,7 @@ def compare(
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:  # noqa: ANN401 - a torch module
+def evaluating(model: Any) -> Iterator[None]:  # noqa: ANN401 - a torch module
     """Evaluation mode and no gradients; then training as it was."""
     import torch  # noqa: PLC0415 - slow
 
@@ -210,7 +255,8 @@ def _evaluating(model: Any) -> Iterator[None]:  # noqa: ANN401 - a torch module
         model.train(was_training)
 
 
-def _polled(rows: Sequence[TokenRow], poll: Callable[[int, int], None] | None) -> Iterator[list[TokenRow]]:
+def polled(rows: Sequence[Measurable], poll: Callable[[int, int], None] | None) -> Iterator[list[Measurable]]:
+    """The batches of the rows; `poll(rows done, rows in all)` before each."""
     done = 0
     for batch in batches(rows):
         if poll is not None:
@@ -224,25 +270,22 @@ def _logprobs(model: Any, rows: Sequence[TokenRow]) -> tuple[torch.Tensor, torch
     import torch  # noqa: PLC0415 - slow
 
     ids, mask, labels = (tensor.to(model.device) for tensor in pad(rows))
-    logits, targets = logits_that_count(model, ids, mask, labels)
+    logits, targets = logits_that_count(model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
     return torch.log_softmax(logits, dim=-1), targets
 
 
-def logits_that_count(
-    model: Any,  # noqa: ANN401 - a causal language model
-    ids: torch.Tensor,
-    mask: torch.Tensor,
-    labels: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def logits_that_count(model: Any, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 - a causal language model
     """Logits [tokens that count, words] in fp32, and those tokens. Differentiable.
 
-    Logits are asked for from the first place that counts in any of the rows: prompts need none.
+    `inputs`: `input_ids`, `labels`, and what keeps rows apart. Logits are asked for from the first place that counts
+    in any of the rows: prompts need none.
     """
-    targets = labels[:, 1:]
+    apart = {name: value for name, value in inputs.items() if name != "labels"}
+    targets = inputs["labels"][:, 1:]
     places = (targets != IGNORED).any(0).nonzero()
     first = int(places[0]) if len(places) else targets.shape[1] - 1
     kept = targets.shape[1] - first + 1
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keeping(model, kept)).logits[:, -kept:-1]
+    logits = model(**apart, **{"use_cache": False, **keeping(model, kept)}).logits[:, -kept:-1]
     counts = targets[:, first:] != IGNORED
     return logits[counts].float(), targets[:, first:][counts]
 

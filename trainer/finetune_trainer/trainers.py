@@ -57,7 +57,7 @@ class ExactTrainer(SFTTrainer):
         """
         if self.args.device.type != "cpu" or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
-        logits, targets = logits_that_count(model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+        logits, targets = logits_that_count(model, inputs)
         total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
         return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
 
