@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import re
 import struct
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,13 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HEADER_LIMIT_BYTES = 100_000_000
 NAMES_SHOWN = 12
 
+GPTQ = "gptq"
+GPTQ_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+"""What stands in the place of `weight` in a GPTQ layer."""
+ADAPTER_FOLDER = "adapter"
+"""In the model's folder: the adapter to go on from (model.adapter)."""
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
 ENCODERS = ("ForMaskedLM", "ForPreTraining", "Encoder", "EncoderModel")
 CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 
@@ -57,19 +66,44 @@ class ModelFacts:
     """The model's own limit of tokens a row; None if it has none."""
     linear_layers: dict[str, int]
     """Full name of each linear layer (the output head left out) and its input columns."""
+    gptq: bool = False
+    """Whether its weights are quantized by GPTQ; otherwise they are the original ones."""
+    linear_rows: dict[str, int] = field(default_factory=dict)
+    """The same layers' outputs."""
+    experts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Full name and shape of each parameter that holds all experts of a block in one piece."""
+    taken_for_experts: tuple[str, ...] = ()
+    """Names that PEFT understands as the fused experts, whatever else has them."""
+    modules: tuple[str, ...] = ()
+    """Full names of the modules that hold weights of their own."""
+    has_biases: bool = True
+    embeddings: str = "model.embed_tokens"
+    head: str | None = "lm_head"
+    tied: bool = False
+    """Whether the head is the embeddings."""
+    adapter: dict[str, Any] | None = None
+    """The settings of the adapter to go on from, as PEFT wrote them."""
 
     @property
     def linear_names(self) -> tuple[str, ...]:
         """The last parts of the linear layers' names, in the order of the model: q_proj, k_proj, ..."""
         return tuple(dict.fromkeys(name.rpartition(".")[2] for name in self.linear_layers))
 
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Names of the experts' parameters within a block: mlp.experts.gate_up_proj, ..."""
+        return tuple(dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", name) for name in self.experts))
 
-def check_folder(folder: Path, where: str) -> list[str]:
-    """Check that a folder is a causal language model that can be trained; the names of its files. InvalidModel."""
+
+def check_folder(folder: Path, where: str, *, gptq: bool = True) -> list[str]:
+    """Check that a folder is a causal language model that can be trained; the names of its files. InvalidModel.
+
+    `gptq`: whether a model that GPTQ quantized will do; what is merged into must be the original one.
+    """
     names = {path.name for path in folder.iterdir() if path.is_file()}
     _check_is_a_model(names, where)
     config = read_json(folder / CONFIG, where)
-    check_config(config, where)
+    check_config(config, where, gptq=gptq)
     if "tokenizer_config.json" in names:
         _refuse_code(read_json(folder / "tokenizer_config.json", where), "tokenizer_config.json", where)
     if not names & set(TOKENIZERS):
@@ -131,13 +165,10 @@ def _shards(index: dict[str, Any], where: str) -> set[str]:
     return shards
 
 
-def check_config(config: dict[str, Any], where: str) -> None:
-    """Refuse what is no causal language model in its original precision, each for its own reason. InvalidModel."""
+def check_config(config: dict[str, Any], where: str, *, gptq: bool = True) -> None:
+    """Refuse what is no causal language model that can be trained on, each for its own reason. InvalidModel."""
     _refuse_code(config, CONFIG, where)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown method")
-        msg = f"{where} is quantized already ({method}, says {CONFIG}). "
-        raise InvalidModel(msg + "Give the original model: it is quantized in training.")
+    _check_precision(config.get("quantization_config") or {}, where, gptq)
     architecture = next(iter(config.get("architectures") or []), "")
     kind = _other_kind(architecture, config)
     if kind:
@@ -146,6 +177,29 @@ def check_config(config: dict[str, Any], where: str) -> None:
     if not isinstance(config.get("model_type"), str):
         msg = f"{where}: {CONFIG} has no model_type, so nobody knows what to load. Copy the model's own {CONFIG}."
         raise InvalidModel(msg)
+
+
+def _check_precision(quantization: dict[str, Any], where: str, gptq: bool) -> None:
+    """No quantization, or GPTQ's of 4 bits where that will do. InvalidModel."""
+    if not quantization:
+        return
+    method = quantization.get("quant_method", "unknown method")
+    if method != GPTQ or not gptq:
+        msg = f"{where} is quantized already ({method}, says {CONFIG}). "
+        raise InvalidModel(msg + "Give the original model: it is quantized in training.")
+    if fault := _gptq_fault(quantization):
+        msg = f"{where}: {fault} ({CONFIG}). Use a GPTQ model of 4 bits whose head is not quantized."
+        raise InvalidModel(msg)
+
+
+def _gptq_fault(quantization: dict[str, Any]) -> str | None:
+    """Why a GPTQ model cannot be trained on."""
+    if quantization.get("bits") != 4:  # noqa: PLR2004 - bits a weight
+        return f"GPTQ weights of {quantization.get('bits')} bits cannot be trained on"
+    if quantization.get("lm_head"):
+        return "its output head is quantized, and cannot be trained on"
+    kind = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
+    return None if kind in {"gptq", "gptq_v2"} else f"GPTQ weights in the form '{kind}' cannot be trained on"
 
 
 def _other_kind(architecture: str, config: dict[str, Any]) -> str | None:
@@ -226,19 +280,62 @@ def describe(folder: Path) -> ModelFacts:
         msg = f"The model cannot be built from its {CONFIG}: {error}. Correct {CONFIG}, or copy the model again."
         raise InvalidModel(msg) from error
     _check_shapes(folder, model)
-    _check_complete(folder)
-    head = model.get_output_embeddings()
-    linear = {
-        name: _input_columns(module)
-        for name, module in model.named_modules()
-        if module is not head and _is_linear(module)
-    }
+    _check_complete(folder, config)
+    names = {module: name for name, module in model.named_modules()}
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    linear = {name: module for module, name in names.items() if module is not head and _is_linear(module)}
+    experts = dict(_experts(model))
     return ModelFacts(
         architecture=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         max_positions=getattr(config.get_text_config(), "max_position_embeddings", None),
-        linear_layers=linear,
+        linear_layers={name: _input_columns(module) for name, module in linear.items()},
+        linear_rows={name: module.weight.numel() // _input_columns(module) for name, module in linear.items()},
+        gptq=getattr(config, "quantization_config", None) is not None,
+        experts=experts,
+        taken_for_experts=_taken_for_experts(config.model_type) if experts else (),
+        modules=tuple(name for module, name in names.items() if any(True for _ in module.parameters(recurse=False))),
+        has_biases=any(name.endswith(".bias") for name, _ in model.named_parameters()),
+        embeddings=names[embeddings],
+        head=names.get(head),
+        tied=head is not None and head.weight is embeddings.weight,
+        adapter=_read_adapter(folder / ADAPTER_FOLDER),
     )
+
+
+def _experts(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:  # noqa: ANN401 - a torch module
+    """Parameters [experts, ., .] that hold the weights of many experts at once."""
+    for name, module in model.named_modules():
+        if not type(module).__name__.startswith("Conv"):
+            for part, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3:  # noqa: PLR2004 - experts, and the two of a matrix
+                    yield f"{name}.{part}", tuple(parameter.shape)
+
+
+def _taken_for_experts(model_type: str) -> tuple[str, ...]:
+    """Names of layers that PEFT (0.21) translates to fused parameters, as adapters of older models had them."""
+    from peft.utils import transformers_weight_conversion as conversion  # noqa: PLC0415 - slow
+
+    known: Any = vars(conversion)  # there is no public way to ask
+    family = known["_MODEL_TO_CONVERSION_PATTERN"].get(model_type, "")
+    return tuple(known["_MOE_TARGET_MODULE_MAPPING"].get(family, ()))
+
+
+def _read_adapter(folder: Path) -> dict[str, Any] | None:
+    """The settings of the adapter to go on from, if there is one: LoRA, its weights whole. InvalidModel."""
+    if not folder.is_dir():
+        return None
+    where = "model.adapter"
+    for name, what in ((ADAPTER_CONFIG, "is no adapter"), (ADAPTER_WEIGHTS, "has no weights")):
+        if not (folder / name).is_file():
+            msg = f"{where} {what}: {name} is missing. Give a folder that PEFT saved (save_pretrained)."
+            raise InvalidModel(msg)
+    check_safetensors(folder / ADAPTER_WEIGHTS, where)
+    settings = read_json(folder / ADAPTER_CONFIG, where)
+    if settings.get("peft_type") != "LORA":
+        msg = f"{where} is of type {settings.get('peft_type')} ({ADAPTER_CONFIG}), only LORA can be gone on from. "
+        raise InvalidModel(msg + "Give a LoRA adapter, or drop model.adapter to begin a new one.")
+    return settings
 
 
 def quiet() -> None:
@@ -290,7 +387,7 @@ def _check_shapes(folder: Path, model: Any) -> None:  # noqa: ANN401 - a torch m
         raise InvalidModel(msg + f"{CONFIG} and weights are of different models: copy both from the same one.")
 
 
-def _check_complete(folder: Path) -> None:
+def _check_complete(folder: Path, config: Any) -> None:  # noqa: ANN401 - any of transformers' configs
     """Refuse a model that lacks weights, which transformers fills with random ones; name those that are too many.
 
     The model is loaded onto the meta device: transformers maps and ties names in its own way and reads no weight.
@@ -298,10 +395,12 @@ def _check_complete(folder: Path) -> None:
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow
 
     quiet()
+    packed = _packed_layers(folder)
     try:
         with _without_warnings("transformers"):  # its own report of what is told here
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
+                config=_unquantized(config),
                 device_map={"": "meta"},
                 local_files_only=True,
                 ignore_mismatched_sizes=True,
@@ -314,12 +413,27 @@ def _check_complete(folder: Path) -> None:
     if mismatched := sorted(name for name, *_ in found["mismatched_keys"]):
         msg = f"The weights of {mismatched[0]} are not all there, or not of the shape that {CONFIG} asks for. "
         raise InvalidModel(msg + "Copy the model again, all of it.")
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(name for name in found["missing_keys"] if name.removesuffix(".weight") not in packed):
         msg = f"The model has no {missing[0]} ({len(missing):,} of the weights that {CONFIG} asks for are missing). "
         raise InvalidModel(msg + "Copy the model again, all of it.")
-    if unknown := sorted(found["unexpected_keys"]):
+    if unknown := sorted(name for name in found["unexpected_keys"] if name.rpartition(".")[0] not in packed):
         shown = ", ".join(unknown[:NAMES_SHOWN]) + (", ..." if len(unknown) > NAMES_SHOWN else "")
         log.warning("%d weights are left out, which the model does not know: %s", len(unknown), shown)
+
+
+def _packed_layers(folder: Path) -> set[str]:
+    """Names of the layers of which the files hold all that GPTQ makes of a weight."""
+    names = {name for path in folder.glob("*.safetensors") for name in shapes_in(path)}
+    layers = {name.removesuffix(".qweight") for name in names if name.endswith(".qweight")}
+    return {layer for layer in layers if all(f"{layer}.{part}" in names for part in GPTQ_TENSORS)}
+
+
+def _unquantized(config: Any) -> Any:  # noqa: ANN401 - any of transformers' configs
+    """The same config for the original weights: layers are looked at, not their packing."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    return plain
 
 
 @contextmanager
