@@ -35,6 +35,7 @@ from finetune_trainer.config.environment import (
     NODE_RANK_VARIABLE,
     REMOTE_CODE_VARIABLE,
     RENDEZVOUS_PORT,
+    RENDEZVOUS_TIMEOUT_VARIABLE,
     RENDEZVOUS_VARIABLE,
 )
 from finetune_trainer.config.job import JobConfig
@@ -126,6 +127,7 @@ __all__ = [
     "RELATIVE_PATH_PATTERN",
     "REMOTE_CODE_VARIABLE",
     "RENDEZVOUS_PORT",
+    "RENDEZVOUS_TIMEOUT_VARIABLE",
     "RENDEZVOUS_VARIABLE",
     "ROWS_LIMIT",
     "S3_CREDENTIALS",

@@ -12,3 +12,6 @@ NODE_RANK_VARIABLE = "JOB_COMPLETION_INDEX"
 """Which of the nodes a pod is, from 0. Kubernetes sets it in the pods of an Indexed Job."""
 
 RENDEZVOUS_PORT = 29500
+
+RENDEZVOUS_TIMEOUT_VARIABLE = "FINETUNE_RENDEZVOUS_TIMEOUT_SECONDS"
+"""How long the processes of several nodes wait for each other. Unset: a quarter of an hour."""
