@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -16,16 +15,13 @@ from finetune_operator.api import GROUP, JSON, KIND, PLURAL, VERSION, Spec, Stat
 from finetune_operator.rules import LIST_KEYS, ROOT, RULES, Rule, immutability
 
 NAME = f"{PLURAL}.{GROUP}"
-HEADER = "# Made by `python -m finetune_operator.crd` from operator/finetune_operator/api.py: change it there.\n"
+HEADER = "# Made by `python -m finetune_operator.crd` from the typed models: change it there.\n"
 REPOSITORY = Path(__file__).resolve().parents[2]
 TARGET = REPOSITORY / "crds" / f"{NAME}.yaml"
 CHART_TARGET = REPOSITORY / "charts" / "finetune-operator" / "files" / f"{NAME}.yaml"
 
-DROPPED = frozenset({"title", "default", "additionalProperties", "$defs"})
-"""Of JSON Schema: what a structural schema must not have, and defaults, which are the models' own affair."""
-
-STATIC_DEFAULTS: dict[str, Any] = {"model.huggingFace.revision": "main"}
-"""Defaults that depend on nothing else; the rest is resolved once, by the prepare stage."""
+DROPPED = frozenset({"title", "additionalProperties", "$defs"})
+"""Of JSON Schema: what a structural schema must not have."""
 
 STATUS_LIST_KEYS = {
     "conditions": ("type",),
@@ -104,8 +100,6 @@ def spec_schema() -> JSON:
         if path:
             at(schema, path)["x-kubernetes-validations"] = _rules(rules)
     schema["x-kubernetes-validations"] = _rules((*RULES[""], *immutability()))
-    for path, default in STATIC_DEFAULTS.items():
-        at(schema, path)["default"] = default
     _name_list_types(schema, "", LIST_KEYS)
     return schema
 
@@ -153,6 +147,8 @@ def _convert(node: JSON, definitions: JSON) -> JSON:
     if "x-kubernetes-int-or-string" in node:
         return {name: value for name, value in node.items() if name not in {"title", "default"}}
     converted = {name: value for name, value in node.items() if name not in DROPPED}
+    if converted.get("default") is None:  # unset: whatever depends on anything else is resolved by the prepare stage
+        converted.pop("default", None)
     if node.get("type") == "integer":
         converted["format"] = "int64"
     _old_bounds(converted)

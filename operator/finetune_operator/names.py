@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from finetune_operator.api import FineTuneJob, Phase, Spec
+from finetune_trainer.config import RENDEZVOUS_PORT
 from finetune_trainer.progress import Stage
 
 UID_CHARACTERS = 8
@@ -43,6 +44,8 @@ class Step:
     key: str
     title: str
     entry: str | None = None
+    pods: int = 1
+    """How many work on it at once."""
 
     @property
     def place(self) -> int:
@@ -56,12 +59,17 @@ class Step:
 
 
 def line(spec: Spec) -> tuple[Step, ...]:
-    """The steps of a job, in their order."""
-    stages = [Stage.PREPARE, Stage.TRAIN, *([Stage.MERGE] if spec.merges else [])]
-    steps = [Step(stage, stage.value, stage.value) for stage in stages]
+    """The steps of a job, in their order. A method that trains the model itself leaves nothing to merge."""
+    steps = [_step(Stage.PREPARE), _step(Stage.TRAIN, pods=spec.num_nodes)]
+    if spec.merges:
+        steps.append(_step(Stage.MERGE))
     for index, entry in enumerate(spec.quantize or ()):
         steps.append(Step(Stage.QUANTIZE, f"quantize-{index}", f"quantize-{entry.name}", entry.name))
     return tuple(steps)
+
+
+def _step(stage: Stage, pods: int = 1) -> Step:
+    return Step(stage, stage.value, stage.value, pods=pods)
 
 
 def stage_job(job: FineTuneJob, step: Step, attempt: int) -> str:
@@ -81,10 +89,7 @@ def folder(job: FineTuneJob) -> str:
 
 def claim(job: FineTuneJob) -> str:
     """Name of the claim the job works in."""
-    output = job.valid_spec.output
-    if output and output.volume and output.volume.existing:
-        return output.volume.existing.claim_name
-    return folder(job)
+    return job.valid_spec.existing_claim or folder(job)
 
 
 def event(job: FineTuneJob, key: str) -> str:
@@ -92,8 +97,17 @@ def event(job: FineTuneJob, key: str) -> str:
     return f"{folder(job)}.{key}".lower()
 
 
+def service(job: FineTuneJob) -> str:
+    """Name of the Service by which the pods of a train stage find each other; a Service's name begins with a letter."""
+    return f"train-{job.name}"
+
+
+def rendezvous(job: FineTuneJob, step: Step, attempt: int) -> str:
+    """host:port where the pods of an attempt meet: the pod with index 0."""
+    return f"{stage_job(job, step, attempt)}-0.{service(job)}:{RENDEZVOUS_PORT}"
+
+
 def source_claims(spec: Spec) -> tuple[str, ...]:
     """The claims that prepare reads from, each once, in the order of the spec."""
-    datasets = [*spec.datasets, *((spec.evaluation.datasets or ()) if spec.evaluation else ())]
-    volumes = [spec.model.volume, *(dataset.volume for dataset in datasets)]
+    volumes = [source.volume for _, _, source in spec.sources()]
     return tuple(dict.fromkeys(volume.claim_name for volume in volumes if volume is not None))

@@ -9,8 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune_operator.api import NAME_LIMIT_CHARACTERS, Spec
-from finetune_trainer.config import NAME_PATTERN
+from finetune_operator.api import GPU_RESOURCE, NAME_LIMIT_CHARACTERS, Spec
+from finetune_trainer.config import (
+    ADAPTER_METHODS,
+    COMMIT_PATTERN,
+    FORMATS,
+    NAME_PATTERN,
+    SMOOTHED_LOSSES,
+    SOURCE_FIELDS,
+    BaseFormat,
+    MethodType,
+)
 
 
 @dataclass(frozen=True)
@@ -24,13 +33,28 @@ class Rule:
 def exactly_one(fields: tuple[str, ...], what: str) -> Rule:
     """A union: exactly one of the fields is set."""
     listed = ",".join(f"has(self.{field})" for field in fields)
-    return Rule(f"[{listed}].filter(x, x).size() == 1", f"{what}: set exactly one of {' and '.join(fields)}")
+    names = f"{', '.join(fields[:-1])} and {fields[-1]}"
+    return Rule(f"[{listed}].filter(x, x).size() == 1", f"{what}: set exactly one of {names}")
 
 
 def not_both(one: str, other: str, where: str) -> Rule:
     """Alternatives, of which none is needed."""
     return Rule(f"!(has(self.{one}) && has(self.{other}))", f"{where}: {one} and {other} are alternatives, set one")
 
+
+def one_of(values: tuple[str, ...]) -> str:
+    """A CEL list of words."""
+    return f"[{', '.join(repr(str(value)) for value in values)}]"
+
+
+METHOD = f"self.?method.?type.orValue('{MethodType.QLORA}')"
+OBJECTIVE = "self.?objective.?type.orValue('SFT')"
+TRAINS_ADAPTER = f"{METHOD} in {one_of(ADAPTER_METHODS)}"
+DEVICES = (
+    "self.?parallelism.?numNodes.orValue(1)"
+    " * (self.?parallelism.?gpusPerNode.orValue(1) > 1 ? self.parallelism.gpusPerNode : 1)"
+)
+"""On the spec: words of the models' own properties."""
 
 ROOT = (
     Rule(
@@ -43,41 +67,221 @@ ROOT = (
     ),
 )
 
-INSIDE = Rule("!self.path.split('/').exists(part, part == '..')", "path: no part may be '..'")
-"""Of a volume: its path does not leave the claim."""
 
-RULES: dict[str, tuple[Rule, ...]] = {
-    "model.volume": (INSIDE,),
-    "datasets.[].volume": (INSIDE,),
-    "evaluation.datasets.[].volume": (INSIDE,),
-    "model": (exactly_one(("huggingFace", "volume"), "model"),),
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+SOURCES = {
+    "model": "model",
+    "model.adapter": "model.adapter",
+    "merge.original": "merge.original",
+    "datasets.[]": "datasets",
+    "evaluation.datasets.[]": "evaluation.datasets",
+}
+"""Path and name of everything that is fetched."""
+
+OF_ITS_KIND: dict[str, tuple[Rule, ...]] = {
+    "volume": (
+        Rule("!self.path.split('/').exists(part, part == '..')", "path: no part may be '..'"),
+        Rule("!self.path.startsWith('/')", "path: relative to the claim, without a slash before it"),
+    ),
+    "s3": (Rule("self.uri.matches('^s3://[^/]+/.+$')", "uri: write s3://bucket/key, or s3://bucket/prefix/"),),
+    "oci": (Rule("!self.reference.contains('://')", "reference: write registry/repository:tag, without https:// before it"),),
+}
+"""Of one kind of source, wherever it stands."""
+
+
+def _sources() -> dict[str, tuple[Rule, ...]]:
+    unions = {path: (exactly_one(SOURCE_FIELDS, name),) for path, name in SOURCES.items()}
+    kinds = {f"{path}.{kind}": rules for path in SOURCES for kind, rules in OF_ITS_KIND.items()}
+    return unions | kinds
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def formats_of(method: MethodType) -> Rule:
+    """The formats of the base that a method takes."""
+    takes = FORMATS[method]
+    return Rule(
+        f"self.?type.orValue('{MethodType.QLORA}') != '{method}'"
+        f" || self.?baseWeights.?format.orValue('{takes[0]}') in {one_of(takes)}",
+        f"method.baseWeights.format: {method} takes {', '.join(takes)}",
+    )
+
+
+def distinct_names(where: str) -> Rule:
+    """Names that are set are set once."""
+    return Rule(
+        "self.all(one, !has(one.name) || self.filter(other, has(other.name) && other.name == one.name).size() == 1)",
+        f"{where}: each name at most once",
+    )
+
+
+def pinned(hub: str) -> str:
+    """Whether a hub's revision is a commit, if this hub is the source."""
+    return f"(!has(self.{hub}) || self.{hub}.revision.matches('{COMMIT_PATTERN}'))"
+
+
+TEMPLATES = Rule(
+    "!has(self.responseTemplate) || has(self.promptTemplate)", "datasets: responseTemplate needs a promptTemplate"
+)
+INTERVAL = not_both("everySteps", "everyPercent", "training")
+
+BLOCKS: dict[str, tuple[Rule, ...]] = {
+    "model": (
+        Rule(
+            f"!self.?trustRemoteCode.orValue(false) || {pinned('huggingFace')} && {pinned('modelScope')}",
+            "model.trustRemoteCode needs a revision that is a commit (40 hexadecimal digits)",
+        ),
+    ),
+    "model.chatTemplate": (not_both("preset", "jinja", "model.chatTemplate"),),
+    "datasets": (distinct_names("datasets"),),
+    "datasets.[]": (TEMPLATES,),
     "evaluation": (not_both("percent", "datasets", "evaluation"),),
+    "evaluation.datasets": (distinct_names("evaluation.datasets"),),
+    "evaluation.datasets.[]": (TEMPLATES,),
+    "method": (
+        Rule(
+            f"!has(self.lora) || self.?type.orValue('{MethodType.QLORA}') in {one_of(ADAPTER_METHODS)}",
+            "method.lora is for QLoRA and LoRA: drop it, or set method.type to one of these",
+        ),
+        Rule(
+            f"!has(self.galore) || self.?type.orValue('') == '{MethodType.GALORE}'",
+            "method.galore is for GaLore: drop it, or set method.type to GaLore",
+        ),
+        *(formats_of(method) for method in MethodType),
+        Rule(
+            "!has(self.baseWeights) || !has(self.baseWeights.doubleQuantization)"
+            f" || (self.?type.orValue('{MethodType.QLORA}') == '{MethodType.QLORA}'"
+            f" && self.baseWeights.?format.orValue('{BaseFormat.NF4}') != '{BaseFormat.GPTQ}')",
+            "method.baseWeights.doubleQuantization is for NF4 and FP4: drop it",
+        ),
+    ),
+    "objective": (
+        Rule(
+            "!has(self.sft) || self.?type.orValue('SFT') == 'SFT'",
+            "objective.sft is for type SFT: drop it, or set objective.type to SFT",
+        ),
+        Rule(
+            "!has(self.dpo) || self.?type.orValue('SFT') == 'DPO'",
+            "objective.dpo is for type DPO: set objective.type to DPO",
+        ),
+    ),
+    "objective.dpo": (
+        Rule(
+            f"!has(self.labelSmoothing) || self.?lossType.orValue('') in {one_of(SMOOTHED_LOSSES)}",
+            f"objective.dpo.labelSmoothing is for lossType {', '.join(SMOOTHED_LOSSES)}: drop it",
+        ),
+    ),
     "training": (
         not_both("warmupRatio", "warmupSteps", "training"),
         not_both("numTrainEpochs", "maxSteps", "training"),
+    ),
+    "training.eval": (INTERVAL,),
+    "training.checkpoint": (
+        INTERVAL,
         Rule(
-            "!(has(self.globalBatchSize) && has(self.perDeviceTrainBatchSize))"
-            " || self.globalBatchSize % self.perDeviceTrainBatchSize == 0",
-            "training: perDeviceTrainBatchSize must divide globalBatchSize",
+            "!self.?everyEpoch.orValue(false) || !(has(self.everySteps) || has(self.everyPercent))",
+            "training.checkpoint: everyEpoch, everySteps and everyPercent are alternatives, set one",
+        ),
+    ),
+    "parallelism": (
+        Rule(
+            "!has(self.fsdp) || self.?strategy.orValue('Auto') != 'DDP'",
+            "parallelism.fsdp is for strategy FSDP: drop it, or set parallelism.strategy to FSDP",
+        ),
+    ),
+    "merge": (
+        Rule(
+            "!has(self.original) || self.?base.orValue('Auto') != 'Dequantized'",
+            "merge.original is for base Original: drop it, or set merge.base to Original",
         ),
     ),
     "output.volume": (exactly_one(("create", "existing"), "output.volume"),),
     "output.volume.create.accessModes": (
         Rule("self.all(m, self.filter(n, n == m).size() == 1)", "accessModes: each mode at most once"),
     ),
-    "": (
+    "pod": (
         Rule(
-            "!(has(self.evaluation) && has(self.evaluation.percent) && self.evaluation.percent == 0.0"
-            " && has(self.training) && has(self.training.eval))",
-            "evaluation.percent 0 holds nothing out: drop training.eval or hold rows out",
-        ),
-        Rule(
-            "!(has(self.quantize) && size(self.quantize) > 0 && has(self.merge) && has(self.merge.policy)"
-            " && self.merge.policy == 'Never')",
-            "quantize needs the merged model: leave merge.policy unset or drop quantize",
+            "[self.?resources.?requests, self.?resources.?limits].all(amounts, !amounts.hasValue()"
+            f" || !(self.?gpuResourceName.orValue('{GPU_RESOURCE}') in amounts.value()))",
+            "pod.resources: GPUs are counted by parallelism.gpusPerNode, drop them here",
         ),
     ),
 }
+"""By path below spec: what the fields of one block mean together."""
+
+
+# --- the whole spec --------------------------------------------------------------------------------------------------
+
+
+def measured(field: str, asked: str) -> Rule:
+    """What needs a held-out loss needs rows that are held out."""
+    return Rule(
+        f"self.?evaluation.?percent.orValue(5.0) > 0.0 || !({asked})",
+        f"evaluation.percent 0 holds nothing out: drop training.{field} or hold rows out",
+    )
+
+
+WHOLE: tuple[Rule, ...] = (
+    measured("eval", "self.?training.?eval.hasValue()"),
+    measured("restoreBest", "self.?training.?restoreBest.orValue(false)"),
+    measured("earlyStopping", "self.?training.?earlyStopping.hasValue()"),
+    Rule(
+        f"{OBJECTIVE} != 'DPO' || self.?training.?packing.orValue('Auto') != 'On'",
+        "training.packing: rows of DPO are not packed, leave it unset or Off",
+    ),
+    Rule(
+        f"{OBJECTIVE} != 'DPO' || self.?method.?lora.?dropout.orValue(0.0) == 0.0",
+        "method.lora.dropout is for objective SFT: DPO compares model and reference without noise, drop it",
+    ),
+    Rule(
+        f"{OBJECTIVE} != 'DPO' || !self.?training.?neftuneNoiseAlpha.hasValue()",
+        "training.neftuneNoiseAlpha is for objective SFT: drop it",
+    ),
+    Rule(
+        "!self.?training.?globalBatchSize.hasValue() || self.training.globalBatchSize"
+        f" % (self.training.?perDeviceTrainBatchSize.orValue(1) * {DEVICES}) == 0",
+        "training: perDeviceTrainBatchSize times the number of devices (parallelism.numNodes x gpusPerNode) must "
+        "divide globalBatchSize",
+    ),
+    Rule(
+        "self.?parallelism.?strategy.orValue('Auto') != 'FSDP'"
+        f" || !(self.?method.?baseWeights.?format.orValue('') in {one_of((BaseFormat.GPTQ, BaseFormat.INT8))})",
+        "parallelism.strategy FSDP cannot shard GPTQ and Int8 weights: use DDP, or baseWeights NF4 or BF16",
+    ),
+    Rule(
+        f"self.?parallelism.?strategy.orValue('Auto') != 'FSDP' || {METHOD} != '{MethodType.GALORE}'",
+        "parallelism.strategy FSDP does not go with GaLore, which needs whole gradients: use DDP",
+    ),
+    Rule(
+        f"!has(self.merge) || {TRAINS_ADAPTER}",
+        "merge is for adapters: method.type Full and GaLore train the model itself, drop merge",
+    ),
+    Rule(
+        "self.?quantize.orValue([]).size() == 0 || self.?merge.?policy.orValue('Auto') != 'Never'",
+        "quantize needs the merged model: leave merge.policy unset or drop quantize",
+    ),
+    Rule(
+        f"!has(self.model.adapter) || {TRAINS_ADAPTER}",
+        "model.adapter is for QLoRA and LoRA: drop it, or set method.type to one of these",
+    ),
+    Rule(
+        "self.?parallelism.?numNodes.orValue(1) == 1 || self.?output.?volume.?existing.hasValue()"
+        " || (self.?output.?volume.?create.?accessModes.hasValue()"
+        " && self.output.volume.create.accessModes.exists(mode, mode == 'ReadWriteMany'))",
+        "parallelism.numNodes above 1: set output.volume.create.accessModes to [ReadWriteMany]",
+    ),
+)
+"""What blocks mean together."""
+
+
+def _joined(*parts: dict[str, tuple[Rule, ...]]) -> dict[str, tuple[Rule, ...]]:
+    paths = dict.fromkeys(path for part in parts for path in part)
+    return {path: tuple(rule for part in parts for rule in part.get(path, ())) for path in paths}
+
+
+RULES = _joined(_sources(), BLOCKS, {"": WHOLE})
 """By path below spec; the empty path is spec itself."""
 
 LIST_KEYS = {"quantize": ("name",), "pod.imagePullSecrets": ("name",)}

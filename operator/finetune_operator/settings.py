@@ -5,13 +5,14 @@ Objects are given as JSON, e.g. FINETUNE_TRAINER_ENV='{"HF_ENDPOINT": "https://m
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "FINETUNE_"
 
+Endpoint = Annotated[str, Field(pattern=r"^https?://[^\s/@]+(/[^\s]*)?$")]
 AccessMode = Literal["ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"]
 
 
@@ -40,7 +41,16 @@ class Settings(BaseSettings):
         description="For jobs that set no spec.pod.resources.",
     )
     trainer_env: dict[str, str] = Field(
-        default={}, description="Environment of the prepare stage, which alone reaches the network, e.g. HF_ENDPOINT."
+        default={},
+        description="Environment of the stages that reach the network (prepare, and train where a tracker is told), "
+        "e.g. HF_ENDPOINT or HTTPS_PROXY.",
+    )
+    allow_remote_code: bool = Field(
+        default=False, description="Whether jobs may run Python code that a model brings (model.trustRemoteCode)."
+    )
+    endpoints: tuple[Endpoint, ...] = Field(
+        default=(),
+        description="Addresses below which S3 endpoints, OCI registries and trackers may lie. Empty: anywhere.",
     )
 
     default_volume_size: str = Field(default="50Gi", description="Of a claim made for a job that names no size.")

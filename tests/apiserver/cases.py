@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import yaml
+
+from finetune_operator.api import KIND
+
 JSON = dict[str, Any]
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 VOLUME = {"claimName": "models", "path": "smollm2"}
 GOOD: JSON = {"model": {"volume": VOLUME}, "datasets": [{"volume": {"claimName": "datasets", "path": "train.jsonl"}}]}
 HUB = {"repo": "Qwen/Qwen2.5-3B-Instruct"}
+ROWS = {"volume": {"claimName": "datasets", "path": "train.jsonl"}}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SHARED = {"volume": {"create": {"accessModes": ["ReadWriteMany"]}}}
+DPO = {"type": "DPO"}
+ONE_SOURCE = "set exactly one of huggingFace, modelScope, volume, s3 and oci"
 
 
 def spec(**changes: Any) -> JSON:
@@ -17,19 +28,99 @@ def spec(**changes: Any) -> JSON:
     return copy.deepcopy(GOOD) | changes
 
 
-FINE = spec(
-    model={"volume": VOLUME | {"path": "a..b/..c/x.."}}, evaluation={"percent": 0}, training={"checkpoint": {"keep": 1}}
-)
-"""Close to what is refused."""
+def dataset(**fields: Any) -> JSON:
+    """The shortest spec, whose dataset says more."""
+    return spec(datasets=[ROWS | fields])
+
+
+def examples() -> dict[str, JSON]:
+    """The specs of examples/, every recipe and its small twin among them, by their files."""
+    files = {path.relative_to(EXAMPLES).as_posix(): path.read_text() for path in sorted(EXAMPLES.rglob("*.yaml"))}
+    documents = ((name, body) for name, text in files.items() for body in yaml.safe_load_all(text))
+    return {name: body["spec"] for name, body in documents if body["kind"] == KIND}
+
+
+FINE: dict[str, JSON] = {
+    **examples(),
+    "the shortest": GOOD,
+    "dots in a path": spec(
+        model={"volume": VOLUME | {"path": "a..b/..c/x.."}},
+        evaluation={"percent": 0},
+        training={"checkpoint": {"keep": 1}},
+    ),
+    "DPO with its settings": spec(
+        objective=DPO | {"dpo": {"beta": 0.2, "lossType": "Robust", "labelSmoothing": 0.1}},
+        training={"packing": "Off"},
+        method={"lora": {"dropout": 0}},
+    ),
+    "settings of SFT without its type": spec(objective={"sft": {"lossOn": "Completion"}}),
+    "an adapter to go on from": spec(
+        model={"volume": VOLUME, "adapter": {"s3": {"uri": "s3://bucket/adapter/", "endpoint": "https://minio.test"}}}
+    ),
+    "a model of a registry, rows of a bucket": spec(
+        model={
+            "oci": {"reference": "registry.test:5000/models/starcoder:15b", "credentialsSecretRef": {"name": "oci"}}
+        },
+        datasets=[{"s3": {"uri": "s3://bucket/rows/train.jsonl", "credentialsSecretRef": {"name": "s3"}}}],
+    ),
+    "a GPTQ base of ModelScope, merged into its original": spec(
+        model={"modelScope": {"repo": "qwen/Qwen-1_8B-Chat-Int4"}},
+        method={"baseWeights": {"format": "GPTQ"}},
+        merge={"base": "Original", "original": {"modelScope": {"repo": "qwen/Qwen-1_8B-Chat"}}},
+    ),
+    "code of a model on a volume": spec(model={"volume": VOLUME, "trustRemoteCode": True}),
+    "code that is not trusted": spec(model={"huggingFace": HUB, "trustRemoteCode": False}),
+    "code of a commit": spec(model={"huggingFace": HUB | {"revision": COMMIT}, "trustRemoteCode": True}),
+    "nodes on a claim of one's own": spec(
+        parallelism={"numNodes": 2}, output={"volume": {"existing": {"claimName": "shared"}}}
+    ),
+    "a batch that 2 x 3 devices share": spec(
+        training={"globalBatchSize": 12, "perDeviceTrainBatchSize": 2},
+        parallelism={"numNodes": 2, "gpusPerNode": 3},
+        output=SHARED,
+    ),
+    "a batch on CPU": spec(training={"globalBatchSize": 5}, parallelism={"gpusPerNode": 0}),
+    "no evaluation, nothing that needs one": spec(evaluation={"percent": 0}, training={"restoreBest": False}),
+    "datasets of their own, and what needs them": spec(
+        evaluation={"datasets": [ROWS | {"name": "a"}]}, training={"restoreBest": True, "eval": {"everyPercent": 5}}
+    ),
+    "an epoch's checkpoints": spec(training={"checkpoint": {"everyEpoch": False, "everySteps": 5}}),
+    "sharded 4-bit weights": spec(parallelism={"strategy": "FSDP"}, method={"baseWeights": {"format": "NF4"}}),
+    "other devices than GPUs": spec(
+        pod={"gpuResourceName": "amd.com/gpu", "resources": {"limits": {"nvidia.com/mig-1g.5gb": 1}}}
+    ),
+    "all trackers": spec(
+        tracking={
+            "wandb": {"project": "p", "entity": "team", "baseUrl": "https://wandb.test"},
+            "mlflow": {"uri": "https://mlflow.test", "credentialsSecretRef": {"name": "mlflow"}},
+            "tensorboard": True,
+        }
+    ),
+    "quantized without a word about merging": spec(quantize=[{"name": "q", "method": "AWQ"}]),
+    "trained whole, then quantized": spec(method={"type": "Full"}, quantize=[{"name": "q", "method": "AWQ"}]),
+}
+"""Recipes, and what comes close to what is refused."""
 
 BAD: dict[str, tuple[JSON, str]] = {
     "an unknown field": (spec(suspend=True), 'unknown field "spec.suspend"'),
     "an unknown field far inside": (spec(method={"lora": {"rank": 8}}), 'unknown field "spec.method.lora.rank"'),
+    # --- sources
     "no model": ({"datasets": GOOD["datasets"]}, "spec.model: Required value"),
-    "two sources": (spec(model={"volume": VOLUME, "huggingFace": HUB}), "set exactly one of huggingFace and volume"),
-    "no source": (spec(model={}), "set exactly one of huggingFace and volume"),
+    "two sources": (spec(model={"volume": VOLUME, "huggingFace": HUB}), f"model: {ONE_SOURCE}"),
+    "no source": (spec(model={}), f"model: {ONE_SOURCE}"),
+    "two sources of an adapter": (
+        spec(model={"volume": VOLUME, "adapter": {"volume": VOLUME, "huggingFace": HUB}}),
+        f"model.adapter: {ONE_SOURCE}",
+    ),
+    "no source of the original": (spec(merge={"original": {}}), f"merge.original: {ONE_SOURCE}"),
     "no dataset": (spec(datasets=[]), "should have at least 1 items"),
-    "a path from the root": (spec(model={"volume": VOLUME | {"path": "/etc"}}), "spec.model.volume.path"),
+    "two sources of a dataset": (dataset(huggingFace=HUB), f"datasets: {ONE_SOURCE}"),
+    "no source of a dataset": (spec(datasets=[{"name": "x"}]), f"datasets: {ONE_SOURCE}"),
+    "no source of measured rows": (spec(evaluation={"datasets": [{}]}), f"evaluation.datasets: {ONE_SOURCE}"),
+    "a path from the root": (
+        spec(model={"volume": VOLUME | {"path": "/etc"}}),
+        "path: relative to the claim, without a slash before it",
+    ),
     "a path that leaves the claim": (
         spec(model={"volume": VOLUME | {"path": "a/../../b"}}),
         "path: no part may be '..'",
@@ -42,7 +133,89 @@ BAD: dict[str, tuple[JSON, str]] = {
         spec(evaluation={"datasets": [{"volume": VOLUME | {"path": "../rows"}}]}),
         "path: no part may be '..'",
     ),
+    "an adapter's path that leaves the claim": (
+        spec(model={"volume": VOLUME, "adapter": {"volume": VOLUME | {"path": "../a"}}}),
+        "path: no part may be '..'",
+    ),
+    "an original's path that leaves the claim": (
+        spec(merge={"original": {"volume": VOLUME | {"path": "../a"}}}),
+        "path: no part may be '..'",
+    ),
     "a claim's name with a slash": (spec(model={"volume": VOLUME | {"claimName": "../x"}}), "claimName"),
+    "a bucket without a key": (spec(model={"s3": {"uri": "s3://bucket"}}), "uri: write s3://bucket/key"),
+    "a bucket by its address": (spec(datasets=[{"s3": {"uri": "https://b/k"}}]), "uri: write s3://bucket/key"),
+    "an endpoint without a scheme": (
+        spec(model={"s3": {"uri": "s3://bucket/key", "endpoint": "minio:9000"}}),
+        "spec.model.s3.endpoint",
+    ),
+    "an artifact by its address": (
+        spec(model={"oci": {"reference": "https://registry.test/a:1"}}),
+        "reference: write registry/repository:tag, without https://",
+    ),
+    "a ModelScope repository without an owner": (
+        spec(model={"modelScope": {"repo": "qwen"}}),
+        "spec.model.modelScope.repo",
+    ),
+    "a Secret's name with a slash": (
+        spec(model={"huggingFace": HUB | {"tokenSecretRef": {"name": "a/b", "key": "token"}}}),
+        "spec.model.huggingFace.tokenSecretRef.name",
+    ),
+    "a Secret's key with a space": (
+        spec(model={"huggingFace": HUB | {"tokenSecretRef": {"name": "a.b", "key": "a b"}}}),
+        "spec.model.huggingFace.tokenSecretRef.key",
+    ),
+    "a Secret without a name": (
+        spec(model={"s3": {"uri": "s3://bucket/key", "credentialsSecretRef": {}}}),
+        "spec.model.s3.credentialsSecretRef.name: Required value",
+    ),
+    # --- model
+    "code of a branch": (
+        spec(model={"huggingFace": HUB, "trustRemoteCode": True}),
+        "model.trustRemoteCode needs a revision that is a commit",
+    ),
+    "code of a ModelScope branch": (
+        spec(model={"modelScope": {"repo": "a/b", "revision": "v1.0"}, "trustRemoteCode": True}),
+        "model.trustRemoteCode needs a revision that is a commit",
+    ),
+    "two chat templates": (
+        spec(model={"volume": VOLUME, "chatTemplate": {"preset": "chatml", "jinja": "{{ messages }}"}}),
+        "model.chatTemplate: preset and jinja are alternatives, set one",
+    ),
+    "a chat template that is not there": (
+        spec(model={"volume": VOLUME, "chatTemplate": {"preset": "chatgpt"}}),
+        'supported values: "chatml"',
+    ),
+    "an attention that is not there": (
+        spec(model={"volume": VOLUME, "attention": "Flash"}),
+        "spec.model.attention: Unsupported value",
+    ),
+    "an added token of no characters": (
+        spec(model={"volume": VOLUME, "tokens": {"add": [""]}}),
+        "spec.model.tokens.add[0]",
+    ),
+    # --- data
+    "a format that is not there": (dataset(format="ShareGPT"), "spec.datasets[0].format: Unsupported value"),
+    "a weight of nothing": (dataset(weight=0), "spec.datasets[0].weight"),
+    "a column that is not there": (
+        dataset(columns={"answers": "a"}),
+        'unknown field "spec.datasets[0].columns.answers"',
+    ),
+    "a response without a prompt": (
+        dataset(responseTemplate="{{ a }}"),
+        "responseTemplate needs a promptTemplate",
+    ),
+    "a measured response without a prompt": (
+        spec(evaluation={"datasets": [ROWS | {"responseTemplate": "{{ a }}"}]}),
+        "responseTemplate needs a promptTemplate",
+    ),
+    "two datasets of one name": (
+        spec(datasets=[ROWS | {"name": "a"}, ROWS, ROWS | {"name": "a"}]),
+        "datasets: each name at most once",
+    ),
+    "two measured datasets of one name": (
+        spec(evaluation={"datasets": [ROWS | {"name": "a"}, ROWS | {"name": "a"}]}),
+        "evaluation.datasets: each name at most once",
+    ),
     "percent and datasets": (
         spec(evaluation={"percent": 5, "datasets": GOOD["datasets"]}),
         "percent and datasets are alternatives, set one",
@@ -51,6 +224,78 @@ BAD: dict[str, tuple[JSON, str]] = {
         spec(evaluation={"percent": 0}, training={"eval": {"everySteps": 5}}),
         "evaluation.percent 0 holds nothing out: drop training.eval or hold rows out",
     ),
+    "the best of no measurement": (
+        spec(evaluation={"percent": 0}, training={"restoreBest": True}),
+        "evaluation.percent 0 holds nothing out: drop training.restoreBest or hold rows out",
+    ),
+    "an early stop on no rows": (
+        spec(evaluation={"percent": 0}, training={"earlyStopping": {"patience": 3}}),
+        "evaluation.percent 0 holds nothing out: drop training.earlyStopping or hold rows out",
+    ),
+    "rows without end": (spec(evaluation={"maxRows": 10**7 + 1}), "spec.evaluation.maxRows"),
+    "a seed of 33 bits": (spec(evaluation={"seed": 2**32}), "spec.evaluation.seed"),
+    # --- method
+    "a method that is not there": (spec(method={"type": "Prefix"}), 'supported values: "QLoRA"'),
+    "an adapter's settings for Full": (
+        spec(method={"type": "Full", "lora": {"r": 8}}),
+        "method.lora is for QLoRA and LoRA",
+    ),
+    "an adapter's settings for GaLore": (
+        spec(method={"type": "GaLore", "lora": {"r": 8}}),
+        "method.lora is for QLoRA and LoRA",
+    ),
+    "GaLore's settings for the default": (spec(method={"galore": {"rank": 8}}), "method.galore is for GaLore"),
+    "QLoRA on 16 bits": (
+        spec(method={"baseWeights": {"format": "BF16"}}),
+        "method.baseWeights.format: QLoRA takes NF4, FP4, GPTQ",
+    ),
+    "LoRA on 4 bits": (
+        spec(method={"type": "LoRA", "baseWeights": {"format": "NF4"}}),
+        "method.baseWeights.format: LoRA takes Int8, BF16, FP16, FP32",
+    ),
+    "Full on 8 bits": (
+        spec(method={"type": "Full", "baseWeights": {"format": "Int8"}}),
+        "method.baseWeights.format: Full takes BF16, FP16, FP32",
+    ),
+    "GaLore on 4 bits": (
+        spec(method={"type": "GaLore", "baseWeights": {"format": "GPTQ"}}),
+        "method.baseWeights.format: GaLore takes BF16, FP16, FP32",
+    ),
+    "double quantization of GPTQ": (
+        spec(method={"baseWeights": {"format": "GPTQ", "doubleQuantization": True}}),
+        "doubleQuantization is for NF4 and FP4",
+    ),
+    "double quantization of LoRA": (
+        spec(method={"type": "LoRA", "baseWeights": {"doubleQuantization": False}}),
+        "doubleQuantization is for NF4 and FP4",
+    ),
+    "a rank of zero": (spec(method={"lora": {"r": 0}}), "spec.method.lora.r"),
+    "a dropout of one": (spec(method={"lora": {"dropout": 1}}), "spec.method.lora.dropout"),
+    "an empty list of layers": (spec(method={"lora": {"targetModules": []}}), "should have at least 1 items"),
+    # --- objective
+    "SFT's settings for DPO": (spec(objective=DPO | {"sft": {}}), "objective.sft is for type SFT"),
+    "DPO's settings for the default": (
+        spec(objective={"dpo": {"beta": 0.1}}),
+        "objective.dpo is for type DPO: set objective.type to DPO",
+    ),
+    "a loss that is not there": (
+        spec(objective=DPO | {"dpo": {"lossType": "sigmoid"}}),
+        'supported values: "Sigmoid"',
+    ),
+    "packed pairs": (spec(objective=DPO, training={"packing": "On"}), "rows of DPO are not packed"),
+    "dropout on pairs": (
+        spec(objective=DPO, method={"lora": {"dropout": 0.1}}),
+        "method.lora.dropout is for objective SFT",
+    ),
+    "smoothing that the loss does not use": (
+        spec(objective=DPO | {"dpo": {"labelSmoothing": 0.1}}),
+        "objective.dpo.labelSmoothing is for lossType ExoPair, Robust",
+    ),
+    "noise on pairs": (
+        spec(objective=DPO, training={"neftuneNoiseAlpha": 5}),
+        "training.neftuneNoiseAlpha is for objective SFT",
+    ),
+    # --- training
     "warm-up twice": (
         spec(training={"warmupRatio": 0.1, "warmupSteps": 5}),
         "warmupRatio and warmupSteps are alternatives, set one",
@@ -59,12 +304,89 @@ BAD: dict[str, tuple[JSON, str]] = {
         spec(training={"numTrainEpochs": 1, "maxSteps": 5}),
         "numTrainEpochs and maxSteps are alternatives, set one",
     ),
+    "two intervals of measuring": (
+        spec(training={"eval": {"everySteps": 5, "everyPercent": 5}}),
+        "everySteps and everyPercent are alternatives, set one",
+    ),
+    "two intervals of saving": (
+        spec(training={"checkpoint": {"everySteps": 5, "everyPercent": 5}}),
+        "everySteps and everyPercent are alternatives, set one",
+    ),
+    "epochs and steps of saving": (
+        spec(training={"checkpoint": {"everySteps": 5, "everyEpoch": True}}),
+        "everyEpoch, everySteps and everyPercent are alternatives, set one",
+    ),
+    "an early stop without patience": (
+        spec(training={"earlyStopping": {}}),
+        "spec.training.earlyStopping.patience: Required value",
+    ),
+    "an optimizer that is not there": (
+        spec(training={"optimizer": "adamw_torch"}),
+        'supported values: "AdamW"',
+    ),
     "a batch that does not divide": (
         spec(training={"globalBatchSize": 8, "perDeviceTrainBatchSize": 3}),
-        "perDeviceTrainBatchSize must divide globalBatchSize",
+        "must divide globalBatchSize",
+    ),
+    "a batch that the GPUs of a node cannot share": (
+        spec(training={"globalBatchSize": 8}, parallelism={"gpusPerNode": 3}),
+        "must divide globalBatchSize",
+    ),
+    "a batch that the nodes cannot share": (
+        spec(training={"globalBatchSize": 9, "perDeviceTrainBatchSize": 3}, parallelism={"numNodes": 2}, output=SHARED),
+        "must divide globalBatchSize",
     ),
     "a learning rate of zero": (spec(training={"learningRate": 0}), "spec.training.learningRate"),
-    "a method that is not there": (spec(method={"type": "Full"}), 'supported values: "QLoRA"'),
+    "steps without end": (spec(training={"maxSteps": 10**8 + 1}), "spec.training.maxSteps"),
+    "a warm-up without end": (spec(training={"warmupSteps": 10**8 + 1}), "spec.training.warmupSteps"),
+    "a log line never": (spec(training={"loggingSteps": 10**8 + 1}), "spec.training.loggingSteps"),
+    "a measurement never": (spec(training={"eval": {"everySteps": 10**8 + 1}}), "spec.training.eval.everySteps"),
+    "a checkpoint never": (
+        spec(training={"checkpoint": {"everySteps": 10**8 + 1}}),
+        "spec.training.checkpoint.everySteps",
+    ),
+    "gradients without bound": (spec(training={"maxGradNorm": 1e7}), "spec.training.maxGradNorm"),
+    # --- devices
+    "seventeen GPUs": (spec(parallelism={"gpusPerNode": 17}), "spec.parallelism.gpusPerNode"),
+    "settings of FSDP for DDP": (
+        spec(parallelism={"strategy": "DDP", "fsdp": {"cpuOffload": True}}),
+        "parallelism.fsdp is for strategy FSDP",
+    ),
+    "sharded GPTQ weights": (
+        spec(parallelism={"strategy": "FSDP"}, method={"baseWeights": {"format": "GPTQ"}}),
+        "parallelism.strategy FSDP cannot shard GPTQ and Int8 weights",
+    ),
+    "sharded 8-bit weights": (
+        spec(parallelism={"strategy": "FSDP"}, method={"type": "LoRA", "baseWeights": {"format": "Int8"}}),
+        "parallelism.strategy FSDP cannot shard GPTQ and Int8 weights",
+    ),
+    "sharded GaLore": (
+        spec(parallelism={"strategy": "FSDP"}, method={"type": "GaLore"}),
+        "parallelism.strategy FSDP does not go with GaLore",
+    ),
+    "nodes on a claim of the default mode": (
+        spec(parallelism={"numNodes": 2}),
+        "parallelism.numNodes above 1: set output.volume.create.accessModes to [ReadWriteMany]",
+    ),
+    "nodes on a claim of one node": (
+        spec(
+            parallelism={"numNodes": 2},
+            output={"volume": {"create": {"accessModes": ["ReadWriteOnce"]}}},
+        ),
+        "parallelism.numNodes above 1: set output.volume.create.accessModes to [ReadWriteMany]",
+    ),
+    # --- what follows
+    "a merge of what was trained whole": (spec(method={"type": "Full"}, merge={}), "merge is for adapters"),
+    "a merge after GaLore": (spec(method={"type": "GaLore"}, merge={"policy": "Auto"}), "merge is for adapters"),
+    "an adapter for Full": (
+        spec(method={"type": "Full"}, model={"volume": VOLUME, "adapter": {"volume": VOLUME}}),
+        "model.adapter is for QLoRA and LoRA",
+    ),
+    "an original to merge into the dequantized": (
+        spec(merge={"base": "Dequantized", "original": {"volume": VOLUME}}),
+        "merge.original is for base Original",
+    ),
+    "shards of a size that is none": (spec(merge={"maxShardSize": "2 GB"}), "spec.merge.maxShardSize"),
     "quantize without merge": (
         spec(merge={"policy": "Never"}, quantize=[{"name": "q", "method": "GPTQ"}]),
         "quantize needs the merged model: leave merge.policy unset or drop quantize",
@@ -74,6 +396,7 @@ BAD: dict[str, tuple[JSON, str]] = {
         'Duplicate value: {"name":"q"}',
     ),
     "three bits": (spec(quantize=[{"name": "q", "method": "GPTQ", "bits": 3}]), "spec.quantize[0].bits"),
+    # --- cluster
     "two volumes": (
         spec(output={"volume": {"create": {}, "existing": {"claimName": "x"}}}),
         "set exactly one of create and existing",
@@ -84,25 +407,19 @@ BAD: dict[str, tuple[JSON, str]] = {
         "each mode at most once",
     ),
     "a size that is none": (spec(output={"volume": {"create": {"size": "much"}}}), "spec.output.volume.create.size"),
-    "two GPUs": (spec(parallelism={"gpusPerNode": 2}), "spec.parallelism.gpusPerNode"),
-    "steps without end": (spec(training={"maxSteps": 10**8 + 1}), "spec.training.maxSteps"),
-    "a warm-up without end": (spec(training={"warmupSteps": 10**8 + 1}), "spec.training.warmupSteps"),
-    "a log line never": (spec(training={"loggingSteps": 10**8 + 1}), "spec.training.loggingSteps"),
-    "a measurement never": (spec(training={"eval": {"everySteps": 10**8 + 1}}), "spec.training.eval.everySteps"),
-    "a checkpoint never": (
-        spec(training={"checkpoint": {"everySteps": 10**8 + 1}}),
-        "spec.training.checkpoint.everySteps",
+    "GPUs among the resources": (
+        spec(parallelism={"gpusPerNode": 0}, pod={"resources": {"limits": {"nvidia.com/gpu": 1}}}),
+        "GPUs are counted by parallelism.gpusPerNode",
     ),
-    "gradients without bound": (spec(training={"maxGradNorm": 1e7}), "spec.training.maxGradNorm"),
-    "rows without end": (spec(evaluation={"maxRows": 10**7 + 1}), "spec.evaluation.maxRows"),
-    "a seed of 33 bits": (spec(evaluation={"seed": 2**32}), "spec.evaluation.seed"),
-    "a Secret's name with a slash": (
-        spec(model={"huggingFace": HUB | {"tokenSecretRef": {"name": "a/b", "key": "token"}}}),
-        "spec.model.huggingFace.tokenSecretRef.name",
-    ),
-    "a Secret's key with a space": (
-        spec(model={"huggingFace": HUB | {"tokenSecretRef": {"name": "a.b", "key": "a b"}}}),
-        "spec.model.huggingFace.tokenSecretRef.key",
+    "GPUs of another kind among the resources": (
+        spec(pod={"gpuResourceName": "amd.com/gpu", "resources": {"requests": {"amd.com/gpu": "1"}}}),
+        "GPUs are counted by parallelism.gpusPerNode",
     ),
     "retries without end": (spec(runPolicy={"maxRetries": 1000}), "spec.runPolicy.maxRetries"),
+    # --- tracking
+    "a W&B run of no project": (spec(tracking={"wandb": {}}), "spec.tracking.wandb.project: Required value"),
+    "an MLflow server without a scheme": (
+        spec(tracking={"mlflow": {"uri": "mlflow:5000"}}),
+        "spec.tracking.mlflow.uri",
+    ),
 }

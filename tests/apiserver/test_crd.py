@@ -12,7 +12,7 @@ import pytest
 from cluster.api import Api
 from finetune_operator.api import API_VERSION, KIND
 from finetune_operator.crd import NAME
-from tests.apiserver.api import RefusedError, Space
+from tests.apiserver.api import RefusedError, Space, wait_for
 from tests.apiserver.cases import BAD, FINE, GOOD, HUB, JSON, spec
 
 Kubectl = Callable[..., subprocess.CompletedProcess[str]]
@@ -50,8 +50,9 @@ def test_a_name_that_leaves_no_room_for_stages_is_refused(space: Space, name: st
         space.submit(name, GOOD)
 
 
-def test_what_comes_close_is_taken(space: Space) -> None:
-    assert space.submit("fine", FINE)
+@pytest.mark.parametrize("case", FINE)
+def test_recipes_and_what_comes_close_are_taken(space: Space, case: str) -> None:
+    assert space.submit("fine", FINE[case])
 
 
 def test_a_name_of_forty_characters_is_taken(space: Space) -> None:
@@ -98,8 +99,9 @@ def test_quantities_may_be_numbers(space: Space) -> None:
 
 
 def test_explain_tells_what_a_person_needs(kubectl: Kubectl, space: Space) -> None:
-    said = kubectl("explain", "ftj.spec.method", "-n", space.namespace).stdout
-    for words in ("What is trained and how the base is held.", "lora", "enum: QLoRA", "Default QLoRA."):
+    said = wait_for(lambda: kubectl("explain", "ftj.spec.method", "-n", space.namespace).stdout, "the schema told")
+    said = " ".join(said.split())
+    for words in ("What is trained and how the base is held.", "lora", "enum: QLoRA, LoRA, Full", "Default QLoRA."):
         assert words in said
 
 

@@ -1,4 +1,4 @@
-"""The Job of one attempt of one stage: one pod, Pod Security `restricted`, run once. Pure."""
+"""The Job of one attempt of one stage: one pod, or one a node; Pod Security `restricted`, run once. Pure."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 from finetune_operator import names
 from finetune_operator.api import JSON, FineTuneJob, Label, Pod
 from finetune_operator.manifests.meta import build_labels, build_metadata
+from finetune_operator.manifests.volumes import TMP, build_volumes
 from finetune_operator.names import Step
 from finetune_operator.settings import Settings
-from finetune_trainer.config import MODEL_TOKEN_FILE
+from finetune_trainer.config import REMOTE_CODE_VARIABLE, RENDEZVOUS_PORT, RENDEZVOUS_VARIABLE
 from finetune_trainer.progress import PROGRESS_PORT, Stage
 
 USER = 65532
-GPU_RESOURCE = "nvidia.com/gpu"
 GRACE_SECONDS = 120
 """For a checkpoint after SIGTERM."""
 
@@ -30,8 +30,9 @@ def build_stage_job(job: FineTuneJob, step: Step, attempt: int, settings: Settin
         "metadata": build_metadata(job, names.stage_job(job, step, attempt), labels),
         "spec": {
             "backoffLimit": 0,
-            "parallelism": 1,
-            "completions": 1,
+            "parallelism": step.pods,
+            "completions": step.pods,
+            **({"completionMode": "Indexed"} if step.pods > 1 else {}),
             "podReplacementPolicy": "Failed",
             "template": {
                 "metadata": {"labels": build_labels(job) | labels},
@@ -44,7 +45,7 @@ def build_stage_job(job: FineTuneJob, step: Step, attempt: int, settings: Settin
 def build_pod_spec(job: FineTuneJob, step: Step, attempt: int, settings: Settings) -> JSON:
     """The pod: no token, no service links, no root, nowhere to write but its claim and /tmp."""
     pod = job.valid_spec.pod or Pod()
-    volumes, mounts = _volumes(job, step)
+    volumes, mounts = build_volumes(job, step)
     spec: JSON = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -62,6 +63,8 @@ def build_pod_spec(job: FineTuneJob, step: Step, attempt: int, settings: Setting
         "volumes": volumes,
         "containers": [_container(job, step, attempt, settings, mounts)],
     }
+    if step.pods > 1:
+        spec["subdomain"] = names.service(job)  # and a host name each, which Kubernetes makes of Job and index
     return spec | _placement(pod)
 
 
@@ -71,8 +74,8 @@ def _container(job: FineTuneJob, step: Step, attempt: int, settings: Settings, m
         "image": settings.trainer_image,
         "imagePullPolicy": settings.image_pull_policy,
         "args": build_arguments(job, step, attempt),
-        "env": [{"name": name, "value": value} for name, value in _environment(step, settings).items()],
-        "ports": [{"name": "progress", "containerPort": PROGRESS_PORT}],
+        "env": [{"name": name, "value": value} for name, value in _environment(job, step, attempt, settings).items()],
+        "ports": _ports(step),
         "resources": _resources(job, step, settings),
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -93,26 +96,50 @@ def build_arguments(job: FineTuneJob, step: Step, attempt: int) -> list[str]:
     return arguments if step.entry is None else [*arguments, "--name", step.entry]
 
 
-def _environment(step: Step, settings: Settings) -> dict[str, str]:
-    """Prepare may reach the hub, with the administrator's endpoint and proxies; nothing after it may."""
-    if step.stage is Stage.PREPARE:
-        return settings.trainer_env | {"HOME": "/tmp"}  # noqa: S108 - the pod's own
-    return {"HF_HUB_OFFLINE": "1", "HOME": "/tmp"}  # noqa: S108
+def _ports(step: Step) -> list[JSON]:
+    ports = [{"name": "progress", "containerPort": PROGRESS_PORT}]
+    return ports if step.pods == 1 else [*ports, {"name": "rendezvous", "containerPort": RENDEZVOUS_PORT}]
+
+
+def _environment(job: FineTuneJob, step: Step, attempt: int, settings: Settings) -> dict[str, str]:
+    """The administrator's endpoint and proxies where the network is reached; the hub only while the job is prepared."""
+    own = {"HOME": TMP}
+    if step.stage is not Stage.PREPARE:
+        own["HF_HUB_OFFLINE"] = "1"
+    if settings.allow_remote_code:
+        own[REMOTE_CODE_VARIABLE] = "1"
+    if step.pods > 1:
+        own[RENDEZVOUS_VARIABLE] = names.rendezvous(job, step, attempt)
+    return (settings.trainer_env if _reaches_out(job, step) else {}) | own
+
+
+def _reaches_out(job: FineTuneJob, step: Step) -> bool:
+    """Prepare fetches; train talks to a tracker, where it is told of one that is online."""
+    tracking = job.valid_spec.tracking
+    if step.stage is Stage.PREPARE or tracking is None:
+        return step.stage is Stage.PREPARE
+    online = tracking.wandb is not None and tracking.wandb.api_key_secret_ref is not None
+    return step.stage is Stage.TRAIN and (online or tracking.mlflow is not None)
 
 
 def _resources(job: FineTuneJob, step: Step, settings: Settings) -> JSON:
-    """The job's resources or the chart's. Every stage that runs the model holds the GPUs; prepare never does."""
+    """The job's resources or the chart's, and the GPUs; those that the chart names are for nobody."""
     pod = job.valid_spec.pod or Pod()
-    gpu = pod.gpu_resource_name or GPU_RESOURCE
     wish: Any = pod.resources or settings.default_resources
     requests, limits = (
-        {name: amount for name, amount in (amounts or {}).items() if name != gpu}
+        {name: amount for name, amount in (amounts or {}).items() if name != pod.gpu_resource}
         for amounts in (wish.requests, wish.limits)
     )
-    gpus = job.valid_spec.config.gpus_per_node
-    if gpus and step.stage is not Stage.PREPARE:
-        limits[gpu] = str(gpus)
+    if gpus := _gpus(job, step):
+        limits[pod.gpu_resource] = str(gpus)
     return {name: amounts for name, amounts in (("requests", requests), ("limits", limits)) if amounts}
+
+
+def _gpus(job: FineTuneJob, step: Step) -> int:
+    """GPUs of a pod: none to prepare, all that the job asks for to train, one to merge or quantize."""
+    asked = job.valid_spec.gpus_per_node
+    most = {Stage.PREPARE: 0, Stage.TRAIN: asked}.get(step.stage, 1)
+    return min(asked, most)
 
 
 def _tolerations(pod: Pod) -> list[JSON]:
@@ -134,57 +161,3 @@ def _placement(pod: Pod) -> JSON:
         "imagePullSecrets": [{"name": secret.name} for secret in pod.image_pull_secrets or ()],
     }
     return {name: wish for name, wish in wishes.items() if wish}
-
-
-def _volumes(job: FineTuneJob, step: Step) -> tuple[list[JSON], list[JSON]]:
-    """Volumes and their mounts: the work claim, the configuration, /tmp, and what only one stage needs."""
-    pairs = [
-        _claim("work", names.claim(job), names.WORK, read_only=False),
-        (
-            {"name": "config", "configMap": {"name": names.config_map(job)}},
-            {"name": "config", "mountPath": names.CONFIG, "readOnly": True},
-        ),
-        ({"name": "tmp", "emptyDir": {}}, {"name": "tmp", "mountPath": "/tmp"}),  # noqa: S108
-    ]
-    if step.stage is Stage.PREPARE:
-        pairs += _sources(job)
-    if step.stage is Stage.TRAIN:
-        pairs.append(({"name": "shm", "emptyDir": {"medium": "Memory"}}, {"name": "shm", "mountPath": "/dev/shm"}))  # noqa: S108
-    volumes, mounts = zip(*pairs, strict=True)
-    merged = {volume["name"]: volume for volume in volumes}
-    return list(merged.values()), list(mounts)
-
-
-def _claim(volume: str, claim: str, path: str, *, read_only: bool) -> tuple[JSON, JSON]:
-    mount: JSON = {"name": volume, "mountPath": path}
-    source: JSON = {"claimName": claim}
-    if read_only:
-        mount["readOnly"] = True
-        source["readOnly"] = True  # and so Kubernetes does not hand the files to our group
-    return {"name": volume, "persistentVolumeClaim": source}, mount
-
-
-def _sources(job: FineTuneJob) -> list[tuple[JSON, JSON]]:
-    """What prepare reads: claims, each mounted once (the work claim's own volume serves where it is a source too)."""
-    work = names.claim(job)
-    pairs = []
-    for index, claim in enumerate(names.source_claims(job.valid_spec)):
-        path = f"{names.SOURCES}/{claim}"
-        if claim == work:
-            pairs.append(
-                (_claim("work", work, path, read_only=False)[0], {"name": "work", "mountPath": path, "readOnly": True})
-            )
-        else:
-            pairs.append(_claim(f"source-{index}", claim, path, read_only=True))
-    source = job.valid_spec.model.hugging_face
-    if source is not None and source.token_secret_ref is not None:
-        pairs.append(_token(source.token_secret_ref.name, source.token_secret_ref.key))
-    return pairs
-
-
-def _token(secret: str, key: str) -> tuple[JSON, JSON]:
-    items = [{"key": key, "path": MODEL_TOKEN_FILE}]
-    return (
-        {"name": "model-token", "secret": {"secretName": secret, "items": items, "defaultMode": 0o440}},
-        {"name": "model-token", "mountPath": names.SECRETS, "readOnly": True},
-    )

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from finetune_operator.api import FineTuneJob, InvalidJobError, Spec, cut
 from finetune_operator.settings import Settings, SettingsError
 from finetune_trainer.config import JobConfig
-from tests.apiserver.cases import BAD, FINE, GOOD
+from tests.apiserver.cases import BAD, FINE
 from tests.unit.operator.builders import SPEC, WHOLE, a_job, job_body
 
 
@@ -20,9 +20,9 @@ def test_the_models_refuse_what_the_api_server_refuses(case: str) -> None:
         Spec.model_validate(BAD[case][0])
 
 
-def test_the_models_take_what_the_api_server_takes() -> None:
-    assert Spec.model_validate(GOOD)
-    assert Spec.model_validate(FINE)
+@pytest.mark.parametrize("case", FINE)
+def test_the_models_take_what_the_api_server_takes(case: str) -> None:
+    assert Spec.model_validate(FINE[case])
 
 
 def test_the_trainers_configuration_is_the_trainers_half_of_the_spec() -> None:

@@ -10,6 +10,8 @@ import yaml
 
 from finetune_operator.api import Spec
 from finetune_operator.crd import CHART_TARGET, TARGET, build_crd, render, spec_schema, status_schema
+from finetune_operator.rules import RULES
+from tests.apiserver.cases import BAD
 
 JSON = dict[str, Any]
 
@@ -81,6 +83,13 @@ def test_every_field_of_the_spec_is_immutable_by_a_rule_of_its_own() -> None:
     rules = " ".join(rule["rule"] for rule in spec_schema()["x-kubernetes-validations"])
     for name, field in Spec.model_fields.items():
         assert f"self.{field.alias or name} == oldSelf.{field.alias or name}" in rules
+
+
+def test_every_rule_is_broken_by_a_case() -> None:
+    """What the API server and the models are tried with leaves no rule out."""
+    told = [message for _, message in BAD.values()]
+    rules = [rule.message for path in RULES.values() for rule in path]
+    assert [message for message in rules if not any(part in message for part in told)] == []
 
 
 def test_every_rule_is_a_sentence_with_the_way_out() -> None:

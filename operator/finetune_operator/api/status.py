@@ -1,0 +1,204 @@
+"""What the resource tells: phase, conditions, stages, training, artifacts, attempts."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from finetune_operator.api.words import ATTEMPTS_KEPT, DATASETS_KEPT, JSON, MESSAGE_LIMIT_CHARACTERS
+from finetune_trainer.config import Model
+
+
+class Phase(StrEnum):
+    """Where a job is. An open set for its readers."""
+
+    PENDING = "Pending"
+    PREPARING = "Preparing"
+    TRAINING = "Training"
+    MERGING = "Merging"
+    QUANTIZING = "Quantizing"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+
+
+class ConditionType(StrEnum):
+    """What is said of a job in conditions."""
+
+    ACCEPTED = "Accepted"
+    SUCCEEDED = "Succeeded"
+    FINISHED = "Finished"
+
+
+Text = Annotated[str, Field(max_length=MESSAGE_LIMIT_CHARACTERS)]
+Number = Annotated[str, Field(max_length=40)]
+"""A measured figure with 4 digits, as text: a NaN would make every write of the status fail."""
+Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+
+
+class Condition(Model):
+    """One thing that is true, false or not known yet."""
+
+    type: str = Field(description="Accepted, Succeeded or Finished.")
+    status: str = Field(description="True, False or Unknown.")
+    reason: str = Field(description="One word, for machines.")
+    message: Text = Field(description="A sentence, for people.")
+    last_transition_time: Time = Field(description="Since when the status is this.")
+    observed_generation: int | None = Field(default=None, description="Generation of the spec it was said of.")
+
+
+class StageStatus(Model):
+    """One stage, in the order of the line."""
+
+    name: str = Field(description="prepare, train, merge, or quantize- and the name of the entry.")
+    state: str = Field(description="Waiting, Pending, Running, Retrying (waits to be run again), Succeeded or Failed.")
+    attempt: int | None = Field(default=None, description="Number of its latest attempt.")
+    job: str | None = Field(default=None, description="Name of that attempt's Job: kubectl logs job/NAME.")
+    start_time: Time | None = Field(default=None, description="Begin of that attempt.")
+    completion_time: Time | None = Field(default=None, description="End of that attempt.")
+    message: Text | None = Field(default=None, description="What it is doing, or how it ended.")
+    manifest_digest: str | None = Field(default=None, description="SHA-256 of its manifest: the proof that it is done.")
+
+
+class TrainingStatus(Model):
+    """How training goes. Figures are text with 4 digits."""
+
+    step: int | None = Field(default=None, description="Optimizer steps done.")
+    total_steps: int | None = Field(default=None, description="Optimizer steps of the whole run.")
+    epoch: Number | None = Field(default=None, description="Passes over the rows.")
+    loss: Number | None = Field(default=None, description="Training loss, nats a token.")
+    eval_loss: Number | None = Field(default=None, description="Held-out loss, nats a token.")
+    best_eval_loss: Number | None = Field(default=None, description="Lowest held-out loss so far, nats a token.")
+    best_step: int | None = Field(default=None, description="Step of that loss, once training has ended.")
+    stopped_early: bool | None = Field(default=None, description="Whether early stopping ended the training.")
+    tokens_per_second: Number | None = Field(default=None, description="Throughput.")
+    peak_memory: Number | None = Field(default=None, description="Most memory in use, in GiB.")
+    progress: str | None = Field(default=None, description='For example "128/300 (43%)".')
+    eta: str | None = Field(default=None, description='Time left, for example "12m".')
+    last_checkpoint_step: int | None = Field(default=None, description="Step of the newest verified checkpoint.")
+    resumed_from_step: int | None = Field(default=None, description="Step that the last attempt went on from.")
+    trainable_parameters: int | None = Field(default=None, description="Parameters that are trained.")
+    total_parameters: int | None = Field(default=None, description="Parameters in all.")
+
+
+class DatasetStatus(Model):
+    """What the rows of one dataset are like."""
+
+    name: str = Field(description="Its name, or its index.")
+    train_rows: int = Field(description="Rows trained on.")
+    eval_rows: int = Field(description="Rows measured on.")
+    dropped_rows: int = Field(description="Rows too long or without a token to learn from.")
+    truncated_rows: int = Field(description="Rows cut at maxLength.")
+    train_tokens: int = Field(description="Tokens of the training rows.")
+
+
+class DataStatus(Model):
+    """What the rows are like. Lengths in tokens."""
+
+    train_rows: int = Field(description="Rows trained on.")
+    eval_rows: int = Field(description="Rows measured on.")
+    dropped_rows: int = Field(description="Rows too long or without a token to learn from.")
+    truncated_rows: int = Field(description="Rows cut at maxLength.")
+    train_tokens: int = Field(description="Tokens of the training rows.")
+    loss_tokens: int = Field(description="Those of them that count in the loss.")
+    length_p50: int = Field(description="Length of the middle row.")
+    length_p95: int = Field(description="Length that 95 of 100 rows stay below.")
+    length_p99: int = Field(description="Length that 99 of 100 rows stay below.")
+    length_max: int = Field(description="Length of the longest row.")
+    packed_rows: int | None = Field(default=None, description="Sequences that the rows were packed into.")
+    datasets: tuple[DatasetStatus, ...] | None = Field(
+        default=None, max_length=DATASETS_KEPT, description="The same of each dataset."
+    )
+
+
+class MeasuredStatus(Model):
+    """Quality on the held-out rows. Figures are text with 4 digits."""
+
+    preference_accuracy: Number | None = Field(
+        default=None, description="DPO: share of held-out pairs whose better answer is preferred."
+    )
+    eval_loss: Number | None = Field(default=None, description="Nats a token.")
+    perplexity: Number | None = Field(default=None, description="exp of the loss.")
+    eval_loss_base: Number | None = Field(default=None, description="Of the base model before training, nats a token.")
+    kl_divergence: Number | None = Field(default=None, description="From the model it was made from, nats a token.")
+    top1_agreement: Number | None = Field(default=None, description="Share of tokens with the same first choice.")
+    perplexity_increase_percent: Number | None = Field(default=None, description="Against the model it was made from.")
+
+
+class ArtifactStatus(Model):
+    """One thing that came out, complete and verified."""
+
+    name: str = Field(description="adapter, merged, model (trained whole), or the name of the quantized form.")
+    type: str = Field(description="Adapter, Merged or Quantized.")
+    claim_name: str = Field(description="PersistentVolumeClaim that holds it.")
+    path: str = Field(description="Folder inside the claim.")
+    size: str = Field(description='For example "269 MiB".')
+    size_bytes: int = Field(description="All its files.")
+    digest: str = Field(description="SHA-256 of its manifest.")
+    measured: MeasuredStatus | None = Field(default=None, description="Quality on the held-out rows.")
+
+
+class AttemptStatus(Model):
+    """One run of one stage. Without completionTime it is the live one."""
+
+    number: int = Field(
+        description="1 in a job of which nothing had to be run again; running a stage again takes the next number."
+    )
+    stage: str = Field(description="Name of the stage. Stage and number together tell a run from all others.")
+    start_time: Time | None = Field(default=None, description="When it was made.")
+    completion_time: Time | None = Field(default=None, description="When its end was seen.")
+    reason: str | None = Field(default=None, description="How it ended, in one word.")
+    message: Text | None = Field(default=None, description="How it ended, in a sentence.")
+    retry: str | None = Field(
+        default=None, description="Free: run again, uncounted. Counted: run again, counted. Never: not run again."
+    )
+
+
+class Status(Model):
+    """What became of the job, for people and machines."""
+
+    observed_generation: int | None = Field(default=None, description="Generation of the spec that this is about.")
+    phase: str | None = Field(
+        default=None, description="Pending, Preparing, Training, Merging, Quantizing, Succeeded or Failed."
+    )
+    reason: str | None = Field(default=None, description="Why it stands where it stands, in one word.")
+    message: Text | None = Field(default=None, description="The same in a sentence, with the way out.")
+    progress: str | None = Field(
+        default=None,
+        description="Training steps, or in other stages that stage's own work: done/total (percent), of bytes percent.",
+    )
+    start_time: Time | None = Field(default=None, description="When the operator first saw the job.")
+    completion_time: Time | None = Field(default=None, description="When it ended, however it ended.")
+    claim_name: str | None = Field(default=None, description="PersistentVolumeClaim that the job works in.")
+    folder: str | None = Field(default=None, description="The job's folder inside that claim.")
+    attempt_count: int | None = Field(
+        default=None, description="Number of the latest attempt: 1 unless a stage had to be run again."
+    )
+    retries: int | None = Field(
+        default=None, description="How often a stage was run again that counts against runPolicy.maxRetries."
+    )
+    training: TrainingStatus | None = Field(default=None, description="How training goes.")
+    data: DataStatus | None = Field(default=None, description="What the rows are like.")
+    resolved: dict[str, Any] | None = Field(
+        default=None,
+        description="Every setting that was unset and every source that could move, fixed once by the prepare stage.",
+        json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},
+    )
+    conditions: tuple[Condition, ...] | None = Field(
+        default=None, max_length=16, description="Accepted, Succeeded, Finished."
+    )
+    stages: tuple[StageStatus, ...] | None = Field(default=None, max_length=16, description="The line of stages.")
+    artifacts: tuple[ArtifactStatus, ...] | None = Field(default=None, max_length=16, description="What came out.")
+    attempts: tuple[AttemptStatus, ...] | None = Field(
+        default=None, max_length=ATTEMPTS_KEPT, description="The last runs of stages, oldest first."
+    )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the job has ended, for good."""
+        return any(c.type == ConditionType.FINISHED and c.status == "True" for c in self.conditions or ())
+
+    def to_dict(self) -> JSON:
+        """As the API server stores it."""
+        return self.model_dump(by_alias=True, exclude_none=True, mode="json")
