@@ -11,23 +11,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 from finetune_trainer.config import (
     BITSANDBYTES,
-    FORMATS,
     SORTING_LOSSES,
-    Attention,
-    BaseFormat,
     BaseWeights,
     Checkpoint,
-    ComputeDtype,
     Dpo,
     DpoLossType,
     Every,
     Fsdp,
-    GaLore,
-    GradientCheckpointing,
     JobConfig,
-    Lora,
-    LoraBias,
-    LoraInit,
     LrScheduler,
     Merge,
     MergeBase,
@@ -35,7 +26,6 @@ from finetune_trainer.config import (
     Method,
     MethodType,
     ObjectiveType,
-    Optimizer,
     Parallelism,
     QuantizeMethod,
     Sharding,
@@ -43,13 +33,23 @@ from finetune_trainer.config import (
     Training,
 )
 from finetune_trainer.errors import InvalidConfig
+from finetune_trainer.methods import (
+    check_added_tokens,
+    check_method,
+    resolve_attention,
+    resolve_base_format,
+    resolve_compute_dtype,
+    resolve_galore,
+    resolve_gradient_checkpointing,
+    resolve_lora,
+    resolve_optimizer,
+)
+from finetune_trainer.methods import or_default as _or
 from finetune_trainer.progress import (
     DataFacts,
     Resolved,
     ResolvedDpo,
     ResolvedEarlyStopping,
-    ResolvedGaLore,
-    ResolvedLora,
     ResolvedMerge,
     ResolvedParallelism,
     ResolvedQuantize,
@@ -80,7 +80,6 @@ LARGEST_DEFAULT_MICRO_BATCH = 4
 """Rows of 2,048 tokens of an 8B QLoRA with checkpointing fit a 24 GB GPU four at a time; more gains little speed."""
 SHORT_RUN_STEPS = 1000
 GROUP_SIZES = (128, 64, 32)
-ALL_LINEAR = "all-linear"
 DEFAULT_BITS = 4
 DEFAULT_SHARD_SIZE = "5GB"
 
@@ -103,6 +102,7 @@ def resolve(
     added_tokens: tuple[int, ...] = (),
 ) -> Resolved:
     """All settings of the job. InvalidConfig where a field does not go with the model, the rows or the device."""
+    check_added_tokens(config, model, added_tokens)
     method, training = config.method or Method(), config.training or Training()
     global_batch, micro_batch = resolve_batch(config)
     sequences = _or(data.packed_rows, data.train_rows)
@@ -133,14 +133,14 @@ def resolve(
         adam_beta1=_or(training.adam_beta1, 0.9),
         adam_beta2=_or(training.adam_beta2, 0.999),
         compute_dtype=resolve_compute_dtype(config),
-        attention=_or(config.model.attention, Attention.AUTO).value,
+        attention=resolve_attention(config).value,
         gradient_checkpointing=resolve_gradient_checkpointing(config).value,
         neftune_noise_alpha=training.neftune_noise_alpha,
         base_format=resolve_base_format(config).value,
         double_quantization=resolve_base_format(config) in BITSANDBYTES
         and _or((method.base_weights or BaseWeights()).double_quantization, True),
         lora=resolve_lora(config, model),
-        galore=resolve_galore(config),
+        galore=resolve_galore(config, model),
         dpo=resolve_dpo(config),
         added_tokens=added_tokens,
         dataset_weights=resolve_dataset_weights(config),
@@ -161,16 +161,10 @@ def resolve(
 def check_early(config: JobConfig, model: ModelFacts) -> None:
     """All that can be refused before the rows are read. InvalidConfig."""
     resolve_max_length(config, model)
-    resolve_lora(config, model)
+    check_method(config, model)
     resolve_quantize(config, model)
-    resolve_compute_dtype(config)
-    resolve_optimizer(config)
     resolve_batch(config)
     resolve_dpo(config)
-
-
-def _or(value: T | None, default: T) -> T:
-    return default if value is None else value
 
 
 def resolve_max_length(config: JobConfig, model: ModelFacts) -> int:
@@ -208,36 +202,6 @@ def default_global_batch(config: JobConfig) -> int:
     """16 rows a step for adapters in SFT, 32 for all else."""
     small = config.trains_adapter and config.objective_type is ObjectiveType.SFT
     return ADAPTER_GLOBAL_BATCH if small else WHOLE_GLOBAL_BATCH
-
-
-def resolve_base_format(config: JobConfig) -> BaseFormat:
-    """How the base is held: NF4 for QLoRA; else BF16 on a GPU and FP32 on CPU; for Full FP32, which AdamW needs."""
-    weights = config.method.base_weights if config.method else None
-    if weights is not None and weights.format is not None:
-        return weights.format
-    if config.method_type is MethodType.QLORA:
-        return FORMATS[MethodType.QLORA][0]
-    whole = config.method_type is MethodType.FULL or config.gpus_per_node == 0
-    return BaseFormat.FP32 if whole else BaseFormat.BF16
-
-
-def resolve_optimizer(config: JobConfig) -> Optimizer:
-    """AdamW unless set; GaLore is AdamW on projected gradients."""
-    asked = config.training.optimizer if config.training else None
-    if config.method_type is MethodType.GALORE and asked not in (None, Optimizer.ADAMW):
-        msg = f"training.optimizer {asked} does not go with GaLore, which is AdamW itself. Leave it unset."
-        raise InvalidConfig(msg)
-    return _or(asked, Optimizer.ADAMW)
-
-
-def resolve_galore(config: JobConfig) -> ResolvedGaLore | None:
-    """The projection of GaLore."""
-    if config.method_type is not MethodType.GALORE:
-        return None
-    asked = (config.method.galore if config.method else None) or GaLore()
-    return ResolvedGaLore(
-        rank=_or(asked.rank, 256), update_interval=_or(asked.update_interval, 200), scale=_or(asked.scale, 0.25)
-    )
 
 
 def resolve_dpo(config: JobConfig) -> ResolvedDpo | None:
@@ -323,27 +287,6 @@ def resolve_merge(config: JobConfig) -> ResolvedMerge | None:
     )
 
 
-def resolve_lora(config: JobConfig, model: ModelFacts) -> ResolvedLora | None:
-    """The adapter; None where the model itself is trained."""
-    if not config.trains_adapter:
-        return None
-    lora = (config.method.lora if config.method else None) or Lora()
-    rank = _or(lora.r, 16)
-    return ResolvedLora(
-        r=rank,
-        alpha=_or(lora.alpha, 2 * rank),
-        dropout=_or(lora.dropout, 0.0),
-        target_modules=resolve_target_modules(config, model),
-        target_parameters=lora.target_parameters or (),
-        exclude_modules=lora.exclude_modules or (),
-        modules_to_save=lora.modules_to_save or (),
-        bias=_or(lora.bias, LoraBias.NONE).value,
-        use_rslora=_or(lora.use_rslora, False),
-        use_dora=_or(lora.use_dora, False),
-        init_lora_weights=_or(lora.init_lora_weights, LoraInit.DEFAULT).value,
-    )
-
-
 def resolve_length(training: Training, rows: int, global_batch: int) -> tuple[int, float]:
     """Optimizer steps and epochs of the run.
 
@@ -370,51 +313,6 @@ def resolve_warmup(training: Training, total_steps: int) -> int:
     default = 0.1 if total_steps < SHORT_RUN_STEPS else 0.03
     steps = math.ceil(round(_or(training.warmup_ratio, default) * total_steps, 9))
     return min(steps, total_steps - 1)
-
-
-def resolve_compute_dtype(config: JobConfig) -> str:
-    """FP32 on CPU, BF16 on a GPU.
-
-    Prepare holds no GPU, so it cannot see one without bf16; there the train stage takes FP16 where Auto was asked for.
-    """
-    asked = _or(config.method.compute_dtype if config.method else None, ComputeDtype.AUTO)
-    on_cpu = config.gpus_per_node == 0
-    if asked is ComputeDtype.FP16 and on_cpu:
-        msg = (
-            "method.computeDtype FP16 needs a GPU, parallelism.gpusPerNode is 0. Leave computeDtype unset, or set FP32."
-        )
-        raise InvalidConfig(msg)
-    if asked is ComputeDtype.AUTO:
-        return (ComputeDtype.FP32 if on_cpu else ComputeDtype.BF16).value
-    return asked.value
-
-
-def resolve_gradient_checkpointing(config: JobConfig) -> GradientCheckpointing:
-    """Full on a GPU, where memory is short; off on CPU, where time is."""
-    asked = _or(config.training.gradient_checkpointing if config.training else None, GradientCheckpointing.AUTO)
-    if asked is not GradientCheckpointing.AUTO:
-        return asked
-    return GradientCheckpointing.FULL if config.gpus_per_node else GradientCheckpointing.OFF
-
-
-def resolve_target_modules(config: JobConfig, model: ModelFacts) -> tuple[str, ...]:
-    """Names of the layers to adapt, as PEFT takes them: last parts of names, or longer ends of them."""
-    lora = config.method.lora if config.method else None
-    asked = lora.target_modules if lora else None
-    if not model.linear_layers:
-        msg = f"{model.architecture} has no linear layers that an adapter could be put on. Use another model."
-        raise InvalidConfig(msg)
-    if asked is None or asked == (ALL_LINEAR,):
-        return model.linear_names
-    for name in asked:
-        if not any(layer == name or layer.endswith("." + name) for layer in model.linear_layers):
-            there = ", ".join(model.linear_names)
-            msg = (
-                f"method.lora.targetModules: {model.architecture} has no linear layer '{name}'. "
-                f"Use some of {there}, or leave targetModules unset for all of them."
-            )
-            raise InvalidConfig(msg)
-    return tuple(dict.fromkeys(asked))
 
 
 def resolve_quantize(config: JobConfig, model: ModelFacts) -> tuple[ResolvedQuantize, ...]:
