@@ -12,7 +12,7 @@ from trl.trainer.sft_config import SFTConfig
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from finetune_trainer.progress import Resolved, ResolvedDpo
+    from finetune_trainer.progress import Resolved
 
 SCHEDULERS = {
     "Cosine": "cosine",
@@ -48,28 +48,25 @@ DPO_LOSSES = {
 }
 
 
-def build_arguments(resolved: Resolved, dtype: torch.dtype, device: torch.device, scratch: Path) -> SFTConfig:
-    """The settings of SFT in TRL's terms. Rows are tokenized and masked already, and never packed or cut."""
-    return SFTConfig(
-        **_shared(resolved, dtype, device, scratch),
-        neftune_noise_alpha=resolved.neftune_noise_alpha,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        packing=False,
-    )
-
-
-def build_dpo_arguments(
-    resolved: Resolved, dpo: ResolvedDpo, dtype: torch.dtype, device: torch.device, scratch: Path
-) -> DPOConfig:
-    """The settings of DPO in TRL's terms: no dropout, in the model nor in its reference."""
+def build_arguments(
+    resolved: Resolved, dtype: torch.dtype, device: torch.device, scratch: Path
+) -> SFTConfig | DPOConfig:
+    """The settings in TRL's terms. Rows are tokenized, masked and packed already, and never cut."""
+    shared = _shared(resolved, dtype, device, scratch)
+    if resolved.dpo is None:
+        return SFTConfig(
+            **shared,
+            neftune_noise_alpha=resolved.neftune_noise_alpha,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=None,
+            packing=False,
+        )
     return DPOConfig(
-        **_shared(resolved, dtype, device, scratch),
-        beta=dpo.beta,
-        loss_type=[DPO_LOSSES[dpo.loss_type]],
-        label_smoothing=dpo.label_smoothing,
+        **shared,
+        beta=resolved.dpo.beta,
+        loss_type=[DPO_LOSSES[resolved.dpo.loss_type]],
+        label_smoothing=resolved.dpo.label_smoothing,
         disable_dropout=True,
-        remove_unused_columns=False,
         max_length=None,
     )
 
@@ -102,6 +99,7 @@ def _shared(resolved: Resolved, dtype: torch.dtype, device: torch.device, scratc
         "eval_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        "remove_unused_columns": False,  # a collator makes of columns what the model takes
         "dataloader_pin_memory": device.type != "cpu",
         "restore_callback_states_from_checkpoint": False,
     }

@@ -7,10 +7,10 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from finetune_trainer.evaluate import TokenRow
+    from finetune_trainer.evaluate import PairRow, TokenRow
 
 log = logging.getLogger(__name__)
 
@@ -19,9 +19,22 @@ NEW_TOKENS = 32
 SHOWN_CHARACTERS = 400
 
 
-def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int = NEW_TOKENS) -> list[str]:  # noqa: ANN401 - transformers' model and tokenizer
-    """Greedy answers to tokenized prompts, one at a time, so that none depends on another's padding."""
+def generate(
+    model: Any,  # noqa: ANN401 - a transformers model
+    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
+    prompts: Sequence[Sequence[int]],
+    poll: Callable[[int, int], None],
+    new_tokens: int = NEW_TOKENS,
+) -> list[str]:
+    """Greedy answers to tokenized prompts, one at a time, so that none depends on another's padding.
+
+    `poll(answers done, answers in all)` is called before each token and may raise.
+    """
     import torch  # noqa: PLC0415 - slow
+
+    def polled(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:  # noqa: ANN401 - transformers' signature
+        poll(len(answers), len(prompts))
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     was_training = model.training
     model.eval()
@@ -38,6 +51,7 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], new_t
                 top_p=None,
                 top_k=None,
                 eos_token_id=tokenizer.eos_token_id,
+                stopping_criteria=[polled],
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             )
         answers.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
@@ -45,7 +59,7 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], new_t
     return answers
 
 
-def choose_prompts(rows: Sequence[TokenRow], count: int = SAMPLES) -> list[list[int]]:
+def choose_prompts(rows: Sequence[TokenRow | PairRow], count: int = SAMPLES) -> list[list[int]]:
     """Prompts of held-out rows, spread over them; rows that begin with their answer have none."""
     prompts = [list(row.prompt) for row in rows]
     prompts = [prompt for prompt in prompts if prompt]

@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_trainer import checkpoint, manifest, samples
 from finetune_trainer.checkpoint import Checkpoints
-from finetune_trainer.data import TRAIN
+from finetune_trainer.data import TRAIN, read_rows
 from finetune_trainer.errors import InvalidDataset, OutOfMemory
-from finetune_trainer.evaluate import TokenRow, measure_loss, read_token_rows, rounded
+from finetune_trainer.evaluate import measure_loss, read_pair_rows, read_token_rows, rounded
 from finetune_trainer.loading import compute_dtype, load_base, set_up_torch, torch_out_of_memory, training_device
 from finetune_trainer.manifest import Made, Manifest, Result
 from finetune_trainer.model import load_tokenizer
 from finetune_trainer.progress import Measured, Resolved
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
+    import pyarrow as pa
     import torch
 
     from finetune_trainer.config import JobConfig
@@ -49,8 +51,10 @@ class Before:
 class Rows:
     """What is learned from, and what is measured on."""
 
-    train: list[TokenRow]
-    held_out: list[TokenRow]
+    train: pa.Table
+    """As `data.read_rows` gives them."""
+    held_out: Sequence[Any]
+    """TokenRow; for DPO PairRow."""
     prompts: list[list[int]]
 
 
@@ -77,10 +81,12 @@ def _checkpoints(context: Context, resolved: Resolved) -> Checkpoints:
 
 
 def _read_rows(context: Context) -> Rows:
-    train, held_out = read_token_rows(context.work.data, TRAIN), read_token_rows(context.work.data)
-    if not train:
+    train = read_rows(context.work.data, TRAIN)
+    if not len(train):
         msg = "There is no row to train on. Run prepare again in a new work folder with rows that are not all held out."
         raise InvalidDataset(msg)
+    read_held_out = read_token_rows if context.resolved.dpo is None else read_pair_rows
+    held_out = read_held_out(context.work.data)
     return Rows(train, held_out, samples.choose_prompts(held_out))
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import torch
 
 from finetune_trainer import state
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.context import Context
+from finetune_trainer.data import INPUT_IDS, LOSS_MASK
 from finetune_trainer.evaluate import IGNORED, TokenRow
 from finetune_trainer.loading import load_base, set_up_torch
 from finetune_trainer.manifest import Target
@@ -19,6 +21,7 @@ from finetune_trainer.report import Report
 from finetune_trainer.work import WorkFolder
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from finetune_trainer.loop import Loop
@@ -75,6 +78,15 @@ def make_rows(count: int = 10, seed: int = 0) -> list[TokenRow]:
     return rows
 
 
+def make_table(rows: Sequence[TokenRow]) -> pa.Table:
+    """The rows as `data.read_rows` gives them."""
+    masks = [[label != IGNORED for label in row.labels] for row in rows]
+    return pa.table(
+        {INPUT_IDS: [list(row.input_ids) for row in rows], LOSS_MASK: masks},
+        schema=pa.schema([(INPUT_IDS, pa.list_(pa.int32())), (LOSS_MASK, pa.list_(pa.bool_()))]),
+    )
+
+
 @dataclass
 class Run:
     """One run in a work folder; each `go` is an attempt."""
@@ -106,7 +118,7 @@ class Run:
         set_up_torch()
         base = load_base(self.model, self.settings, CPU, torch.float32)
         tokenizer = load_tokenizer(self.model)
-        rows = make_rows(self.rows)
+        rows = make_table(make_rows(self.rows))
         trainer = build_trainer(base, tokenizer, rows, self.settings, torch.float32, self.root)
         loop = Loop(trainer, self.settings, make_rows(4, seed=9), self.checkpoints, self.context())
         trainer.add_callback(loop)

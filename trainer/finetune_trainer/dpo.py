@@ -1,0 +1,95 @@
+"""Direct preference optimization: TRL's losses on pairs that prepare tokenized, against a reference that stays.
+
+The reference is what training began with: a fresh adapter switched off, a copy of the adapter that the run goes on
+from, or a frozen copy of a model that is trained whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from finetune_trainer.data import INPUT_IDS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK
+from finetune_trainer.evaluate import IGNORED, HeldOut, PairRow, evaluating, pad, polled, token_row
+from finetune_trainer.exact import Exact
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from finetune_trainer.progress import Resolved
+
+log = logging.getLogger(__name__)
+
+START, REFERENCE = "default", "ref"
+"""PEFT's name of the adapter that trains, and TRL's of the copy of what it began with."""
+
+
+class DpoTrainer(Exact, DPOTrainer):
+    """DPOTrainer with our order of rows, our checkpoints, and an eye on every loss."""
+
+    zero_loss_is_failure: ClassVar[bool] = False
+    """A hinge is exactly 0 where all pairs are told apart, and a sigmoid rounds to it."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:  # noqa: ANN401 - TRL's signature
+        return dataset  # tokenized by prepare; TRL would do it from text
+
+    def weights_are_set(self) -> None:
+        """Fix the reference of a run that goes on from an adapter."""
+        if REFERENCE in getattr(self.model, "peft_config", ()):
+            copy_start_to_reference(self.model)
+
+    def measure(self, rows: Sequence[PairRow], poll: Callable[[int, int], None] | None = None) -> HeldOut:
+        """Loss, accuracy and margin over pairs, in TRL's own terms; batches are the same each time."""
+        figures = ("rewards/accuracies", "rewards/margins")
+        sums, count = [0.0] * 3, 0
+        with evaluating(self.model):
+            for batch in polled(rows, poll):
+                loss = self.compute_loss(self.model, self._prepare_inputs(collate(batch)))  # type: ignore[no-untyped-call]
+                told = (float(loss), *(self._metrics["eval"][name][-1] for name in figures))
+                sums = [total + value * len(batch) for total, value in zip(sums, told, strict=True)]
+                count += len(batch)
+            self._metrics["eval"].clear()
+        loss, accuracy, margin = (total / max(count, 1) for total in sums)
+        return HeldOut(loss, accuracy, margin)
+
+
+def collate_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """`collate` of rows that are columns by name, as a dataset gives them."""
+    return collate(
+        [
+            PairRow(token_row(row[INPUT_IDS], row[LOSS_MASK]), token_row(row[REJECTED_IDS], row[REJECTED_MASK]))
+            for row in rows
+        ]
+    )
+
+
+def collate(pairs: Sequence[PairRow]) -> dict[str, torch.Tensor]:
+    """`input_ids`, `attention_mask`, `completion_mask` [2 pairs, longest]: the better answers, then the others."""
+    ids, mask, labels = pad([*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)])
+    return {"input_ids": ids, "attention_mask": mask, "completion_mask": (labels != IGNORED).long()}
+
+
+def build_reference(model: Any, resolved: Resolved) -> Any:  # noqa: ANN401 - a transformers model or nothing
+    """A copy of a model that is trained whole, which never trains; nothing for adapters, which can be switched off."""
+    if resolved.lora is not None:
+        return None
+    log.info("the reference of DPO is a frozen copy of the model: %.2f GiB more", model.get_memory_footprint() / 2**30)
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+def copy_start_to_reference(model: Any) -> None:  # noqa: ANN401 - a PEFT model
+    """Make the reference adapter equal to the one that the run goes on from, bit by bit.
+
+    TRL (1.16) leaves out adapters of embeddings and rows of added tokens, whose names end in the adapter's, and rounds
+    an adapter on a 4-bit base to bf16 after it copied it.
+    """
+    tensors = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if START in parts:
+            reference = tensors[".".join(REFERENCE if part == START else part for part in parts)]
+            reference.data = tensor.detach().clone()
