@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune_trainer import fence, manifest, stages
-from finetune_trainer.context import Context, rank
-from finetune_trainer.errors import InvalidConfig, VerificationFailed, translate
+from finetune_trainer import distributed, fence, launch, manifest, stages
+from finetune_trainer.context import Context
+from finetune_trainer.errors import InvalidConfig, TrainerError, VerificationFailed, translate
 from finetune_trainer.farewell import say, shortened, write_last_word
 from finetune_trainer.parsing import load_config
 from finetune_trainer.progress import ExitCode, LastWord, Reason, Stage, exit_code
@@ -47,8 +47,10 @@ COMMANDS = {
 }
 EPILOG = """\
 Exit codes: 0 done; 10 config, 11 dataset, 12 model wrong; 13 not found; 14 access denied; 15 volume full;
-16 out of GPU memory; 17 loss not finite; 18 a file is not what its manifest says; 20 interrupted, to be run again;
-1 anything else."""
+16 out of GPU memory; 17 loss not finite; 18 a file is not what its manifest says; 19 the pods of the stage did not
+meet; 20 interrupted, to be run again; 21 another pod of the stage was lost; 1 anything else.
+
+A config of several devices trains in several processes: train starts those of this machine itself."""
 TERMINATION_LOG = Path("/dev/termination-log")
 TRACEBACK_LINES = 3
 
@@ -56,6 +58,7 @@ TRACEBACK_LINES = 3
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one stage and return its exit code."""
     arguments = build_parser().parse_args(argv)
+    arguments.line = list(sys.argv[1:] if argv is None else argv)
     set_up_logging(arguments.command)
     stopping = threading.Event()
     with _stopped_by_signals(stopping):
@@ -117,7 +120,8 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("/secrets"),
         metavar="DIR",
-        help="where the file model-token is, for a private hub repository (default: %(default)s)",
+        help="where secrets are, one folder a source or tracker: model/token, dataset-0/AWS_ACCESS_KEY_ID, wandb/key "
+        "(default: %(default)s)",
     )
     add("--attempt", type=int, default=1, metavar="N", help="counts the tries of the job (default: %(default)s)")
     add("--progress-port", type=int, metavar="PORT", help="serve /progress, /metrics, /healthz (default: do not)")
@@ -130,10 +134,11 @@ def _add_options(command: argparse.ArgumentParser) -> None:
 
 
 def set_up_logging(command: str) -> None:
-    """One format on stderr, with the time and the stage."""
-    where = f"{command}" + (f"[{rank()}]" if "RANK" in os.environ else "")
+    """One format on stderr, with the time and the stage. Of the ranks the first is heard, and whose work goes wrong."""
+    where = f"{command}" + (f"[{distributed.rank()}]" if "RANK" in os.environ else "")
+    level = logging.INFO if distributed.leads() else logging.WARNING
     logging.basicConfig(
-        level=logging.INFO, format=f"%(asctime)s {where} %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
+        level=level, format=f"%(asctime)s {where} %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
     )
     for noisy in ("httpx2", "gguf", "filelock", "urllib3", "datasets", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -180,18 +185,40 @@ def _run_stage(config: JobConfig, arguments: argparse.Namespace, name: str | Non
     """Run a stage to its last word."""
     stage, work = Stage(arguments.command), WorkFolder(arguments.work.absolute())
     report = Report(stage, arguments.attempt)
-    port = arguments.progress_port if rank() == 0 else None
+    port = arguments.progress_port if distributed.leads() else None
     try:
-        with reporting(report, port):
-            fence.enter(work.root, arguments.attempt)
-            target = stages.build_target(stage, config, work, name)
+        if stage is Stage.TRAIN and launch.is_parent(config):
+            return _end(arguments, launch.run(config, arguments.line, arguments.attempt, stopping))
+        with reporting(report, port), _together(config, arguments, stopping):
+            target = distributed.lead(lambda: _enter(config, arguments, name))
             context = Context(
                 work, arguments.sources, arguments.secrets, arguments.attempt, report, target, name, stopping
             )
-            found = _done_already(target, work, report) or _work(config, context, target)
+            found = distributed.lead(lambda: _done_already(target, work, report)) or _work(config, context, target)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every end is told
         return _end_badly(arguments, error)
     return _end(arguments, manifest.last_word(found, target, arguments.attempt))
+
+
+@contextmanager
+def _together(config: JobConfig, arguments: argparse.Namespace, stopping: threading.Event) -> Iterator[None]:
+    """With the other ranks, if there are any."""
+    if distributed.world_size() > 1:
+        importlib.import_module("finetune_trainer.loading").set_up_torch()  # before anybody imports torch
+
+    def leave(error: TrainerError) -> None:
+        os._exit(_end_badly(arguments, error))  # the main thread may be stuck in a collective
+
+    device = "cuda" if config.gpus_per_node else "cpu"
+    with distributed.joined(device, arguments.attempt, stopping, leave):
+        yield
+
+
+def _enter(config: JobConfig, arguments: argparse.Namespace, name: str | None) -> Target:
+    """Make this the live attempt, and find what it is to make."""
+    work = WorkFolder(arguments.work.absolute())
+    fence.enter(work.root, arguments.attempt)
+    return stages.build_target(Stage(arguments.command), config, work, name)
 
 
 def _done_already(target: Target, work: WorkFolder, report: Report) -> Manifest | None:
@@ -210,15 +237,19 @@ def _done_already(target: Target, work: WorkFolder, report: Report) -> Manifest 
 
 def _work(config: JobConfig, context: Context, target: Target) -> Manifest:
     """Verify what the stage reads, then run it."""
-    for name, folder in stages.inputs_of(target, context.work).items():
-        context.report.begin(f"verifying {name}/", unit="bytes")
-        manifest.verify(folder, context.report.bytes_progress)
+    distributed.lead(lambda: _verify_inputs(context, target))
     module = importlib.import_module(f"finetune_trainer.{target.stage.value}")
     made = module.run(config, context)
     if not isinstance(made, manifest.Manifest):
         msg = f"finetune_trainer.{target.stage.value}.run returned no manifest"
         raise TypeError(msg)
     return made
+
+
+def _verify_inputs(context: Context, target: Target) -> None:
+    for name, folder in stages.inputs_of(target, context.work).items():
+        context.report.begin(f"verifying {name}/", unit="bytes")
+        manifest.verify(folder, context.report.bytes_progress)
 
 
 def _run_evaluate(config: JobConfig, arguments: argparse.Namespace, stopping: threading.Event) -> int:
@@ -259,8 +290,10 @@ def describe_unknown(error: BaseException) -> str:
 
 
 def _end(arguments: argparse.Namespace, word: LastWord) -> int:
-    """Leave the last word where Kubernetes finds it, tell people, and give the exit code."""
-    if rank() == 0:
+    """Leave the last word where Kubernetes or the parent of the ranks finds it, tell people, and give the exit code."""
+    if (for_parent := launch.own_word_path()) is not None:
+        write_last_word(word, for_parent)
+    elif distributed.leads():
         path = arguments.termination_log or (TERMINATION_LOG if os.access(TERMINATION_LOG, os.W_OK) else None)
         write_last_word(word, path)
         say(word.message, word.reason)

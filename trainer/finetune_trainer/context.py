@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from finetune_trainer import manifest
+from finetune_trainer import distributed, manifest
 from finetune_trainer.errors import Interrupted, VerificationFailed
 
 if TYPE_CHECKING:
@@ -45,12 +44,17 @@ class Context:
         return self.target
 
     def publish(self, build: Callable[[Path], Result]) -> Manifest:
-        """Put the stage's artifact in its place, complete or not at all."""
-        return manifest.publish(self.goal, self.attempt, build, self.report.bytes_progress)
+        """Put the stage's artifact in its place, complete or not at all. Rank 0 builds it; all know its manifest."""
+        return distributed.lead(lambda: manifest.publish(self.goal, self.attempt, build, self.report.bytes_progress))
+
+    @property
+    def asked_to_leave(self) -> bool:
+        """Whether any rank was: all of them must ask, at the same place, and all get the same answer."""
+        return distributed.any_of(self.stopping.is_set())
 
     def raise_if_stopping(self) -> None:
         """Interrupted if the process was asked to leave: for loops with nothing to save."""
-        if self.stopping.is_set():
+        if self.asked_to_leave:
             msg = f"Asked to leave while {self.report.current.activity}; the next attempt starts the stage again."
             raise Interrupted(msg)
 
@@ -67,8 +71,3 @@ class Context:
             msg = f"{self.work.data} holds no settings. Delete it and run prepare again."
             raise VerificationFailed(msg)
         return resolved
-
-
-def rank() -> int:
-    """This process's rank, as torchrun sets it; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
