@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -11,13 +11,14 @@ import torch
 from finetune_trainer import state
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.context import Context
-from finetune_trainer.data import INPUT_IDS, LOSS_MASK
-from finetune_trainer.evaluate import IGNORED, TokenRow
+from finetune_trainer.data import INPUT_IDS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK
+from finetune_trainer.evaluate import IGNORED, PairRow, TokenRow
 from finetune_trainer.loading import load_base, set_up_torch
 from finetune_trainer.manifest import Target
 from finetune_trainer.model import load_tokenizer
 from finetune_trainer.progress import Resolved, ResolvedLora, ResolvedParallelism, Stage
 from finetune_trainer.report import Report
+from finetune_trainer.tracking import Followers
 from finetune_trainer.work import WorkFolder
 
 if TYPE_CHECKING:
@@ -87,6 +88,23 @@ def make_table(rows: Sequence[TokenRow]) -> pa.Table:
     )
 
 
+def make_pairs(count: int = 10, seed: int = 0) -> list[PairRow]:
+    """The rows of `make_rows`, each with another answer to its prompt that is the worse one."""
+    pairs = []
+    for chosen, other in zip(make_rows(count, seed), make_rows(count, seed + 100), strict=True):
+        ids = [*chosen.input_ids[:3], *other.input_ids[3:]]
+        pairs.append(PairRow(chosen, TokenRow(ids, [IGNORED] * 3 + ids[3:])))
+    return pairs
+
+
+def make_pair_table(pairs: Sequence[PairRow]) -> pa.Table:
+    """The pairs as `data.read_rows` gives them."""
+    chosen, rejected = make_table([pair.chosen for pair in pairs]), make_table([pair.rejected for pair in pairs])
+    return chosen.append_column(REJECTED_IDS, rejected.column(INPUT_IDS)).append_column(
+        REJECTED_MASK, rejected.column(LOSS_MASK)
+    )
+
+
 @dataclass
 class Run:
     """One run in a work folder; each `go` is an attempt."""
@@ -96,6 +114,9 @@ class Run:
     settings: Resolved = SETTINGS
     rows: int = 10
     attempt: int = 0
+    followers: Followers = field(default_factory=lambda: Followers([]))
+    loop: Loop = field(init=False)
+    """Of the last attempt."""
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -120,18 +141,21 @@ class Run:
         tokenizer = load_tokenizer(self.model)
         rows = make_table(make_rows(self.rows))
         trainer = build_trainer(base, tokenizer, rows, self.settings, torch.float32, self.root)
-        loop = Loop(trainer, self.settings, make_rows(4, seed=9), self.checkpoints, self.context())
+        loop = Loop(trainer, self.settings, make_rows(4, seed=9), self.checkpoints, self.context(), self.followers)
         trainer.add_callback(loop)
+        loop.begin(self.checkpoints.newest_good())
         return trainer, loop
 
     def go(self, *callbacks: Any) -> dict[str, torch.Tensor]:
-        """Train from the newest good checkpoint, and return the adapter's tensors."""
+        """Train from the newest good checkpoint to the end, and return the tensors that would be published."""
         self.attempt += 1
-        trainer, _ = self.build()
+        trainer, self.loop = self.build()
         for callback in callbacks:
             trainer.add_callback(callback)
-        start = self.checkpoints.newest_good()
-        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        if not self.loop.finished:
+            start = self.checkpoints.newest_good()
+            trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        self.loop.end()
         return weights(trainer.model)
 
 
