@@ -1,4 +1,4 @@
-"""Models in memory: the NF4 base as it is trained, the same base dequantized, and finished models."""
+"""Models in memory: the base as it is trained, the same base dequantized, and finished models."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from finetune_trainer.errors import InvalidConfig, InvalidModel
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from finetune_trainer.progress import Resolved
@@ -20,6 +22,9 @@ log = logging.getLogger(__name__)
 
 GPU_SLACK_BYTES = 4 * 2**30
 """Room for what is not weights: CUDA itself, and logits of 1,024 tokens of 150,000 words, several times over."""
+DTYPES = {"BF16": "bfloat16", "FP16": "float16", "FP32": "float32"}
+"""Names of torch's dtypes."""
+ATTENTIONS = {"SDPA": "sdpa", "FlashAttention2": "flash_attention_2", "Eager": "eager"}
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -106,29 +111,115 @@ def compute_dtype(resolved: Resolved, device: torch.device) -> torch.dtype:
     """What products are computed in; FP16 in place of BF16 on a GPU that lacks it (prepare sees no GPU)."""
     import torch  # noqa: PLC0415 - slow
 
-    dtype = {"BF16": torch.bfloat16, "FP16": torch.float16, "FP32": torch.float32}[resolved.compute_dtype]
-    if dtype is torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        log.info("the GPU has no bf16: computing in fp16")
+    dtype: torch.dtype = getattr(torch, DTYPES[resolved.compute_dtype])
+    if (
+        dtype is torch.bfloat16
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        log.warning("the GPU has no bf16: computing in fp16")
         return torch.float16
     return dtype
 
 
 def load_base(folder: Path, resolved: Resolved, device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ANN401 - any of transformers' models
-    """The base as it is trained: linear layers in NF4, the rest in `dtype`, which is computed in as well."""
-    import torch  # noqa: PLC0415 - slow
-    from transformers import BitsAndBytesConfig  # noqa: PLC0415 - slow
+    """The base as it is trained: held in its format, the rows of added tokens in place. `dtype`: what is computed in.
 
-    quantization = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=resolved.double_quantization,
-        bnb_4bit_compute_dtype=dtype,
+    What a quantizer leaves alone (embeddings, norms, head) is held in `dtype`; beside 8-bit layers in fp32, as
+    `prepare_model_for_kbit_training` of PEFT has it: in fp16 they overflow.
+    """
+    import torch  # noqa: PLC0415 - slow
+
+    held = {"Int8": torch.float32, "BF16": torch.bfloat16, "FP16": torch.float16, "FP32": torch.float32}
+    model = _load(
+        folder,
+        held.get(resolved.base_format, dtype),
+        device,
+        attn_implementation=choose_attention(folder, resolved, device, dtype),
+        **_quantization(resolved, dtype),
     )
-    model = _load(folder, dtype, device, attn_implementation="sdpa", quantization_config=quantization)
     keep_weights_on_cpu(model)
+    extend_embeddings(model, resolved.added_tokens)
     if device.type == "cpu":
         torch.set_flush_denormal(True)
     return model
+
+
+def _quantization(resolved: Resolved, dtype: torch.dtype) -> dict[str, Any]:
+    """How transformers quantizes while it loads; nothing for bases of 16 and 32 bits."""
+    from transformers import BitsAndBytesConfig, GPTQConfig  # noqa: PLC0415 - slow
+
+    match resolved.base_format:
+        case "NF4" | "FP4":
+            quantization: Any = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+                load_in_4bit=True,
+                bnb_4bit_quant_type=resolved.base_format.lower(),
+                bnb_4bit_use_double_quant=resolved.double_quantization,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        case "Int8":
+            quantization = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+        case "GPTQ":
+            let_peft_see_gptq()
+            # The kernel that is written in torch has gradients, and needs no compiler; exllama's has none.
+            quantization = GPTQConfig(bits=4, backend="torch")
+        case _:
+            return {}
+    return {"quantization_config": quantization}
+
+
+def let_peft_see_gptq() -> None:
+    """Undo what `import_peft` does: adapters on GPTQ layers are gptqmodel's business."""
+    import peft  # noqa: PLC0415 - slow
+
+    peft.import_utils.is_gptqmodel_available.cache_clear()
+    peft.import_utils.is_gptqmodel_available()
+
+
+def choose_attention(folder: Path, resolved: Resolved, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The kernel of attention, by transformers' name; None lets the model choose between SDPA and eager.
+
+    InvalidConfig where FlashAttention2 is asked for and not to be had.
+    """
+    import torch  # noqa: PLC0415 - slow
+    from transformers import utils  # noqa: PLC0415 - slow
+
+    if resolved.attention not in {"Auto", "FlashAttention2"}:
+        return ATTENTIONS[resolved.attention]
+    installed = device.type == "cuda" and dtype is not torch.float32 and utils.is_flash_attn_2_available()  # type: ignore[attr-defined]
+    if installed and _supports_flash_attention(folder):
+        return ATTENTIONS["FlashAttention2"]
+    if resolved.attention == "FlashAttention2":
+        what = "has no such kernel" if installed else "cannot use it here: no GPU, no package flash_attn, or no 16 bits"
+        msg = f"model.attention FlashAttention2: the model {what}. Leave attention unset, or set SDPA."
+        raise InvalidConfig(msg)
+    return None
+
+
+def _supports_flash_attention(folder: Path) -> bool:
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - slow
+
+    known: Any = AutoModelForCausalLM._model_mapping  # noqa: SLF001 - there is no public way to ask
+    return bool(known[type(AutoConfig.from_pretrained(folder))]._supports_flash_attn)  # noqa: SLF001 - likewise
+
+
+def extend_embeddings(model: Any, added_tokens: Sequence[int]) -> None:  # noqa: ANN401 - a transformers model
+    """Give added tokens rows in embeddings and head, each the mean of the rows that are known.
+
+    The same in every stage: an adapter that trained these rows is put on rows of the same places. Models have room for
+    more tokens than they know (Qwen2.5: 271): rows there were never trained and are set as well.
+    """
+    import torch  # noqa: PLC0415 - slow
+
+    if not added_tokens:
+        return
+    known, last = min(added_tokens), max(added_tokens)
+    if last >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(last + 1, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            with torch.no_grad():
+                module.weight[list(added_tokens)] = module.weight[:known].float().mean(0).to(module.weight.dtype)
 
 
 def keep_weights_on_cpu(model: Any) -> None:  # noqa: ANN401 - a torch module
@@ -145,7 +236,7 @@ def keep_weights_on_cpu(model: Any) -> None:  # noqa: ANN401 - a torch module
 
 
 def load_dequantized(folder: Path, resolved: Resolved, device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ANN401 - any of transformers' models
-    """The NF4 base with its linear layers widened to `dtype`: the very weights that the adapter was trained on."""
+    """The base with its quantized layers widened to `dtype`: the very weights that the adapter was trained on."""
     return load_base(folder, resolved, device, dtype).dequantize()
 
 
