@@ -30,12 +30,8 @@ if TYPE_CHECKING:
 FACTS = ModelFacts("LlamaForCausalLM", 1000, 512, {"model.layers.0.self_attn.q_proj": 64})
 
 
-def dpo(
-    training: dict[str, Any] | None = None, method: dict[str, Any] | None = None, **settings: Any
-) -> dict[str, Any]:
-    return make_config(
-        objective={"type": "DPO", "dpo": settings}, training=training or {}, **({"method": method} if method else {})
-    )
+def dpo(training: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
+    return make_config(objective={"type": "DPO", "dpo": settings}, training=training or {})
 
 
 @pytest.mark.parametrize(
