@@ -4,7 +4,8 @@
       ...                    what finetune_trainer.state writes
       manifest.json          sizes and SHA-256, and what run it belongs to
 
-A save goes aside, is made durable, and is renamed under the fence. The last good checkpoint outlives a full volume.
+A save goes aside, is made durable, and is renamed under the fence. The last good checkpoint outlives a full volume, and
+the best one those that come after it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from finetune_trainer import fence, manifest
 from finetune_trainer.errors import NO_SPACE_ERRNOS, InvalidConfig, TrainerError, VolumeFull, translate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from finetune_trainer.manifest import Target
+    from finetune_trainer.progress import TrainFacts
 
 log = logging.getLogger(__name__)
 
@@ -49,19 +51,21 @@ class Checkpoints:
         """Where they are."""
         return self.root / "checkpoints"
 
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Let `write` fill a checkpoint of this step, then drop the oldest beyond `keep`.
+    def save(self, step: int, write: Callable[[Path], None], facts: TrainFacts, best_first: Sequence[int] = ()) -> Path:
+        """Let `write` fill a checkpoint of this step, then drop the oldest beyond `keep`, but not the best.
 
-        VolumeFull if there is no room: the partial checkpoint is removed and those before it stay.
+        `facts`: the run so far, for the manifest. `best_first`: steps that were measured, the lowest loss first; the
+        first that has a checkpoint is kept besides. A step is saved once. VolumeFull if there is no room: the partial
+        checkpoint is removed and those before it stay.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         target = self._target(step)
-        partial = self.folder / f".{target.folder.name}.partial-{self.attempt}"
+        partial = self._partial(target.folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
             write(partial)
-            manifest.seal(partial, target, manifest.Result(message=f"checkpoint of step {step}"))
+            manifest.seal(partial, target, manifest.Result(message=f"checkpoint of step {step}", training=facts))
             self._commit(partial, target.folder)
         except BaseException as error:
             written = size_of(partial)
@@ -69,7 +73,7 @@ class Checkpoints:
             if is_volume_full(error):
                 raise self._volume_full(step, written) from error
             raise
-        self._drop_old()
+        self._drop_old(best_first)
         return target.folder
 
     def newest_good(self) -> Path | None:
@@ -78,20 +82,26 @@ class Checkpoints:
         InvalidConfig if the newest one belongs to another run.
         """
         self._clean_leftovers()
-        for path in reversed(self._all()):
-            try:
-                found = manifest.verify(path)
-            except TrainerError as error:
-                self._set_aside(path, error)
-                continue
-            if not self._target(step_of(path)).matches(found):
-                msg = (
-                    f"{path} is of a run with other settings, rows or another model. "
-                    f"Use another --work folder for this config, or delete {self.folder} to train from the start."
-                )
-                raise InvalidConfig(msg)
-            return path
-        return None
+        return next((path for path in reversed(self._all()) if self._is_good(path)), None)
+
+    def good(self, step: int) -> Path | None:
+        """The checkpoint of this step, if it is there and every byte is as written; set aside and told if damaged."""
+        path = self._target(step).folder
+        return path if path.exists() and self._is_good(path) else None
+
+    def _is_good(self, path: Path) -> bool:
+        try:
+            found = manifest.verify(path)
+        except TrainerError as error:
+            self._set_aside(path, error)
+            return False
+        if not self._target(step_of(path)).matches(found):
+            msg = (
+                f"{path} is of a run with other settings, rows or another model. "
+                f"Use another --work folder for this config, or delete {self.folder} to train from the start."
+            )
+            raise InvalidConfig(msg)
+        return True
 
     def _target(self, step: int) -> Target:
         name = f"step-{step:08d}"
@@ -99,8 +109,6 @@ class Checkpoints:
 
     def _commit(self, partial: Path, folder: Path) -> None:
         with fence.committing(self.root, self.attempt):
-            if folder.exists():
-                shutil.rmtree(folder)
             partial.rename(folder)
         manifest.sync(self.folder)
 
@@ -110,13 +118,25 @@ class Checkpoints:
             return []
         return sorted(path for path in self.folder.iterdir() if NAME_PATTERN.fullmatch(path.name))
 
-    def _drop_old(self) -> None:
-        for path in self._all()[: -self.keep]:
-            shutil.rmtree(path, ignore_errors=True)
+    def _drop_old(self, best_first: Sequence[int]) -> None:
+        saved = {step_of(path): path for path in self._all()}
+        best = next((step for step in best_first if step in saved), None)
+        for step in sorted(saved)[: -self.keep]:
+            if step != best:
+                self._drop(saved[step])
+
+    def _drop(self, path: Path) -> None:
+        """Gone under its name at once: killed on the way, half a checkpoint would look like a damaged one."""
+        leftover = self._partial(path)
+        path.rename(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
+
+    def _partial(self, folder: Path) -> Path:
+        return self.folder / f".{folder.name}.partial-{self.attempt}"
 
     def _set_aside(self, path: Path, error: TrainerError) -> None:
-        aside = path.with_name(f"damaged-{path.name}-{self.attempt}")
         """Keep it for whoever wants to know why, in the place of the one kept before."""
+        aside = path.with_name(f"damaged-{path.name}-{self.attempt}")
         log.warning("checkpoint %s is damaged and set aside as %s: %s", path.name, aside.name, error)
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)

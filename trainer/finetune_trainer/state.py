@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 ADAPTER_NAME = "adapter.safetensors"
 
 
-def write_state(trainer: Any, folder: Path) -> None:  # noqa: ANN401 - a transformers Trainer
-    """Everything that the next step depends on, as the Trainer itself names it where it does."""
+def write_state(trainer: Any, folder: Path, random_states: dict[str, Any]) -> None:  # noqa: ANN401 - a transformers Trainer
+    """Everything that the next step depends on, as the Trainer itself names it where it does.
+
+    `random_states`: of the end of the last step, from `random_state`: within a step dropout has drawn from them since.
+    """
     from safetensors.torch import save_file  # noqa: PLC0415 - slow
 
     save_file({name: tensor.detach().contiguous() for name, tensor in trained(trainer.model)}, folder / ADAPTER_NAME)
@@ -29,7 +32,7 @@ def write_state(trainer: Any, folder: Path) -> None:  # noqa: ANN401 - a transfo
     _save(trainer.lr_scheduler.state_dict(), folder / "scheduler.pt")
     if trainer.accelerator.scaler is not None:
         _save(trainer.accelerator.scaler.state_dict(), folder / "scaler.pt")
-    _save(random_state(), folder / "rng_state.pth")
+    _save(random_states, folder / "rng_state.pth")
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
 

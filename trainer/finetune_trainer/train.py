@@ -13,15 +13,17 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetune_trainer import checkpoint, manifest, samples
+from finetune_trainer import manifest, samples
 from finetune_trainer.checkpoint import Checkpoints
+from finetune_trainer.course import EVAL_ACCURACY, EVAL_LOSS, Line
 from finetune_trainer.data import TRAIN, read_rows
 from finetune_trainer.errors import InvalidDataset, OutOfMemory
-from finetune_trainer.evaluate import measure_loss, read_pair_rows, read_token_rows, rounded
+from finetune_trainer.evaluate import read_pair_rows, read_token_rows, rounded
 from finetune_trainer.loading import compute_dtype, load_base, set_up_torch, torch_out_of_memory, training_device
 from finetune_trainer.manifest import Made, Manifest, Result
 from finetune_trainer.model import load_tokenizer
-from finetune_trainer.progress import Measured, Resolved
+from finetune_trainer.progress import Measured, Resolved, TrainFacts
+from finetune_trainer.tracking import following
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,11 +34,15 @@ if TYPE_CHECKING:
 
     from finetune_trainer.config import JobConfig
     from finetune_trainer.context import Context
+    from finetune_trainer.exact import Exact
     from finetune_trainer.loop import Loop
+    from finetune_trainer.tracking import Followers
 
 log = logging.getLogger(__name__)
 
 BEFORE_NAME = "before.json"
+LARGEST_LOSS = 700.0
+"""Of which exp is a number that JSON can hold."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Rows:
 
 
 def run(config: JobConfig, context: Context) -> Manifest:
-    """Load the base and the rows, train from the newest good checkpoint, publish `adapter/`."""
+    """Load the base and the rows, train from the newest good checkpoint, publish what was trained."""
     set_up_torch()
     resolved, device = context.resolved, training_device(config.gpus_per_node)
     checkpoints = _checkpoints(context, resolved)
@@ -68,12 +74,17 @@ def run(config: JobConfig, context: Context) -> Manifest:
     context.report.begin("loading the base model")
     tokenizer = load_tokenizer(context.work.model)
     base = load_base(context.work.model, resolved, device, dtype := compute_dtype(resolved, device))
-    before = _measure_before(base, tokenizer, rows, context)
     trainer = _build_trainer(base, tokenizer, rows, resolved, dtype, context)
-    loop = _train(trainer, resolved, rows, checkpoints, start, context)
-    after = samples.generate(trainer.model, tokenizer, rows.prompts)
-    samples.write(context.work.report / "samples.json", tokenizer, rows.prompts, before.answers, after)
-    return _publish(trainer, tokenizer, loop, before, resolved, context)
+    before = _measure_before(trainer, tokenizer, rows, context)
+    figures: Line = {}
+    with following(config.tracking, context, figures) as followers:
+        loop = _take_steps(trainer, rows, checkpoints, start, context, followers)
+        context.report.begin("writing answers after training", len(rows.prompts), "answers")
+        after = samples.generate(trainer.model, tokenizer, rows.prompts, context.polled)
+        samples.write(context.work.report / "samples.json", tokenizer, rows.prompts, before.answers, after)
+        result = _result(loop, before, resolved)
+        figures.update(_figures(result))
+    return _publish(trainer, tokenizer, result, context)
 
 
 def _checkpoints(context: Context, resolved: Resolved) -> Checkpoints:
@@ -90,8 +101,8 @@ def _read_rows(context: Context) -> Rows:
     return Rows(train, held_out, samples.choose_prompts(held_out))
 
 
-def _measure_before(base: Any, tokenizer: Any, rows: Rows, context: Context) -> Before:  # noqa: ANN401 - transformers' objects
-    """Held-out loss and answers of the base, measured once in the life of the run."""
+def _measure_before(trainer: Exact, tokenizer: Any, rows: Rows, context: Context) -> Before:  # noqa: ANN401 - a transformers tokenizer
+    """Held-out loss and answers of what training begins with, measured once in the life of the run."""
     path, run = context.work.checkpoints / BEFORE_NAME, _run_of(context)
     if (known := _read_before(path, run)) is not None:
         log.info("measured before the first step, in an earlier attempt: held-out loss %s", known.eval_loss)
@@ -99,10 +110,10 @@ def _measure_before(base: Any, tokenizer: Any, rows: Rows, context: Context) -> 
     loss = None
     if rows.held_out:
         context.report.begin("measuring the base model", len(rows.held_out), "rows")
-        loss = measure_loss(base, rows.held_out, context.polled)
+        loss = trainer.measure(rows.held_out, context.polled).loss
         log.info("held-out loss before training: %.4f", loss)
     context.report.begin("writing answers before training", len(rows.prompts), "answers")
-    before = Before(loss, samples.generate(base, tokenizer, rows.prompts))
+    before = Before(loss, samples.generate(trainer.model, tokenizer, rows.prompts, context.polled))
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial-{context.attempt}")
     aside.write_text(json.dumps({"run": run, "evalLoss": before.eval_loss, "answers": before.answers}), "utf-8")
@@ -132,45 +143,33 @@ def _build_trainer(  # noqa: PLR0913 - the pieces of a training
     resolved: Resolved,
     dtype: torch.dtype,
     context: Context,
-) -> Any:  # noqa: ANN401 - an SFTTrainer
+) -> Exact:
     from finetune_trainer.trainers import build_trainer  # noqa: PLC0415 - brings trl, slow
 
     context.report.begin("setting up the trainer")
     return build_trainer(base, tokenizer, rows.train, resolved, dtype, context.work.checkpoints)
 
 
-def _train(  # noqa: PLR0913 - the pieces of a training
-    trainer: Any,  # noqa: ANN401 - an SFTTrainer
-    resolved: Resolved,
+def _take_steps(  # noqa: PLR0913 - the pieces of a training
+    trainer: Exact,
     rows: Rows,
     checkpoints: Checkpoints,
     start: Path | None,
     context: Context,
+    followers: Followers,
 ) -> Loop:
-    """Take the steps that are left. OutOfMemory names device, step and micro-batch."""
-    from finetune_trainer.loop import Loop  # noqa: PLC0415 - brings trl, slow
+    """Take the steps that are left, if any; the model has the weights to publish then."""
+    from finetune_trainer.loop import Loop  # noqa: PLC0415 - brings transformers' trainer, slow
 
-    loop = Loop(trainer, resolved, rows.held_out, checkpoints, context)
-    loop.resumed_from = None if start is None else checkpoint.step_of(start)
-    if start is not None:
-        log.info("going on from step %d", loop.resumed_from)
-    context.report.begin("training", resolved.total_steps, "steps")
-    context.report.update(
-        done=loop.resumed_from or 0,
-        checkpoint_step=loop.resumed_from,
-        resumed_from_step=loop.resumed_from,
-        eta_seconds=None,
-    )
-    if (
-        start is not None and loop.resumed_from == resolved.total_steps
-    ):  # broken off between the last step and the adapter
-        loop.take_over(start)
-        return loop
-    trainer.add_callback(loop)
-    try:
-        trainer.train(resume_from_checkpoint=None if start is None else str(start))
-    except torch_out_of_memory() as error:
-        raise OutOfMemory(_out_of_memory(trainer, resolved, error)) from error
+    loop = Loop(trainer, context.resolved, rows.held_out, checkpoints, context, followers)
+    loop.begin(start)
+    if not loop.finished:  # else broken off between the last step and what is published
+        trainer.add_callback(loop)
+        try:
+            trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        except torch_out_of_memory() as error:
+            raise OutOfMemory(_out_of_memory(trainer, context.resolved, error)) from error
+    loop.end()
     return loop
 
 
@@ -183,16 +182,8 @@ def _out_of_memory(trainer: Any, resolved: Resolved, error: BaseException) -> st
     )
 
 
-def _publish(  # noqa: PLR0913 - what is told of an adapter
-    trainer: Any,  # noqa: ANN401 - an SFTTrainer
-    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
-    loop: Loop,
-    before: Before,
-    resolved: Resolved,
-    context: Context,
-) -> Manifest:
+def _publish(trainer: Exact, tokenizer: Any, result: Result, context: Context) -> Manifest:  # noqa: ANN401 - a transformers tokenizer
     """Adapter in PEFT's format, tokenizer and chat template beside it; complete or absent."""
-    result = _result(loop, before, resolved)
 
     def build(folder: Path) -> Result:
         context.report.begin("saving the adapter", unit="bytes")
@@ -214,16 +205,42 @@ def _forget_machine(folder: Path) -> None:
 
 
 def _result(loop: Loop, before: Before, resolved: Resolved) -> Result:
-    after = loop.eval_loss
-    measured = None
-    told = "nothing was held out"
-    if after is not None and before.eval_loss is not None:
-        measured = Measured(
-            eval_loss=rounded(after), perplexity=rounded(math.exp(after)), eval_loss_base=rounded(before.eval_loss)
-        )
-        told = f"held-out loss {before.eval_loss:.4f} before, {after:.4f} after"
+    facts, measured = loop.facts(), _measured(loop.published, before, resolved)
+    steps = f"{facts.steps:,} of {resolved.total_steps:,}" if facts.stopped_early else f"{facts.steps:,}"
+    early = ", until the held-out loss no longer fell" if facts.stopped_early else ""
     return Result(
-        message=f"Trained {resolved.total_steps:,} steps: {told}.",
-        training=loop.facts(),
+        message=f"Trained {steps} steps{early}: {_told(loop.published, facts, before, resolved)}.",
+        training=facts,
         artifact=Made(name="adapter", type="Adapter", measured=measured),
     )
+
+
+def _measured(published: Line | None, before: Before, resolved: Resolved) -> Measured | None:
+    """The figures of the weights that are published."""
+    if published is None or before.eval_loss is None:
+        return None
+    loss, accuracy = published[EVAL_LOSS], published.get(EVAL_ACCURACY)
+    return Measured(
+        eval_loss=rounded(loss),
+        eval_loss_base=rounded(before.eval_loss),
+        perplexity=rounded(math.exp(loss)) if resolved.dpo is None and loss < LARGEST_LOSS else None,
+        preference_accuracy=None if accuracy is None else rounded(accuracy),
+    )
+
+
+def _told(published: Line | None, facts: TrainFacts, before: Before, resolved: Resolved) -> str:
+    if published is None or before.eval_loss is None:
+        return "nothing was held out"
+    told = f"held-out loss {before.eval_loss:.4f} before, {published[EVAL_LOSS]:.4f} after"
+    if not resolved.restore_best:
+        return told
+    told += f", with the weights of step {published['step']:,}"
+    lost = published["step"] != facts.best_step
+    return told + (f" (the checkpoint of step {facts.best_step:,}, which was better, is damaged)" if lost else "")
+
+
+def _figures(result: Result) -> Line:
+    """What was measured, for those who followed the run."""
+    measured = result.artifact.measured if result.artifact else None
+    figures = {} if measured is None else measured.model_dump(exclude_none=True)
+    return {f"final/{name}": value for name, value in figures.items()}

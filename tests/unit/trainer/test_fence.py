@@ -11,7 +11,7 @@ from finetune_trainer import fence, manifest
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.errors import Interrupted
 from finetune_trainer.manifest import Result, Target
-from finetune_trainer.progress import Stage
+from finetune_trainer.progress import Stage, TrainFacts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 def write(folder: Path) -> Result:
     (folder / "file").write_text("text")
     return Result(message="made")
+
+
+FACTS = TrainFacts(steps=1, epochs=1, trainable_parameters=1, total_parameters=1)
 
 
 def fill(folder: Path) -> None:
@@ -44,13 +47,13 @@ def test_an_older_attempt_saves_no_checkpoint(tmp_path: Path) -> None:
     run = Target(Stage.TRAIN, tmp_path / "adapter", "adapter", "sha256:0")
     old = Checkpoints(tmp_path, run, attempt=1, keep=2)
     fence.enter(tmp_path, 1)
-    old.save(1, fill)
+    old.save(1, fill, FACTS)
     fence.enter(tmp_path, 2)
     with pytest.raises(Interrupted):
-        old.save(2, fill)
+        old.save(2, fill, FACTS)
     new = replace(old, attempt=2)
     assert new.newest_good() == tmp_path / "checkpoints" / "step-00000001"
-    new.save(2, fill)
+    new.save(2, fill, FACTS)
 
 
 def test_an_older_attempt_does_not_even_start(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from finetune_trainer import manifest, train
 from finetune_trainer.checkpoint import size_of
 from finetune_trainer.errors import Interrupted, VolumeFull
-from tests.unit.trainer.runs import SETTINGS, Run, make_rows, replace_settings, same_bits, weights
+from tests.unit.trainer.runs import SETTINGS, Run, make_rows, make_table, replace_settings, same_bits, weights
 
 if TYPE_CHECKING:
     import torch
@@ -108,50 +108,94 @@ def test_no_more_checkpoints_are_kept_than_asked_for(tiny_model: Path, tmp_path:
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
 
 
-def test_asked_to_leave_it_saves_and_the_next_attempt_goes_on_exactly(
-    tiny_model: Path, tmp_path: Path, unbroken: dict[float, dict[str, torch.Tensor]]
+@pytest.mark.parametrize("step", [1, 3], ids=["within an epoch", "at an epoch's end"])
+def test_asked_to_leave_within_a_step_it_saves_after_the_micro_batch_and_goes_on_exactly(
+    tiny_model: Path, tmp_path: Path, unbroken: dict[float, dict[str, torch.Tensor]], step: int
 ) -> None:
-    run = Run(tiny_model, tmp_path)
+    run = Run(tiny_model, tmp_path).change(checkpoint_steps=100)
     run.attempt = 1
     trainer, loop = run.build()
-    trainer.add_callback(AskAfter(loop._context.stopping, 3))
-    with pytest.raises(Interrupted, match="step 4 of 8"):
+    asked = AskInMicroBatch(trainer, loop._context.stopping, 2 * step + 1)
+    with pytest.raises(Interrupted, match=f"step {step} of 8"):
         trainer.train()
-    assert run.checkpoints.newest_good() == tmp_path / "checkpoints" / "step-00000004"
+    assert asked.taken == 2 * step + 1
+    assert run.checkpoints.newest_good() == tmp_path / "checkpoints" / f"step-{step:08d}"
     assert same_bits(run.go(), unbroken[0.1])
 
 
-class AskAfter(TrainerCallback):
-    """SIGTERM in the course of the next step."""
+def test_asked_to_leave_before_the_first_step_it_leaves_nothing_behind(tiny_model: Path, tmp_path: Path) -> None:
+    run = Run(tiny_model, tmp_path)
+    run.attempt = 1
+    trainer, loop = run.build()
+    AskInMicroBatch(trainer, loop._context.stopping, 1)
+    with pytest.raises(Interrupted, match="before the first step"):
+        trainer.train()
+    assert run.checkpoints.newest_good() is None
 
-    def __init__(self, stopping: Any, step: int) -> None:
-        self.stopping, self.step = stopping, step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - Trainer's
-        if state.global_step == self.step:
-            self.stopping.set()
+class AskInMicroBatch:
+    """SIGTERM while the model is at work on one of its micro-batches."""
+
+    def __init__(self, trainer: Any, stopping: Any, number: int) -> None:
+        self.taken = 0
+        take = trainer.training_step
+
+        def counted(*arguments: Any) -> Any:
+            self.taken += 1
+            if self.taken == number:
+                stopping.set()
+            return take(*arguments)
+
+        trainer.training_step = counted
 
 
-def ask_while_measuring(context: Context) -> None:
-    """SIGTERM as soon as the held-out loss is measured."""
+def ask_while_measuring(context: Context, step: int = 0) -> None:
+    """SIGTERM as soon as the held-out loss is measured at this step or a later one."""
     update = context.report.update
 
     def ask(**changes: Any) -> None:
-        if "measuring" in changes.get("activity", ""):
+        if "measuring" in changes.get("activity", "") and context.report.current.done >= step:
             context.stopping.set()
         update(**changes)
 
     context.report.update = ask  # type: ignore[method-assign]
 
 
-def test_asked_to_leave_while_it_measures_it_saves_as_well(tiny_model: Path, tmp_path: Path) -> None:
-    run = Run(tiny_model, tmp_path).change(eval_steps=1, checkpoint_steps=100)
+def test_a_measurement_that_was_broken_off_is_made_by_the_next_attempt(
+    tiny_model: Path, tmp_path: Path, unbroken: dict[float, dict[str, torch.Tensor]]
+) -> None:
+    whole = Run(tiny_model, tmp_path / "whole")
+    whole.go()
+    run = Run(tiny_model, tmp_path / "broken")
     run.attempt = 1
     trainer, loop = run.build()
     ask_while_measuring(loop._context)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="step 3 of 8"):
         trainer.train()
-    assert run.checkpoints.newest_good() == tmp_path / "checkpoints" / "step-00000001"
+    assert run.checkpoints.newest_good() == tmp_path / "broken" / "checkpoints" / "step-00000003"
+    assert same_bits(run.go(), unbroken[0.1])
+    assert run.loop.facts() == whole.loop.facts()
+    assert figures(run.loop._course.lines) == figures(whole.loop._course.lines)
+
+
+def figures(lines: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The lines without what a clock or a gauge told."""
+    measured = {"tokens_per_second", "peak_memory_bytes"}
+    return [{name: value for name, value in line.items() if name not in measured} for line in lines]
+
+
+@pytest.mark.parametrize("logging_steps", [1, 3])
+def test_a_resumed_run_tells_the_very_lines_of_an_unbroken_one(
+    tiny_model: Path, tmp_path: Path, logging_steps: int
+) -> None:
+    whole = Run(tiny_model, tmp_path / "whole").change(logging_steps=logging_steps)
+    whole.go()
+    run = Run(tiny_model, tmp_path / "broken").change(logging_steps=logging_steps)
+    with pytest.raises(CrashError):
+        run.go(CrashAfter(5))
+    run.go()
+    assert figures(run.loop._course.lines) == figures(whole.loop._course.lines)
+    assert run.loop.facts() == whole.loop.facts()
 
 
 @pytest.mark.parametrize("asked", [False, True], ids=["left alone", "asked to leave while it measures"])
@@ -159,21 +203,22 @@ def test_killed_between_the_last_step_and_the_adapter_it_takes_the_checkpoint_ov
     tiny_model: Path, tmp_path: Path, unbroken: dict[float, dict[str, torch.Tensor]], asked: bool
 ) -> None:
     run = Run(tiny_model, tmp_path)
-    with pytest.raises(CrashError):
-        run.go(CrashAfter(8))
+    run.attempt = 1
+    trainer, loop = run.build()
+    if asked:
+        ask_while_measuring(loop._context, step=8)
+    else:
+        trainer.add_callback(CrashAfter(8))
+    with pytest.raises((CrashError, Interrupted)):
+        trainer.train()
     start = run.checkpoints.newest_good()
     assert start == tmp_path / "checkpoints" / "step-00000008"
     run.attempt = 2
     trainer, _ = run.build()
-    context, rows = run.context(), train.Rows(make_rows(), make_rows(4, seed=9), [])
-    if asked:
-        ask_while_measuring(context)
-        with pytest.raises(Interrupted, match="step 8 of 8"):
-            train._train(trainer, run.settings, rows, run.checkpoints, start, context)
-    else:
-        loop = train._train(trainer, run.settings, rows, run.checkpoints, start, context)
-        assert loop.facts().steps == 8
-        assert loop.eval_loss is not None
+    context, rows = run.context(), train.Rows(make_table(make_rows()), make_rows(4, seed=9), [])
+    loop = train._take_steps(trainer, rows, run.checkpoints, start, context, run.followers)
+    assert loop.facts().steps == 8
+    assert loop.published is not None
     assert context.report.current.resumed_from_step == 8
     assert same_bits(weights(trainer.model), unbroken[0.1])
     assert run.checkpoints.newest_good() == start
@@ -188,9 +233,9 @@ class Told:
     pass
 from finetune_trainer import state
 write = state.write_state
-def told(trainer, folder):
+def told(*arguments):
     print("saving", flush=True)
-    write(trainer, folder)
+    write(*arguments)
     print("written", flush=True)
 state.write_state = told
 run.go()
