@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_alone = False
+"""Whether rank 0 works while the others wait: there is nobody to ask then."""
+
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """Rank 0 hashes and saves while the others wait; NCCL's own 10 minutes end a large save half way."""
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
@@ -135,7 +138,7 @@ def any_of(flag: bool) -> bool:
 
 def total(values: Sequence[float]) -> list[float]:
     """Sums over the ranks, in float64; the same on all of them."""
-    if world_size() == 1:
+    if world_size() == 1 or _alone:
         return list(values)
     import torch  # noqa: PLC0415 - slow
     import torch.distributed as dist  # noqa: PLC0415 - slow
@@ -147,20 +150,31 @@ def total(values: Sequence[float]) -> list[float]:
 
 
 def lead(work: Callable[[], T]) -> T:
-    """What rank 0's `work` returns or raises, on all ranks. The others only wait: it must need none of them."""
-    if world_size() == 1:
+    """What rank 0's `work` returns or raises, on all ranks. The others only wait: within it rank 0 is alone."""
+    if world_size() == 1 or _alone:
         return work()
     import torch  # noqa: PLC0415 - slow
     import torch.distributed as dist  # noqa: PLC0415 - slow
 
     outcome: list[tuple[T | None, TrainerError | None]] = [(None, None)]
     if leads():
-        outcome = [_tried(work)]
+        with _by_itself():
+            outcome = [_tried(work)]
     dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
     value, error = outcome[0]
     if error is not None:
         raise error
     return value  # type: ignore[return-value]  # what rank 0 found
+
+
+@contextmanager
+def _by_itself() -> Iterator[None]:
+    global _alone  # noqa: PLW0603 - of the process, as its rank is
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 def together(work: Callable[[], T]) -> T:

@@ -14,6 +14,7 @@ import torch
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from finetune_trainer.data import INPUT_IDS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK
+from finetune_trainer.distributed import total
 from finetune_trainer.evaluate import IGNORED, HeldOut, PairRow, evaluating, pad, polled, token_row
 from finetune_trainer.exact import Exact
 
@@ -47,13 +48,14 @@ class DpoTrainer(Exact, DPOTrainer):
         figures = ("rewards/accuracies", "rewards/margins")
         sums, count = [0.0] * 3, 0
         with evaluating(self.model):
-            for batch in polled(rows, poll):
+            for batch, counts in polled(rows, poll):
                 loss = self.compute_loss(self.model, self._prepare_inputs(collate(batch)))  # type: ignore[no-untyped-call]
                 told = (float(loss), *(self._metrics["eval"][name][-1] for name in figures))
-                sums = [total + value * len(batch) for total, value in zip(sums, told, strict=True)]
-                count += len(batch)
+                sums = [known + counts * value * len(batch) for known, value in zip(sums, told, strict=True)]
+                count += counts * len(batch)
             self._metrics["eval"].clear()
-        loss, accuracy, margin = (total / max(count, 1) for total in sums)
+        *sums, pairs = total([*sums, count])
+        loss, accuracy, margin = (known / max(pairs, 1) for known in sums)
         return HeldOut(loss, accuracy, margin)
 
 

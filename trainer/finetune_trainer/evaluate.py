@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import numpy as np
 
 from finetune_trainer.data import EVAL, INPUT_IDS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK, read_rows
+from finetune_trainer.distributed import rank, total, world_size
 from finetune_trainer.errors import NotFound
 from finetune_trainer.loading import import_peft, load_base, load_finished, set_up_torch, training_device
 from finetune_trainer.progress import Measured, Resolved
@@ -206,13 +207,14 @@ def measure_loss(model: Any, rows: Sequence[TokenRow], poll: Callable[[int, int]
     """Held-out loss, nats a token. `poll(rows done, rows in all)` is called before each batch and may raise."""
     import torch  # noqa: PLC0415 - slow
 
-    total, count = 0.0, 0
+    loss, count = 0.0, 0
     with evaluating(model):
-        for batch in polled(rows, poll):
+        for batch, counts in polled(rows, poll):
             logprobs, targets = _logprobs(model, batch)
-            total -= float(logprobs.gather(-1, targets[:, None]).to(torch.float64).sum())
-            count += len(targets)
-    return total / max(count, 1)
+            loss -= counts * float(logprobs.gather(-1, targets[:, None]).to(torch.float64).sum())
+            count += counts * len(targets)
+    loss, tokens = total([loss, count])
+    return loss / max(tokens, 1)
 
 
 def compare(
@@ -226,7 +228,7 @@ def compare(
 
     sums, count = [0.0] * 4, 0
     with evaluating(reference), evaluating(candidate):
-        for batch in polled(rows, poll):
+        for batch, _ in polled(rows, poll):
             p, targets = _logprobs(reference, batch)
             q, _ = _logprobs(candidate, batch)
             q, targets = q.to(p.device), targets.to(p.device)
@@ -236,9 +238,9 @@ def compare(
                 torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1),
                 p.argmax(-1) == q.argmax(-1),
             )
-            sums = [total + float(term.to(torch.float64).sum()) for total, term in zip(sums, terms, strict=True)]
+            sums = [known + float(term.to(torch.float64).sum()) for known, term in zip(sums, terms, strict=True)]
             count += len(targets)
-    return Comparison(*(total / max(count, 1) for total in sums))
+    return Comparison(*(known / max(count, 1) for known in sums))
 
 
 @contextmanager
@@ -255,14 +257,21 @@ def evaluating(model: Any) -> Iterator[None]:  # noqa: ANN401 - a torch module
         model.train(was_training)
 
 
-def polled(rows: Sequence[Measurable], poll: Callable[[int, int], None] | None) -> Iterator[list[Measurable]]:
-    """The batches of the rows; `poll(rows done, rows in all)` before each."""
-    done = 0
-    for batch in batches(rows):
+def polled(
+    rows: Sequence[Measurable], poll: Callable[[int, int], None] | None
+) -> Iterator[tuple[list[Measurable], bool]]:
+    """This rank's batches of the rows, and whether they count; `poll(rows done, rows in all)` before each.
+
+    Every rank gets as many, since a sharded model computes on all of them at once: where batches run out, a rank
+    keeps the others company with one that does not count.
+    """
+    everybodys, done = list(batches(rows)), 0
+    for turn in range(0, len(everybodys), world_size()):
         if poll is not None:
             poll(done, len(rows))
-        yield batch
-        done += len(batch)
+        own = turn + rank()
+        yield everybodys[min(own, len(everybodys) - 1)], own < len(everybodys)
+        done += sum(map(len, everybodys[turn : turn + world_size()]))
 
 
 def _logprobs(model: Any, rows: Sequence[TokenRow]) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 - a causal language model

@@ -6,20 +6,45 @@ not-a-number loss is hidden (transformers 5.23). The loop itself, its optimizer,
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
 from finetune_trainer import state
+from finetune_trainer.data import LOSS_MASK, REJECTED_MASK
+from finetune_trainer.distributed import rank, world_size
+from finetune_trainer.order import FILLER, Share
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
     from finetune_trainer.evaluate import HeldOut
     from finetune_trainer.order import RowOrder
+
+
+class Filled(Dataset[Any]):
+    """Rows, and one more under the index FILLER, of which nothing counts."""
+
+    def __init__(self, rows: Any) -> None:  # noqa: ANN401 - datasets.Dataset
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index != FILLER:
+            row: dict[str, Any] = self._rows[index]
+            return row
+        masks = {
+            name: np.zeros_like(mask) for name, mask in self._rows[0].items() if name in (LOSS_MASK, REJECTED_MASK)
+        }
+        return {**self._rows[0], **masks}
 
 
 class Exact(Trainer):
@@ -44,8 +69,17 @@ class Exact(Trainer):
         """
         raise NotImplementedError
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder:  # noqa: ANN401, ARG002 - Trainer's signature
-        return self.row_order
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """This rank's micro-batches. Accelerate's own sharing repeats rows where they do not come out even."""
+        args = self.args
+        steps = args.gradient_accumulation_steps * args.per_device_train_batch_size * world_size()
+        share = Share(self.row_order, args.per_device_train_batch_size, steps, rank(), world_size())
+        return DataLoader(
+            Filled(self.train_dataset),
+            batch_sampler=share,
+            collate_fn=self.data_collator,
+            pin_memory=args.dataloader_pin_memory,
+        )
 
     def _run_epoch(self, *rest: Any, **named: Any) -> None:  # noqa: ANN401 - Trainer's signature
         self.row_order.epoch = named["epoch"]
@@ -53,6 +87,11 @@ class Exact(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401 - Trainer's signature
         state.read_weights(model or self.model, Path(resume_from_checkpoint))
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Reduce the gradients of each micro-batch: deferred, each rank would hold those of the whole model."""
+        yield
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:  # noqa: ANN401 - Trainer's signature
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
+
+FILLER = -1
+"""In the place of a row's index."""
 
 
 class RowOrder(Sampler[int]):
@@ -74,6 +78,36 @@ class RowOrder(Sampler[int]):
         if not self._shuffle:
             return members
         return np.random.default_rng((self._seed, number, dataset + 1)).permutation(members)
+
+
+class Share(Sampler[list[int]]):
+    """The micro-batches of one rank. Those of all ranks together are the same for any number of ranks.
+
+    Every rank has as many of them, since all must take part in every exchange: where rows run out at the end of an
+    epoch, a rank that has none left takes FILLER, a row of which nothing counts.
+    """
+
+    def __init__(self, order: RowOrder, micro_batch: int, global_batch: int, rank: int, world_size: int) -> None:
+        """Rows a micro-batch and rows a step over all ranks."""
+        self._order, self._micro_batch, self._global_batch = order, micro_batch, global_batch
+        self._rank, self._world_size = rank, world_size
+
+    def __len__(self) -> int:
+        """Micro-batches of an epoch."""
+        whole, rest = divmod(len(self._order), self._global_batch)
+        return whole * self._rounds(self._global_batch) + self._rounds(rest)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Indices of rows, a list a micro-batch."""
+        rows = iter(self._order)
+        while step := list(islice(rows, self._global_batch)):
+            cut = [step[start : start + self._micro_batch] for start in range(0, len(step), self._micro_batch)]
+            own = cut[self._rank :: self._world_size]
+            yield from own
+            yield from [[FILLER]] * (self._rounds(len(step)) - len(own))
+
+    def _rounds(self, rows: int) -> int:
+        return math.ceil(rows / (self._micro_batch * self._world_size))
 
 
 def share_out(sequences: Sequence[int], rows: Sequence[float], weights: Sequence[float]) -> tuple[int, ...]:

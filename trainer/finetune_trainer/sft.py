@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
+from finetune_trainer.distributed import world_size
 from finetune_trainer.evaluate import HeldOut, TokenRow, logits_that_count, measure_loss
 from finetune_trainer.exact import Exact
 
@@ -37,4 +38,6 @@ class SftTrainer(Exact, SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
         logits, targets = logits_that_count(model, inputs)
         total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-        return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is None:
+            return total / len(targets)
+        return total / num_items_in_batch * world_size()  # of all ranks, whose gradients are averaged
