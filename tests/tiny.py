@@ -52,9 +52,44 @@ def make_tokenizer(folder: Path, *, chat_template: bool = True, vocabulary: int 
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+SIZE = {
+    "vocab_size": 320,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+GPT_SIZE = {
+    "vocab_size": 320,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Llama": {**SIZE, "tie_word_embeddings": True},
+    "Qwen2": {**SIZE, "tie_word_embeddings": False},
+    "Qwen3Moe": {**SIZE, **EXPERTS, "tie_word_embeddings": False},
+    "GPT2": GPT_SIZE,
+    "GPTBigCode": GPT_SIZE,
+}
+"""Settings of small models by the beginning of their class: Qwen2 has biases and a head of its own, Qwen3Moe experts
+in one piece, GPT2 layers of type Conv1D."""
+
+
 def make_tiny_model(
     folder: Path,
     *,
+    architecture: str = "Llama",
     dtype: str = "bfloat16",
     chat_template: bool = True,
     hidden_size: int = 64,
@@ -62,28 +97,70 @@ def make_tiny_model(
     seed: int = 0,
     max_shard_size: str = "1GB",
 ) -> Path:
-    """A random Llama with a tokenizer; its linear layers have `hidden_size` or 2 `hidden_size` input columns."""
+    """A random model with a tokenizer; Llama's linear layers have `hidden_size` or 2 `hidden_size` input columns."""
     import torch  # noqa: PLC0415 - slow
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - slow
+    import transformers  # noqa: PLC0415 - slow
 
     make_tokenizer(folder, chat_template=chat_template)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        tie_word_embeddings=True,
-    )
+    settings = dict(ARCHITECTURES[architecture])
+    if "n_embd" not in settings:
+        settings |= {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_hidden_layers": layers}
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    config = getattr(transformers, f"{architecture}Config")(**settings)
+    name = f"{architecture}LMHeadModel" if architecture == "GPT2" else f"{architecture}ForCausalLM"
+    model = getattr(transformers, name)(config).to(getattr(torch, dtype))
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
+
+
+def make_tiny_gptq(folder: Path, **options: Any) -> Path:
+    """The same model with its linear layers packed by GPTQ's rules: 4 bits, groups of 32, symmetric, rounded."""
+    import torch  # noqa: PLC0415 - slow
+    from safetensors.torch import load_file, save_file  # noqa: PLC0415 - slow
+
+    make_tiny_model(folder, dtype="float16", **options)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            layer = name.removesuffix("weight")
+            tensors |= {layer + part: packed for part, packed in pack_gptq(tensor).items()}
+        else:
+            tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": GPTQ_GROUP,
+        "desc_act": False,
+        "sym": True,
+        "checkpoint_format": "gptq",
+        "lm_head": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+GPTQ_GROUP = 32
+
+
+def pack_gptq(weight: Any) -> dict[str, Any]:
+    """`qweight`, `qzeros`, `scales`, `g_idx` of a weight [rows, columns]: eight numbers of 4 bits in an int32."""
+    import torch  # noqa: PLC0415 - slow
+
+    rows, columns = weight.shape
+    grouped = weight.float().view(rows, columns // GPTQ_GROUP, GPTQ_GROUP)
+    scales = (grouped.abs().amax(-1) / 7).clamp(min=1e-8).half()
+    numbers = (torch.round(grouped / scales.float()[..., None]) + 8).clamp(0, 15).to(torch.int32)
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    by_column = numbers.view(rows, columns).t().reshape(columns // 8, 8, rows)
+    zeros = torch.full((columns // GPTQ_GROUP, rows // 8, 8), 7, dtype=torch.int32)  # this form of GPTQ has 8 - 1
+    return {
+        "qweight": (by_column << shifts[None, :, None]).sum(1, dtype=torch.int32),
+        "qzeros": (zeros << shifts).sum(-1, dtype=torch.int32),
+        "scales": scales.t().contiguous(),
+        "g_idx": (torch.arange(columns) // GPTQ_GROUP).to(torch.int32),
+    }
 
 
 def make_jsonl(path: Path, rows: Iterable[Any]) -> Path:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
@@ -22,6 +24,20 @@ SCHEDULERS = {
     "Polynomial": "polynomial",
     "InverseSqrt": "inverse_sqrt",
 }
+PRODUCTS = frozenset(
+    packet.default
+    for name in (
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    )
+    if (packet := getattr(torch.ops.aten, name, None)) is not None
+)
+"""Operations that take the time of a layer; attention by its kernels, which not every build of torch has."""
 OPTIMIZERS = {
     "AdamW": "adamw_torch",
     "AdamW8bit": "adamw_bnb_8bit",
@@ -81,6 +97,7 @@ def _shared(resolved: Resolved, dtype: torch.dtype, device: torch.device, scratc
         "gradient_accumulation_steps": resolved.gradient_accumulation_steps,
         "learning_rate": resolved.learning_rate,
         "lr_scheduler_type": SCHEDULERS[resolved.lr_scheduler],
+        "lr_scheduler_kwargs": _course(resolved),
         "warmup_steps": resolved.warmup_steps,
         "weight_decay": resolved.weight_decay,
         "max_grad_norm": resolved.max_grad_norm,
@@ -88,7 +105,7 @@ def _shared(resolved: Resolved, dtype: torch.dtype, device: torch.device, scratc
         "adam_beta1": resolved.adam_beta1,
         "adam_beta2": resolved.adam_beta2,
         "activation_checkpointing": resolved.gradient_checkpointing != "Off",
-        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "activation_checkpointing_kwargs": _checkpointing(resolved),
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
         "use_cpu": device.type == "cpu",
@@ -103,3 +120,30 @@ def _shared(resolved: Resolved, dtype: torch.dtype, device: torch.device, scratc
         "dataloader_pin_memory": device.type != "cpu",
         "restore_callback_states_from_checkpoint": False,
     }
+
+
+def _course(resolved: Resolved) -> dict[str, Any]:
+    """What tells schedules from simpler ones.
+
+    By transformers' defaults (5.23) restarts never come, and a polynomial is a line that ends at 1e-7, which a peak
+    may be below.
+    """
+    match resolved.lr_scheduler:
+        case "CosineWithRestarts":
+            return {"num_cycles": max(2, round(resolved.num_train_epochs))}
+        case "Polynomial":
+            return {"power": 2.0, "lr_end": 0.0}
+        case _:
+            return {}
+
+
+def _checkpointing(resolved: Resolved) -> dict[str, Any]:
+    """How activations are recomputed in the backward pass; Selective: all but what products and attention gave."""
+    if resolved.gradient_checkpointing != "Selective":
+        return {"use_reentrant": False}
+    return {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, _keep_products)}
+
+
+def _keep_products(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:  # noqa: ANN401 - torch's signature
+    kept = operation in PRODUCTS or "flash_attn" in str(operation)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

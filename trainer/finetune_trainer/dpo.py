@@ -1,12 +1,11 @@
 """Direct preference optimization: TRL's losses on pairs that prepare tokenized, against a reference that stays.
 
 The reference is what training began with: a fresh adapter switched off, a copy of the adapter that the run goes on
-from, or a frozen copy of a model that is trained whole.
+from, or, for a model that is trained whole, the base held once more.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,8 +19,6 @@ from finetune_trainer.exact import Exact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
-    from finetune_trainer.progress import Resolved
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +72,10 @@ def collate(pairs: Sequence[PairRow]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "completion_mask": (labels != IGNORED).long()}
 
 
-def build_reference(model: Any, resolved: Resolved) -> Any:  # noqa: ANN401 - a transformers model or nothing
-    """A copy of a model that is trained whole, which never trains; nothing for adapters, which can be switched off."""
-    if resolved.lora is not None:
-        return None
-    log.info("the reference of DPO is a frozen copy of the model: %.2f GiB more", model.get_memory_footprint() / 2**30)
-    return copy.deepcopy(model).requires_grad_(False)
+def freeze(reference: Any) -> Any:  # noqa: ANN401 - a transformers model
+    """The base, loaded a second time, as what never trains."""
+    log.info("DPO holds the base as its reference as well: %.2f GiB more", reference.get_memory_footprint() / 2**30)
+    return reference.requires_grad_(False)
 
 
 def copy_start_to_reference(model: Any) -> None:  # noqa: ANN401 - a PEFT model

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback
 
-from finetune_trainer.adapters import build_lora, train_in_fp32
+from finetune_trainer.adapters import build_lora, train_in_fp32, unrounded
 from finetune_trainer.arguments import build_arguments
 from finetune_trainer.collate import Collator, as_dataset, build_order
 from finetune_trainer.loading import import_peft
@@ -27,23 +28,37 @@ def build_trainer(  # noqa: PLR0913 - the pieces of a training
     resolved: Resolved,
     dtype: torch.dtype,
     scratch: Path,
+    reference: Any = None,  # noqa: ANN401 - a transformers model
 ) -> Exact:
-    """The trainer of `rows` (`data.read_rows`). `scratch`: Trainer wants a folder's name; nothing is written."""
+    """The trainer of `rows` (`data.read_rows`). `scratch`: Trainer wants a folder's name; nothing is written.
+
+    `reference`: the base once more, for DPO of all weights.
+    """
     import_peft()
-    build = _build_sft if resolved.dpo is None else _build_dpo
-    trainer = build(
-        resolved,
-        model=base,
-        args=build_arguments(resolved, dtype, base.device, scratch),
-        train_dataset=as_dataset(rows),
-        processing_class=tokenizer,
-        peft_config=None if resolved.lora is None else build_lora(resolved.lora),
-    )
+    peft_config = build_lora(resolved, base)
+    build = partial(_build_sft, resolved) if resolved.dpo is None else partial(_build_dpo, reference)
+    with unrounded(base):
+        trainer = build(
+            model=base,
+            args=build_arguments(resolved, dtype, base.device, scratch),
+            train_dataset=as_dataset(rows),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
     trainer.remove_callback(PrinterCallback)
-    train_in_fp32(trainer.model)
+    if peft_config is not None:
+        train_in_fp32(trainer.model)
+    if resolved.galore is not None:
+        trainer.optimizer_cls_and_kwargs = _galore(trainer.model, resolved)
     trainer.weights_are_set()
     trainer.row_order = build_order(rows, resolved)
     return trainer
+
+
+def _galore(model: Any, resolved: Resolved) -> tuple[type, dict[str, Any]]:  # noqa: ANN401 - a transformers model
+    from finetune_trainer.optimizers import build_galore  # noqa: PLC0415 - slow
+
+    return build_galore(model, resolved)
 
 
 def _build_sft(resolved: Resolved, **pieces: Any) -> Exact:  # noqa: ANN401 - what TRL's trainers take
@@ -52,8 +67,8 @@ def _build_sft(resolved: Resolved, **pieces: Any) -> Exact:  # noqa: ANN401 - wh
     return SftTrainer(data_collator=Collator(resolved), **pieces)
 
 
-def _build_dpo(resolved: Resolved, **pieces: Any) -> Exact:  # noqa: ANN401 - what TRL's trainers take
-    from finetune_trainer.dpo import DpoTrainer, build_reference, collate_columns  # noqa: PLC0415 - slow
+def _build_dpo(reference: Any, **pieces: Any) -> Exact:  # noqa: ANN401 - what TRL's trainers take
+    from finetune_trainer.dpo import DpoTrainer, collate_columns, freeze  # noqa: PLC0415 - slow
 
-    reference = build_reference(pieces["model"], resolved)
-    return DpoTrainer(data_collator=collate_columns, ref_model=reference, **pieces)
+    frozen = None if reference is None else freeze(reference)
+    return DpoTrainer(data_collator=collate_columns, ref_model=frozen, **pieces)
