@@ -58,6 +58,8 @@ class StageJob:
     message: str = ""
     deleting: bool = False
     completed: datetime | None = None
+    size: int = 1
+    """How many pods it has at once."""
 
     @property
     def position(self) -> Position:
@@ -72,13 +74,15 @@ class StageJob:
 
 @dataclass(frozen=True)
 class StagePod:
-    """The pod of one attempt."""
+    """A pod of one attempt."""
 
     name: str
     uid: str
     step: str
     attempt: int
     created: datetime
+    index: int = 0
+    """Which of the pods of its attempt."""
     phase: str = "Pending"
     ip: str = ""
     reason: str = ""
@@ -133,6 +137,52 @@ class StagePod:
 
 
 @dataclass(frozen=True)
+class Gang:
+    """The pods of one attempt, each the newest of its index: one, or one a node. They start, fail and end together."""
+
+    pods: tuple[StagePod, ...] = ()
+    size: int = 1
+    """How many there are to be."""
+
+    @property
+    def leader(self) -> StagePod | None:
+        """The pod with index 0, which alone tells progress and proves the stage."""
+        return next((pod for pod in self.pods if pod.index == 0), None)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all pods have been made."""
+        return len(self.pods) >= self.size
+
+    @property
+    def started(self) -> bool:
+        """Whether every pod's container has run."""
+        return self.complete and all(pod.started is not None for pod in self.pods)
+
+    @property
+    def running(self) -> bool:
+        """Whether all have begun and not all have ended."""
+        return self.started and any(pod.running for pod in self.pods)
+
+    @property
+    def late(self) -> tuple[StagePod, ...]:
+        """Pods that are there and have not started."""
+        return tuple(pod for pod in self.pods if pod.started is None and not pod.ended)
+
+    @property
+    def claim(self) -> LastWord | None:
+        """What the leader says where it says that all is done and verified."""
+        word = self.leader.last_word if self.leader is not None and self.leader.ended else None
+        return word if word is not None and word.succeeded else None
+
+    def proof(self, job: StageJob | None) -> LastWord | None:
+        """The last word that proves the stage: the leader's; of several pods only where all have ended well."""
+        complete = job is not None and job.complete
+        well = self.size == 1 or complete or (self.complete and all(pod.exit_code == 0 for pod in self.pods))
+        return self.claim if well else None
+
+
+@dataclass(frozen=True)
 class Conflict:
     """A name of ours that is taken by an object that is not ours."""
 
@@ -166,10 +216,15 @@ class Facts:
     conflicts: tuple[Conflict, ...] = field(default=())
     refusal: Refusal | None = None
 
-    def pod_of(self, position: Position) -> StagePod | None:
-        """The newest pod of an attempt."""
-        pods = [pod for pod in self.pods if pod.position == position]
-        return max(pods, key=lambda pod: pod.created, default=None)
+    claim_modes: tuple[str, ...] | None = None
+    """Access modes of a claim that the job brings, where it matters and can be read."""
+
+    def gang(self, position: Position) -> Gang:
+        """The pods of an attempt."""
+        ours = sorted((pod for pod in self.pods if pod.position == position), key=lambda pod: (pod.index, pod.created))
+        newest = {pod.index: pod for pod in ours}
+        job = self.job_of(position)
+        return Gang(tuple(newest.values()), job.size if job is not None else max(len(newest), 1))
 
     def job_of(self, position: Position) -> StageJob | None:
         """The Job of an attempt."""
@@ -230,6 +285,7 @@ def parse_job(body: Mapping[str, Any]) -> StageJob:
         message=(failure or {}).get("message", ""),
         deleting="deletionTimestamp" in metadata,
         completed=_time(status.get("completionTime") or (failure or {}).get("lastTransitionTime")),
+        size=(body.get("spec") or {}).get("completions") or 1,
     )
 
 
@@ -243,6 +299,7 @@ def parse_pod(body: Mapping[str, Any]) -> StagePod:
         step=labels[Label.STAGE],
         attempt=int(labels[Label.ATTEMPT]),
         created=parse_time(metadata["creationTimestamp"]),
+        index=_index(metadata),
         phase=status.get("phase", "Pending"),
         ip=status.get("podIP", ""),
         reason=status.get("reason", ""),
@@ -253,6 +310,11 @@ def parse_pod(body: Mapping[str, Any]) -> StagePod:
         **_scheduling(conditions.get("PodScheduled")),
         **_container(status),
     )
+
+
+def _index(metadata: JSON) -> int:
+    told = str((metadata.get("annotations") or {}).get(Label.INDEX))
+    return int(told) if told.isdecimal() else 0
 
 
 def _claims(body: Mapping[str, Any]) -> tuple[str, ...]:

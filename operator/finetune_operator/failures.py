@@ -1,19 +1,20 @@
 """Why a stage ended, or does not begin, in the order in which the evidence is believed. Pure.
 
-`classify` is for an attempt that ended, `delay` for a pod that does not start, `refused` for an attempt that cannot be
-made. Each failure carries a sentence with the way out, and whether the stage is run again. `REMEDIES` and the two
-tables are all there is.
+`classify` is for an attempt that ended, `decisive` for one of several pods that cannot end well any more, `obstacle`
+for pods that do not start, `refused` for an attempt that cannot be made. Each failure carries a sentence with the way
+out, and whether the stage is run again. `REMEDIES` and the two tables are all there is.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from enum import StrEnum
 
 from finetune_operator.api import cut
-from finetune_operator.facts import Refusal, StageJob, StagePod
+from finetune_operator.facts import Gang, Refusal, StageJob, StagePod
 from finetune_trainer.progress import ExitCode
 from finetune_trainer.progress import Reason as Said
 
@@ -41,6 +42,7 @@ class Reason(StrEnum):
     CREATION_REFUSED = "CreationRefused"
     INVALID_SPEC = "InvalidSpec"
     NAME_CONFLICT = "NameConflict"
+    NOT_ALLOWED = "NotAllowed"
     UNKNOWN = "Unknown"
 
 
@@ -70,7 +72,7 @@ REMEDIES: dict[str, tuple[Retry, str]] = {
     Said.INVALID_DATASET: (Retry.NEVER, "Correct the dataset or its columns and apply the job under a new name."),
     Said.INVALID_MODEL: (Retry.NEVER, "Name a folder with config, tokenizer and safetensors, or one GGUF file."),
     Said.NOT_FOUND: (Retry.NEVER, "Correct the path or put the files there, then apply the job under a new name."),
-    Said.ACCESS_DENIED: (Retry.NEVER, "Check the token in tokenSecretRef and who may read the files."),
+    Said.ACCESS_DENIED: (Retry.NEVER, "Check the Secret that the source names and who may read the files."),
     Said.VOLUME_FULL: (Retry.NEVER, "Give output.volume more space; the last good checkpoint is kept."),
     Said.OUT_OF_MEMORY: (
         Retry.NEVER,
@@ -78,6 +80,11 @@ REMEDIES: dict[str, tuple[Retry, str]] = {
     ),
     Said.NON_FINITE_LOSS: (Retry.NEVER, "Lower training.learningRate, or compute in BF16 or FP32."),
     Said.VERIFICATION_FAILED: (Retry.COUNTED, "What was read is not what was written: check the volume."),
+    Said.RENDEZVOUS_FAILED: (
+        Retry.COUNTED,
+        "The pods of a stage meet at the first one's name: check the cluster's DNS and network policies.",
+    ),
+    Said.PEER_LOST: (Retry.COUNTED, "It goes on from its last checkpoint; check the network between the nodes."),
     Said.INTERRUPTED: (Retry.FREE, "It goes on from its last checkpoint."),
     Said.UNKNOWN: (Retry.COUNTED, "See the log of the stage's Job."),
     Reason.DISRUPTED: (Retry.FREE, "The stage is run again; this does not count as a retry."),
@@ -140,29 +147,68 @@ def _exit_code(pod: StagePod) -> Failure | None:
     return failure(code.reason, f"Stage {pod.step} ended with exit code {code.value} ({code.reason}). {tail(pod)}")
 
 
+def _unknown(pod: StagePod) -> Failure | None:
+    """Ended, and nothing says why."""
+    if not pod.ended or pod.exit_code == 0:
+        return None
+    return failure(Reason.UNKNOWN, f"Stage {pod.step} ended with exit code {pod.exit_code}. {tail(pod)}")
+
+
 def _lost_word(pod: StagePod) -> Failure | None:
-    """It says it succeeded, but does not prove it."""
-    if pod.exit_code != 0:
+    """It says it succeeded, but does not prove it. Of several pods only the first has anything to prove."""
+    word = pod.last_word
+    if pod.exit_code != 0 or pod.index > 0 or (word is not None and word.succeeded):
         return None
     return failure(Reason.LOST_WORD, f"Stage {pod.step} ended well, but without a last word that proves it")
 
 
-JUDGES: tuple[Judge, ...] = (_disrupted, _out_of_host_memory, _said, _exit_code, _lost_word)
+JUDGES: tuple[Judge, ...] = (_disrupted, _out_of_host_memory, _said, _exit_code, _unknown, _lost_word)
+
+LATE_REASONS = (Said.UNKNOWN, Said.RENDEZVOUS_FAILED, Said.PEER_LOST, Said.INTERRUPTED, Reason.LOST_WORD)
+"""What one of several pods may end for because another one did: believed only where no pod has a reason of its own."""
+
+NEVER_ENDED = datetime.max.replace(tzinfo=UTC)
 
 
-def classify(pod: StagePod | None, job: StageJob | None) -> Failure:
-    """The first failure whose evidence is there. Only for attempts that ended without proof of success."""
-    if pod is not None:
-        found = next((found for judge in JUDGES if (found := judge(pod)) is not None), None)
-        if found is not None:
-            return found
-        if pod.ended:
-            return failure(Reason.UNKNOWN, f"Stage {pod.step} ended with exit code {pod.exit_code}. {tail(pod)}")
+def classify(gang: Gang, job: StageJob | None) -> Failure:
+    """The strongest evidence that any pod has. Only for attempts that ended without proof of success."""
+    found = _strongest(gang)
+    if found is not None and gang.claim is not None and found.retry is Retry.NEVER:
+        return replace(found, retry=Retry.COUNTED)  # what it was to make is there: run again, it ends at once
+    if found is not None:
+        return found
     if job is not None and job.complete:
         return failure(Reason.LOST_WORD, f"The pod of {job.name} is gone, and its last word with it")
     if job is not None and not job.deleting:
         return failure(Reason.POD_LOST, f"The pod of {job.name} vanished without saying why")
     return failure(Reason.JOB_DELETED, "The stage's Job was deleted")
+
+
+def decisive(gang: Gang) -> Failure | None:
+    """Why an attempt of several pods is bound to fail while some of them still run, if it is plain already.
+
+    What is seen of a pod that leaves may soon be gone with it. What a pod ends for because of another one is not
+    believed before all have ended.
+    """
+    if gang.size == 1:
+        return None
+    found = _strongest(replace(gang, pods=tuple(pod for pod in gang.pods if pod.ended or pod.gone_by is not None)))
+    return None if found is None or found.reason in LATE_REASONS else found
+
+
+def _strongest(gang: Gang) -> Failure | None:
+    """Of all pods' evidence the strongest; among equals that of the pod which ended first."""
+    found = [(rank, pod.ended_at or NEVER_ENDED, told) for pod in gang.pods for rank, told in _evidence(pod)]
+    return min(found, key=lambda each: each[:2], default=(0, NEVER_ENDED, None))[2]
+
+
+def _evidence(pod: StagePod) -> Iterator[tuple[tuple[int, int], Failure]]:
+    """The first judge's finding, if any, and how strong it is: the smaller the stronger."""
+    for place, judge in enumerate(JUDGES):
+        if (found := judge(pod)) is not None:
+            late = LATE_REASONS.index(found.reason) + 1 if found.reason in LATE_REASONS else 0
+            yield (late, place), found
+            return
 
 
 def tail(pod: StagePod) -> str:
@@ -177,8 +223,16 @@ IMAGE_REASONS = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName
 START_REASONS = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
 
 
+def obstacle(gang: Gang, warnings: tuple[str, ...]) -> Failure | None:
+    """Why the pods of a live attempt do not all run yet. The warnings are about the first that is late, or the Job."""
+    if not gang.complete:
+        return delay(None, warnings)
+    found = (delay(pod, warnings if pod is gang.late[0] else ()) for pod in gang.late)
+    return next((each for each in found if each is not None), None)
+
+
 def delay(pod: StagePod | None, warnings: tuple[str, ...]) -> Failure | None:
-    """Why the pod of a live attempt does not run yet, or None if nothing is wrong that can be seen."""
+    """Why a pod of a live attempt does not run yet, or None if nothing is wrong that can be seen."""
     if pod is None:
         return _no_pod(warnings)
     if pod.waiting_reason in IMAGE_REASONS:
@@ -186,7 +240,7 @@ def delay(pod: StagePod | None, warnings: tuple[str, ...]) -> Failure | None:
         return waiting(Reason.IMAGE_PULL_FAILED, what, "Check the image's name and pod.imagePullSecrets.")
     if pod.waiting_reason in START_REASONS:
         what = f"The container cannot start ({pod.waiting_reason}): {pod.waiting_message}"
-        return waiting(Reason.CANNOT_START, what, "Check that the Secret and the key in tokenSecretRef exist.")
+        return waiting(Reason.CANNOT_START, what, "Check that the Secrets and keys that the spec names exist.")
     if pod.unschedulable is not None:
         return _unschedulable(pod.unschedulable, pod.claims)
     return _on_node(warnings)

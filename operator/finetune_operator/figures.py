@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from finetune_operator.api import JSON, ArtifactStatus, DataStatus, MeasuredStatus, TrainingStatus
+from finetune_operator.api import DATASETS_KEPT, JSON, ArtifactStatus, DataStatus, MeasuredStatus, TrainingStatus
 from finetune_trainer.progress import Artifact, DataFacts, Measured, Progress, Resolved, TrainFacts
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
@@ -64,6 +64,7 @@ def live_training(progress: Progress, before: TrainingStatus | None) -> Training
         "epoch": digits(progress.epoch),
         "loss": digits(progress.loss),
         "eval_loss": digits(progress.eval_loss),
+        "best_eval_loss": digits(progress.best_eval_loss),
         "tokens_per_second": digits(progress.tokens_per_second),
         "peak_memory": gib(progress.peak_memory_bytes),
         "last_checkpoint_step": progress.checkpoint_step,
@@ -86,6 +87,9 @@ def final_training(facts: TrainFacts, measured: Measured | None, before: Trainin
             "epoch": digits(facts.epochs),
             "loss": digits(facts.loss) or before.loss,
             "eval_loss": digits(measured.eval_loss if measured else None) or before.eval_loss,
+            "best_eval_loss": digits(facts.best_eval_loss) or before.best_eval_loss,
+            "best_step": facts.best_step,
+            "stopped_early": facts.stopped_early or None,
             "last_checkpoint_step": facts.steps,
             "progress": share(facts.steps, facts.steps),
             "eta": None,
@@ -96,8 +100,10 @@ def final_training(facts: TrainFacts, measured: Measured | None, before: Trainin
 
 
 def data_status(facts: DataFacts) -> DataStatus:
-    """The rows."""
-    return DataStatus.model_validate(facts.model_dump())
+    """The rows, and those of each dataset."""
+    told = facts.model_dump(exclude_none=True)
+    told["datasets"] = told["datasets"][:DATASETS_KEPT] or None
+    return DataStatus.model_validate(told)
 
 
 def resolved_status(resolved: Resolved) -> JSON:
@@ -108,7 +114,9 @@ def resolved_status(resolved: Resolved) -> JSON:
 def _plain(value: object) -> object:
     if isinstance(value, float):
         return f"{value:g}"
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, dict):
+        return {name: _plain(inside) for name, inside in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
 def artifact_status(artifact: Artifact, claim: str, folder: str) -> ArtifactStatus:

@@ -24,12 +24,13 @@ from finetune_operator.api import (
     cut,
     format_time,
 )
-from finetune_operator.facts import Facts, StageJob, StagePod, after
-from finetune_operator.failures import Failure, Reason, Retry, classify, delay
+from finetune_operator.facts import Facts, Gang, StageJob, StagePod, after
+from finetune_operator.failures import Failure, Reason, Retry, classify, decisive, obstacle
 from finetune_operator.figures import artifact_status, data_status, final_training, resolved_status
 from finetune_operator.names import Position, Step
 from finetune_operator.settings import Settings
 from finetune_trainer.progress import LastWord
+from finetune_trainer.progress import Reason as Said
 
 SLACK_SECONDS = 30
 """A pod that is being deleted and still not gone so long after its time is on a lost node: it is waited for no more."""
@@ -117,9 +118,9 @@ class Journal:
         return replace(self, stages=self.stages | {stage.name: stage})
 
 
-def alive(pod: StagePod | None, now: datetime) -> bool:
+def alive(pod: StagePod, now: datetime) -> bool:
     """Whether a pod may still be at work."""
-    if pod is None or pod.ended:
+    if pod.ended:
         return False
     return pod.gone_by is None or now < after(pod.gone_by, SLACK_SECONDS)
 
@@ -161,33 +162,33 @@ def enter(journal: Journal, step: Step, number: int, name: str, now: datetime) -
 def _look(journal: Journal, facts: Facts, step: Step, settings: Settings, now: datetime) -> Journal:
     """Judge the open attempt, if it has ended."""
     position = journal.of(journal.attempts[-1])
-    pod, job = facts.pod_of(position), facts.job_of(position)
-    word = pod.last_word if pod is not None and pod.ended else None
-    if word is not None and word.succeeded:
-        return prove(journal, facts.job, step, word, _ended_at(pod, job, now))
-    found = verdict(pod, job, facts.warnings, settings, now)
+    gang, job = facts.gang(position), facts.job_of(position)
+    word = gang.proof(job)
+    if word is not None:
+        return prove(journal, facts.job, step, word, _ended_at(gang, job, now))
+    found = verdict(gang, job, facts.warnings, settings, now)
     if found is None:
         return journal
-    return close(journal, step, found, facts.job.valid_spec.max_retries, _ended_at(pod, job, now))
+    found = _in_vain(found, facts.job)
+    return close(journal, step, found, facts.job.valid_spec.max_retries, _ended_at(gang, job, now))
 
 
 def verdict(
-    pod: StagePod | None, job: StageJob | None, warnings: tuple[str, ...], settings: Settings, now: datetime
+    gang: Gang, job: StageJob | None, warnings: tuple[str, ...], settings: Settings, now: datetime
 ) -> Failure | None:
     """Why the attempt is over without proof, or None while it may still come to something."""
-    if alive(pod, now):
-        return overdue(pod, job, warnings, settings, now)
-    if pod is None and job is not None and not job.ended:
-        return overdue(pod, job, warnings, settings, now)
-    return classify(pod, job)
+    at_work = any(alive(pod, now) for pod in gang.pods)
+    to_come = not gang.complete and job is not None and not job.ended
+    if not at_work and not to_come:
+        return classify(gang, job)
+    return decisive(gang) or overdue(gang, job, warnings, settings, now)
 
 
 def overdue(
-    pod: StagePod | None, job: StageJob | None, warnings: tuple[str, ...], settings: Settings, now: datetime
+    gang: Gang, job: StageJob | None, warnings: tuple[str, ...], settings: Settings, now: datetime
 ) -> Failure | None:
-    """What kept the pod from starting for too long."""
-    found = None if pod is not None and pod.started else delay(pod, warnings)
-    since = deadline_begin(pod, job)
+    """What kept a pod from starting for too long."""
+    found, since = obstacle(gang, warnings), deadline_begin(gang, job)
     if found is None or not found.deadline or since is None:
         return None
     limit = settings.start_deadline_seconds
@@ -196,11 +197,19 @@ def overdue(
     return replace(found, message=cut(f"{found.message} Not mended within {limit:.0f} s."))
 
 
-def deadline_begin(pod: StagePod | None, job: StageJob | None) -> datetime | None:
-    """From when on a pod should have started: time without a node does not count."""
-    if pod is not None:
-        return pod.scheduled or pod.created
+def deadline_begin(gang: Gang, job: StageJob | None) -> datetime | None:
+    """From when on the pods should have started: time without a node does not count."""
+    if gang.late:
+        return max(pod.scheduled or pod.created for pod in gang.late)
     return job.created if job is not None else None
+
+
+def _in_vain(found: Failure, job: FineTuneJob) -> Failure:
+    """Pods that waited for one which found no node: nobody's fault, and not the network's."""
+    before = job.status
+    if found.reason != Said.RENDEZVOUS_FAILED or before.reason != Reason.UNSCHEDULABLE:
+        return found
+    return Failure(Reason.UNSCHEDULABLE, before.message or found.message, Retry.FREE)
 
 
 def prove(journal: Journal, job: FineTuneJob, step: Step, word: LastWord, ended: datetime) -> Journal:
@@ -269,6 +278,7 @@ def _ended(journal: Journal, ending: JSON) -> tuple[AttemptStatus, ...]:
     return (*journal.attempts[:-1], journal.attempts[-1].model_copy(update=ending))
 
 
-def _ended_at(pod: StagePod | None, job: StageJob | None, now: datetime) -> datetime:
+def _ended_at(gang: Gang, job: StageJob | None, now: datetime) -> datetime:
     """When an attempt ended, as far as anything tells."""
-    return (pod.ended_at if pod else None) or (job.completed if job else None) or now
+    ended = [pod.ended_at for pod in gang.pods if pod.ended_at is not None]
+    return max(ended, default=None) or (job.completed if job else None) or now

@@ -36,6 +36,7 @@ PATHS = {
     "ConfigMap": ("/api/v1", "configmaps"),
     "PersistentVolumeClaim": ("/api/v1", "persistentvolumeclaims"),
     "Event": ("/api/v1", "events"),
+    "Service": ("/api/v1", "services"),
     "Pod": ("/api/v1", "pods"),
     "Job": ("/apis/batch/v1", "jobs"),
     KIND: (f"/apis/{API_VERSION}", PLURAL),

@@ -11,17 +11,24 @@ from finetune_operator.api import JSON, KIND, FineTuneJob, Status
 from finetune_operator.facts import (
     Conflict,
     Facts,
+    Gang,
     Owner,
     Refusal,
     StageJob,
-    StagePod,
     after,
     parse_jobs,
     parse_pods,
     parse_warnings,
 )
 from finetune_operator.kube import ExistsError, Kube, KubeError, NotFoundError
-from finetune_operator.manifests import News, build_claim, build_config_map, build_event, build_stage_job
+from finetune_operator.manifests import (
+    News,
+    build_claim,
+    build_config_map,
+    build_event,
+    build_service,
+    build_stage_job,
+)
 from finetune_operator.progress import ProgressReader
 from finetune_operator.queue import Key
 from finetune_operator.settings import Settings
@@ -102,21 +109,36 @@ async def observe(key: Key, world: World) -> Facts | None:
         return Facts(job)
     jobs = parse_jobs(await world.kube.children("Job", key.namespace, key.name), job.uid)
     pods = parse_pods(await world.kube.children("Pod", key.namespace, key.name), job.uid)
-    facts = Facts(job, jobs, pods)
+    facts = Facts(job, jobs, pods, claim_modes=await _claim_modes(job, world.kube))
     latest = jobs[-1] if jobs else None
     if latest is None or latest.ended:
         return facts
-    return await _look_closer(facts, latest, facts.pod_of(latest.position), world)
+    return await _look_closer(facts, latest, facts.gang(latest.position), world)
 
 
-async def _look_closer(facts: Facts, job: StageJob, pod: StagePod | None, world: World) -> Facts:
+async def _claim_modes(job: FineTuneJob, kube: Kube) -> tuple[str, ...] | None:
+    """Access modes of a claim that is brought for several pods to share, before the job begins; None if not there."""
+    claim = job.valid_spec.existing_claim
+    if claim is None or job.valid_spec.num_nodes == 1 or job.status.attempts:
+        return None
+    try:
+        found = await kube.read("PersistentVolumeClaim", job.namespace, claim)
+    except NotFoundError:
+        return None
+    return tuple(found["spec"].get("accessModes") or ())
+
+
+async def _look_closer(facts: Facts, job: StageJob, gang: Gang, world: World) -> Facts:
     """The live attempt's progress, or what keeps it from starting."""
-    if pod is not None and pod.running:
-        return replace(facts, progress=await world.progress.read(pod) if pod.ip else None)
-    since = (pod.scheduled or pod.created) if pod is not None else job.created
-    if (pod is not None and pod.ended) or world.clock() < after(since, SETTLE_SECONDS):
+    leader = gang.leader
+    if gang.started:
+        heard = await world.progress.read(leader) if leader is not None and leader.running and leader.ip else None
+        return replace(facts, progress=heard)
+    late = gang.late[0] if gang.complete and gang.late else None
+    since = (late.scheduled or late.created) if late is not None else job.created
+    if (late is None and gang.complete) or world.clock() < after(since, SETTLE_SECONDS):
         return facts
-    about = pod.uid if pod is not None else job.uid
+    about = late.uid if late is not None else job.uid
     return replace(facts, warnings=parse_warnings(await world.kube.events(facts.job.namespace, about)))
 
 
@@ -138,6 +160,8 @@ async def start(job: FineTuneJob, action: Start, world: World) -> None:
     if claim is not None:
         await ensure(job, claim, world.kube)
     await ensure(job, build_config_map(job), world.kube)
+    if action.step.pods > 1:
+        await ensure(job, build_service(job), world.kube)
     await ensure(job, build_stage_job(job, action.step, action.attempt, world.settings), world.kube)
 
 

@@ -85,15 +85,25 @@ OF_ITS_KIND: dict[str, tuple[Rule, ...]] = {
         Rule("!self.path.startsWith('/')", "path: relative to the claim, without a slash before it"),
     ),
     "s3": (Rule("self.uri.matches('^s3://[^/]+/.+$')", "uri: write s3://bucket/key, or s3://bucket/prefix/"),),
-    "oci": (Rule("!self.reference.contains('://')", "reference: write registry/repository:tag, without https:// before it"),),
+    "oci": (
+        Rule("!self.reference.contains('://')", "reference: write registry/repository:tag, without https:// before it"),
+    ),
 }
 """Of one kind of source, wherever it stands."""
+
+
+SPLIT = Rule(
+    "!has(self.files) || !(has(self.config) || has(self.split))", "files are in place of config and split: set either"
+)
+DATASETS = tuple(path for path in SOURCES if path.endswith("[]"))
+HUBS = ("huggingFace", "modelScope")
 
 
 def _sources() -> dict[str, tuple[Rule, ...]]:
     unions = {path: (exactly_one(SOURCE_FIELDS, name),) for path, name in SOURCES.items()}
     kinds = {f"{path}.{kind}": rules for path in SOURCES for kind, rules in OF_ITS_KIND.items()}
-    return unions | kinds
+    splits = {f"{path}.{hub}": (SPLIT,) for path in DATASETS for hub in HUBS}
+    return unions | kinds | splits
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -130,7 +140,7 @@ INTERVAL = not_both("everySteps", "everyPercent", "training")
 BLOCKS: dict[str, tuple[Rule, ...]] = {
     "model": (
         Rule(
-            f"!self.?trustRemoteCode.orValue(false) || {pinned('huggingFace')} && {pinned('modelScope')}",
+            f"!self.?trustRemoteCode.orValue(false) || {' && '.join(map(pinned, HUBS))}",
             "model.trustRemoteCode needs a revision that is a commit (40 hexadecimal digits)",
         ),
     ),

@@ -17,8 +17,9 @@ from finetune_operator.api import (
     format_time,
     parse_time,
 )
-from finetune_operator.facts import Conflict, Facts, Refusal, StageJob, StagePod, after
-from finetune_operator.failures import Failure, Reason, Retry, delay, refusal_of, refused
+from finetune_operator.consent import objection
+from finetune_operator.facts import Conflict, Facts, Gang, Refusal, StageJob, after
+from finetune_operator.failures import Failure, Reason, Retry, decisive, obstacle, refusal_of, refused
 from finetune_operator.figures import live_training, share
 from finetune_operator.journal import SLACK_SECONDS, Journal, alive, deadline_begin, enter, next_number, read
 from finetune_operator.manifests import News
@@ -29,6 +30,9 @@ from finetune_trainer.progress import Stage
 BACKOFF_LIMIT_SECONDS = 300
 LOOK_AGAIN_SECONDS = 10
 """For what is told by no watch: events, a taken name that becomes free."""
+
+ROOM_SECONDS = 15
+"""Only what still has no node after so long is told of as waiting for room."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,10 @@ def decide(facts: Facts, settings: Settings, now: datetime) -> Decision:
     if job.status.finished or job.deleting:
         return Decision(job.status)
     if job.problem is not None:
-        return _reject(job, now)
+        said = f"{job.problem} Correct it and apply the job under a new name."
+        return _reject(job, View(Phase.FAILED, Reason.INVALID_SPEC, cut(said)), now)
+    if (found := objection(facts, settings)) is not None:
+        return _reject(job, View(Phase.FAILED, found.reason, cut(found.message)), now)
     return _advance(facts, read(facts, settings, now), settings, now)
 
 
@@ -96,21 +103,28 @@ def _advance(facts: Facts, journal: Journal, settings: Settings, now: datetime) 
 
 def _watch(facts: Facts, journal: Journal, live: AttemptStatus, settings: Settings, now: datetime) -> Decision:
     """An attempt is under way: tell how it fares."""
-    pod, job = facts.pod_of(journal.of(live)), facts.job_of(journal.of(live))
+    gang, job = facts.gang(journal.of(live)), facts.job_of(journal.of(live))
     step = journal.step(live.stage)
-    found = None if pod is not None and pod.started else delay(pod, facts.warnings)
-    journal = _observe_progress(facts, journal, step, pod)
-    view = _view(facts, journal, step, pod, found)
+    found = _worth_telling(obstacle(gang, facts.warnings), deadline_begin(gang, job), now)
+    journal = _observe_progress(facts, journal, step, gang)
+    view = _view(facts, journal, step, gang, found)
     stage = journal.stages[step.title]
-    state = "Running" if pod is not None and pod.running else "Pending"
+    state = "Running" if gang.running else "Pending"
     journal = journal.with_stage(stage.model_copy(update={"state": state, "message": view.message}))
     status = _status(facts, journal, view, now, progress=_progress(facts, journal, step, live))
-    after_seconds = _look_again(pod, job, found, settings, now)
+    after_seconds = _look_again(gang, job, found, settings, now)
     return Decision(status, events=_news(facts.job, journal, status), requeue_after_seconds=after_seconds)
 
 
-def _observe_progress(facts: Facts, journal: Journal, step: Step, pod: StagePod | None) -> Journal:
-    if step.stage is not Stage.TRAIN or pod is None or not pod.running or facts.progress is None:
+def _worth_telling(found: Failure | None, since: datetime | None, now: datetime) -> Failure | None:
+    """Not a node that is full for a moment: the scheduler counts the stage before for some seconds after its end."""
+    if found is None or found.reason != Reason.UNSCHEDULABLE or since is None:
+        return found
+    return found if now >= after(since, ROOM_SECONDS) else None
+
+
+def _observe_progress(facts: Facts, journal: Journal, step: Step, gang: Gang) -> Journal:
+    if step.stage is not Stage.TRAIN or not gang.running or facts.progress is None:
         return journal
     return replace(journal, training=live_training(facts.progress, journal.training))
 
@@ -129,15 +143,17 @@ def _progress(facts: Facts, journal: Journal, step: Step, live: AttemptStatus) -
     return facts.job.status.progress if same else None
 
 
-def _view(facts: Facts, journal: Journal, step: Step, pod: StagePod | None, found: Failure | None) -> View:
+def _view(facts: Facts, journal: Journal, step: Step, gang: Gang, found: Failure | None) -> View:
     """What is to be said of a live attempt."""
     if found is not None:
         return View(_phase(journal, step, running=False), found.reason, found.message)
-    if pod is not None and pod.running:
+    if gang.running:
         doing = facts.progress.activity if facts.progress is not None else _before(facts.job, step)
         message = f"Stage {step.title} runs{f': {doing}' if doing else ''}."
         return View(step.phase, "Running", cut(message.replace("..", ".")))
-    return View(_phase(journal, step, running=False), "Starting", f"Stage {step.title} starts.")
+    begun = sum(pod.started is not None for pod in gang.pods)
+    count = f": {begun} of {gang.size} pods run" if gang.size > 1 else ""
+    return View(_phase(journal, step, running=False), "Starting", f"Stage {step.title} starts{count}.")
 
 
 def _before(job: FineTuneJob, step: Step) -> str:
@@ -153,15 +169,13 @@ def _phase(journal: Journal, step: Step, *, running: bool) -> Phase:
     return Phase.PENDING if fresh and not running else step.phase
 
 
-def _look_again(
-    pod: StagePod | None, job: StageJob | None, found: Failure | None, settings: Settings, now: datetime
-) -> float:
+def _look_again(gang: Gang, job: StageJob | None, found: Failure | None, settings: Settings, now: datetime) -> float:
     """Seconds until the next look at a live attempt."""
-    if pod is not None and pod.gone_by is not None:
-        return max((after(pod.gone_by, SLACK_SECONDS) - now).total_seconds(), 1)
-    if pod is not None and pod.running:
+    if leaving := [pod.gone_by for pod in gang.pods if pod.gone_by is not None]:
+        return max((after(max(leaving), SLACK_SECONDS) - now).total_seconds(), 1)
+    if gang.running:
         return settings.progress_interval_seconds
-    since = deadline_begin(pod, job)
+    since = deadline_begin(gang, job)
     if found is None or not found.deadline or since is None:
         return LOOK_AGAIN_SECONDS
     left = (after(since, settings.start_deadline_seconds) - now).total_seconds()
@@ -173,7 +187,7 @@ def _look_again(
 
 def _clear_up(facts: Facts, journal: Journal, now: datetime) -> Decision | None:
     """Nothing of a judged attempt may be at work any more. It is deleted once its end is on record, not before."""
-    strays = [job for job in facts.jobs if not job.ended and _may_work(facts.pod_of(job.position), now)]
+    strays = [job for job in facts.jobs if not job.ended and _may_work(facts.gang(job.position))]
     leaving = [pod for pod in facts.pods if alive(pod, now)]
     if not strays and not leaving:
         return None
@@ -191,9 +205,9 @@ def _leaving(journal: Journal) -> View:
     return View(_phase(journal, journal.step(last.stage), running=False), last.reason or "", last.message or "")
 
 
-def _may_work(pod: StagePod | None, now: datetime) -> bool:
-    """Whether a Job may still bring forth work: its pod is alive, gone for good, or yet to come."""
-    return pod is None or not pod.ended or alive(pod, now)
+def _may_work(gang: Gang) -> bool:
+    """Whether a Job may still bring forth work: a pod has not ended, or is yet to come. A failing one ends alone."""
+    return decisive(gang) is None and (not gang.complete or any(not pod.ended for pod in gang.pods))
 
 
 def _next(facts: Facts, journal: Journal, step: Step, settings: Settings, now: datetime) -> Decision:
@@ -304,10 +318,8 @@ def _final_progress(facts: Facts, journal: Journal) -> str | None:
     return training or facts.job.status.progress
 
 
-def _reject(job: FineTuneJob, now: datetime) -> Decision:
-    """A stored spec that this operator cannot act on."""
-    message = cut(f"{job.problem} Correct it and apply the job under a new name.")
-    view = View(Phase.FAILED, Reason.INVALID_SPEC, message)
+def _reject(job: FineTuneJob, view: View, now: datetime) -> Decision:
+    """A stored spec that this operator cannot or must not act on."""
     status = Status(
         observed_generation=job.generation,
         phase=view.phase.value,
@@ -317,7 +329,7 @@ def _reject(job: FineTuneJob, now: datetime) -> Decision:
         completion_time=format_time(now),
         conditions=_conditions(job, view, now, accepted=False),
     )
-    return Decision(status, events=(News("invalid", str(Reason.INVALID_SPEC), message, warning=True),))
+    return Decision(status, events=(News("invalid", str(view.reason), view.message, warning=True),))
 
 
 def _summary(journal: Journal) -> str:

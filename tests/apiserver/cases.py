@@ -208,6 +208,14 @@ BAD: dict[str, tuple[JSON, str]] = {
         spec(evaluation={"datasets": [ROWS | {"responseTemplate": "{{ a }}"}]}),
         "responseTemplate needs a promptTemplate",
     ),
+    "files and a split": (
+        spec(datasets=[{"huggingFace": HUB | {"files": ["a.jsonl"], "split": "train"}}]),
+        "files are in place of config and split: set either",
+    ),
+    "files and a configuration": (
+        spec(evaluation={"datasets": [{"modelScope": HUB | {"files": ["a.jsonl"], "config": "default"}}]}),
+        "files are in place of config and split: set either",
+    ),
     "two datasets of one name": (
         spec(datasets=[ROWS | {"name": "a"}, ROWS, ROWS | {"name": "a"}]),
         "datasets: each name at most once",

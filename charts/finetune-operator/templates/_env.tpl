@@ -12,6 +12,8 @@
   "TRAINER_IMAGE" (include "finetune-operator.image" (list .Values.trainer.image .))
   "IMAGE_PULL_POLICY" .Values.trainer.image.pullPolicy
   "TRAINER_ENV" (toJson .Values.trainer.env)
+  "ALLOW_REMOTE_CODE" .Values.trainer.allowRemoteCode
+  "ENDPOINTS" (toJson .Values.trainer.endpoints)
   "DEFAULT_RESOURCES" (toJson $resources)
   "DEFAULT_VOLUME_SIZE" .Values.trainer.volume.size
   "DEFAULT_STORAGE_CLASS" .Values.trainer.volume.storageClassName

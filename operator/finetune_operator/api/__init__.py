@@ -42,6 +42,7 @@ from finetune_operator.api.status import (
 from finetune_operator.api.words import (
     API_VERSION,
     ATTEMPTS_KEPT,
+    DATASETS_KEPT,
     GROUP,
     JSON,
     KIND,
@@ -59,6 +60,7 @@ from finetune_operator.api.words import (
 __all__ = [
     "API_VERSION",
     "ATTEMPTS_KEPT",
+    "DATASETS_KEPT",
     "GPU_RESOURCE",
     "GROUP",
     "JSON",

@@ -86,7 +86,7 @@ Path = tuple[int | str, ...]
 def _parse_status(stored: JSON) -> Status:
     """The stored status; what an older or newer operator wrote in another shape is dropped, as little as can be."""
     known = {name: field.alias or name for name, field in Status.model_fields.items()}
-    kept: JSON = copy.deepcopy({alias: stored[alias] for alias in known.values() if alias in stored})
+    kept: JSON = {alias: copy.deepcopy(stored[alias]) for alias in known.values() if alias in stored}
     while True:
         try:
             return Status.model_validate(kept)

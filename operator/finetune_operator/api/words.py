@@ -32,7 +32,7 @@ class Label:
     STAGE = f"{GROUP}/stage"
     ATTEMPT = f"{GROUP}/attempt"
     INDEX = "batch.kubernetes.io/job-completion-index"
-    """Kubernetes' own, on the pods of an Indexed Job."""
+    """Kubernetes' own annotation of the pods of an Indexed Job."""
 
 
 def parse_time(text: str) -> datetime:

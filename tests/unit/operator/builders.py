@@ -18,11 +18,14 @@ from finetune_operator.status import Decision, Start, Stop, decide
 from finetune_trainer.progress import (
     Artifact,
     DataFacts,
+    DatasetFacts,
     LastWord,
     Measured,
     Progress,
     Reason,
     Resolved,
+    ResolvedLora,
+    ResolvedParallelism,
     Stage,
     TrainFacts,
 )
@@ -36,6 +39,12 @@ SPEC: JSON = {
     "parallelism": {"gpusPerNode": 0},
 }
 WHOLE = SPEC | {"quantize": [{"name": "gptq4", "method": "GPTQ"}]}
+NODES = 2
+GANG = SPEC | {
+    "parallelism": {"gpusPerNode": 0, "numNodes": NODES},
+    "output": {"volume": {"create": {"accessModes": ["ReadWriteMany"]}}},
+}
+"""A training of two pods."""
 
 
 def job_body(spec: JSON = SPEC, status: JSON | None = None, *, name: str = "demo", **metadata: Any) -> JSON:
@@ -60,13 +69,14 @@ def a_job(spec: JSON = SPEC, status: JSON | None = None, **metadata: Any) -> Fin
     return FineTuneJob.parse(job_body(spec, status, **metadata))
 
 
-def pod_body(step: str = "train", attempt: int = 1, uid: str = UID, **status: Any) -> JSON:
+def pod_body(step: str = "train", attempt: int = 1, uid: str = UID, *, index: int = 0, **status: Any) -> JSON:
     return {
         "metadata": {
-            "name": f"demo-{step}-{attempt}-x",
-            "uid": f"pod-{step}-{attempt}",
+            "name": f"demo-{step}-{attempt}-{index}-x",
+            "uid": f"pod-{step}-{attempt}-{index}",
             "creationTimestamp": format_time(START),
             "labels": {Label.JOB_UID: uid, Label.STAGE: step, Label.ATTEMPT: str(attempt)},
+            "annotations": {Label.INDEX: str(index)},
         },
         "status": {"phase": "Pending", **status},
     }
@@ -102,12 +112,23 @@ RUNNING: JSON = {
 }
 
 
+def data_facts() -> DataFacts:
+    """A count of 7 of everything, in each of two datasets."""
+    counts = {name: 7 for name, field in DataFacts.model_fields.items() if field.is_required()}
+    one = {name: 7 for name in DatasetFacts.model_fields if name != "name"}
+    datasets = tuple(DatasetFacts(name=name, **one) for name in ("a", "b"))
+    return DataFacts(**counts, truncated_rows=7, packed_rows=3, datasets=datasets)
+
+
 def resolved() -> Resolved:
     return Resolved(
         model_digest="m" * 64,
         data_digest="d" * 64,
         architecture="LlamaForCausalLM",
         parameters=134_515_008,
+        method="QLoRA",
+        objective="SFT",
+        packing=False,
         max_length=128,
         global_batch_size=8,
         micro_batch_size=4,
@@ -119,21 +140,23 @@ def resolved() -> Resolved:
         warmup_steps=4,
         weight_decay=0.0,
         max_grad_norm=1.0,
-        optimizer="adamw",
+        optimizer="AdamW",
+        adam_beta1=0.9,
+        adam_beta2=0.999,
         compute_dtype="FP32",
         attention="SDPA",
-        gradient_checkpointing=False,
+        gradient_checkpointing="Off",
         base_format="NF4",
         double_quantization=True,
-        lora_r=16,
-        lora_alpha=32,
-        lora_dropout=0.0,
-        target_modules=("q_proj", "v_proj"),
+        lora=ResolvedLora(r=16, alpha=32, dropout=0.05, target_modules=("q_proj", "v_proj")),
+        shuffle=True,
         seed=42,
         logging_steps=1,
         eval_steps=4,
         checkpoint_steps=4,
         checkpoint_keep=2,
+        restore_best=False,
+        parallelism=ResolvedParallelism(num_nodes=1, gpus_per_node=0, world_size=1, strategy="Single"),
     )
 
 
@@ -144,7 +167,7 @@ def word(step: str, attempt: int, reason: Reason = Reason.COMPLETED, message: st
     if reason is Reason.COMPLETED:
         told["manifest_digest"] = f"{step}-digest"
         if stage is Stage.PREPARE:
-            told |= {"resolved": resolved(), "data": DataFacts(**dict.fromkeys(DataFacts.model_fields, 7))}
+            told |= {"resolved": resolved(), "data": data_facts()}
         if stage is Stage.TRAIN:
             told["training"] = TrainFacts(
                 steps=40, epochs=0.1, loss=1.20441, trainable_parameters=5, total_parameters=9
@@ -166,6 +189,7 @@ class Cluster:
     status: JSON = field(default_factory=dict)
     jobs: dict[str, JSON] = field(default_factory=dict)
     pods: dict[str, JSON] = field(default_factory=dict)
+    """By their Job's name, and `<Job>/<index>` for all but the first."""
     created: list[str] = field(default_factory=list)
     writes: int = 0
     now: datetime = START
@@ -221,27 +245,49 @@ class Cluster:
         self.created.append(name)
         manifest["metadata"] |= {"uid": f"job-{name}", "creationTimestamp": format_time(self.now)}
         self.jobs[name] = manifest
-        pod = pod_body(action.step.key, action.attempt)
-        pod["metadata"]["creationTimestamp"] = format_time(self.now)
-        self.pods[name] = pod
+        for index in range(action.step.pods):
+            pod = pod_body(action.step.key, action.attempt, index=index)
+            pod["metadata"]["creationTimestamp"] = format_time(self.now)
+            self.pods[name if index == 0 else f"{name}/{index}"] = pod
 
     def delete(self, name: str) -> None:
         """The Job goes, and its pod with it. If its status was never written, nobody knows that it was there."""
         if self.jobs.pop(name, None) and position(name) > Journal.remembered(self.job).position:
             self.created.remove(name)
-        self.pods.pop(name, None)
+        self.pods = {pod: body for pod, body in self.pods.items() if pod.partition("/")[0] != name}
 
     @property
     def live(self) -> str:
         """Name of the newest Job."""
         return max(self.jobs, key=position)
 
-    def run_pod(self, name: str | None = None) -> None:
-        self.pods[name or self.live]["status"] = copy.deepcopy(RUNNING)
+    @property
+    def live_pods(self) -> list[str]:
+        """Names of the newest Job's pods."""
+        return [name for name in self.pods if name.partition("/")[0] == self.live]
+
+    def run_pod(self) -> None:
+        """All pods of the newest Job run."""
+        for name in self.live_pods:
+            self.pods[name]["status"] = copy.deepcopy(RUNNING)
+
+    def end_one(self, index: int, code: int = 0, message: str = "", reason: str = "Error", **status: Any) -> None:
+        """One of several pods ends; Kubernetes has not told its Job yet."""
+        name = f"{self.live}/{index}" if index else self.live
+        self.pods[name]["status"] = ended(code, reason, message) | status
+
+    def fail_job(self) -> None:
+        """Kubernetes gives the newest Job up: pods that still run are deleted, and gone as soon as they have ended."""
+        self.jobs[self.live]["status"] = {"conditions": [condition("FailureTarget")]}
+        for pod in parse_pods([self.pods[name] for name in self.live_pods], UID):
+            if not pod.ended:
+                del self.pods[f"{self.live}/{pod.index}" if pod.index else self.live]
 
     def end_pod(self, code: int = 0, message: str = "", reason: str = "Completed", **status: Any) -> None:
+        """All pods of the newest Job end alike, and it with them."""
         name = self.live
-        self.pods[name]["status"] = ended(code, reason, message) | status
+        for pod in self.live_pods:
+            self.pods[pod]["status"] = ended(code, reason, message) | status
         kind = "Failed" if code else "Complete"
         self.jobs[name]["status"] = {"conditions": [condition(kind)]}
 

@@ -7,11 +7,11 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from finetune_operator.api import FineTuneJob, InvalidJobError, Spec, cut
+from finetune_operator.api import JSON, FineTuneJob, InvalidJobError, Spec, cut, format_time
 from finetune_operator.settings import Settings, SettingsError
 from finetune_trainer.config import JobConfig
 from tests.apiserver.cases import BAD, FINE
-from tests.unit.operator.builders import SPEC, WHOLE, a_job, job_body
+from tests.unit.operator.builders import SPEC, START, WHOLE, a_job, job_body
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -49,6 +49,25 @@ def test_a_name_that_the_schema_of_another_version_let_through_is_a_problem(name
 def test_a_status_of_another_version_is_read_as_far_as_it_goes() -> None:
     status = a_job(status={"phase": "Training", "attempts": "many", "future": 1}).status
     assert (status.phase, status.attempts) == ("Training", None)
+
+
+def condition(kind: str, **more: str) -> JSON:
+    told = {"type": kind, "status": "True", "reason": "x", "message": "x", "lastTransitionTime": format_time(START)}
+    return told | more
+
+
+def test_of_a_list_only_the_entry_that_cannot_be_read_is_dropped() -> None:
+    stored = [condition("Accepted"), {"type": "Odd"}, condition("Finished"), 7, condition("Future", since="later")]
+    status = a_job(status={"conditions": stored, "training": {"step": 3, "future": 1}}).status
+    assert [c.type for c in status.conditions or ()] == ["Accepted", "Finished", "Future"]
+    assert status.finished, "a job that has ended is never begun again"
+    assert status.training is not None
+    assert status.training.step == 3
+
+
+def test_what_is_stored_is_not_changed_by_reading_it() -> None:
+    stored = {"conditions": [{"type": "Odd"}]}
+    assert a_job(status=stored).stored_status == {"conditions": [{"type": "Odd"}]}
 
 
 def test_a_long_message_is_cut_to_the_limit() -> None:

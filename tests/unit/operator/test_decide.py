@@ -299,6 +299,7 @@ def test_every_event_of_a_job_has_a_name_of_its_own() -> None:
             cluster.later(400)
             cluster.settle()
             cluster.pods[cluster.live]["status"] |= NO_ROOM
+            cluster.later(20)
             cluster.settle()
             if ends_well:
                 cluster.say()
@@ -495,6 +496,20 @@ def test_a_full_cluster_is_waited_for_without_end() -> None:
     status = cluster.settle().status
     assert (status.phase, status.reason) == ("Pending", "Unschedulable")
     assert "Insufficient nvidia.com/gpu" in (status.message or "")
+
+
+def test_a_node_that_is_full_for_a_moment_is_not_told_of() -> None:
+    """The scheduler counts the pod of the stage before for some seconds after its end."""
+    cluster = Cluster()
+    cluster.settle()
+    cluster.say()
+    cluster.settle()
+    cluster.pods[cluster.live]["status"] |= NO_ROOM
+    cluster.later(5)
+    assert cluster.settle().status.reason == "Starting"
+    cluster.run_pod()
+    cluster.settle()
+    assert "Unschedulable" not in cluster.said
 
 
 def test_a_pod_that_is_being_deleted_has_its_time_to_save_a_checkpoint() -> None:

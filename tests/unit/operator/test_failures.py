@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.api import JSON
-from finetune_operator.facts import parse_job, parse_pod
+from finetune_operator.facts import Gang, parse_job, parse_pod
 from finetune_operator.failures import REMEDIES, Failure, Reason, Retry, classify, delay
 from finetune_trainer.progress import ExitCode
 from finetune_trainer.progress import Reason as Said
@@ -15,7 +15,7 @@ from tests.unit.operator.builders import condition, container, ended, pod_body, 
 
 
 def judged(**status: Any) -> Failure:
-    return classify(parse_pod(pod_body("train", 1, **status)), None)
+    return classify(Gang((parse_pod(pod_body("train", 1, **status)),)), None)
 
 
 DISRUPTED = {"conditions": [condition("DisruptionTarget", "PreemptionByScheduler", "preempted by a greater")]}
@@ -85,7 +85,7 @@ def a_stage_job(**status: Any) -> JSON:
     ],
 )
 def test_without_a_pod_the_job_tells_what_it_can(job: JSON | None, reason: str) -> None:
-    found = classify(None, parse_job(job) if job else None)
+    found = classify(Gang(), parse_job(job) if job else None)
     assert (found.reason, found.retry) == (reason, Retry.FREE)
 
 

@@ -9,8 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_operator.api import TrainingStatus
-from finetune_operator.figures import digits, duration, final_training, live_training, share, size
+from finetune_operator.figures import (
+    data_status,
+    digits,
+    duration,
+    final_training,
+    live_training,
+    resolved_status,
+    share,
+    size,
+)
 from finetune_trainer.progress import Measured, Progress, Stage, TrainFacts
+from tests.unit.operator.builders import data_facts, resolved
 
 
 @pytest.mark.parametrize(
@@ -71,6 +81,37 @@ def test_what_only_the_running_stage_knows_outlives_its_end() -> None:
     told = final_training(TrainFacts(steps=40, epochs=1, trainable_parameters=5, total_parameters=9), None, live)
     assert (told.resumed_from_step, told.tokens_per_second, told.peak_memory) == (20, "1234", "1")
     assert (told.step, told.eta) == (40, None)
+
+
+def test_the_best_of_a_training_is_told_live_and_at_the_end() -> None:
+    running = Progress(stage=Stage.TRAIN, attempt=1, activity="training", done=24, total=40, best_eval_loss=1.23456)
+    live = live_training(running, None)
+    facts = TrainFacts(steps=30, epochs=1, trainable_parameters=5, total_parameters=9)
+    ended = facts.model_copy(update={"best_step": 20, "best_eval_loss": 1.2, "stopped_early": True})
+    told = final_training(ended, None, live)
+    assert (live.best_eval_loss, live.best_step, live.stopped_early) == ("1.235", None, None)
+    assert (told.best_eval_loss, told.best_step, told.stopped_early) == ("1.2", 20, True)
+    assert final_training(facts, None, live).stopped_early is None
+
+
+def test_rows_are_told_of_each_dataset_and_of_so_many_and_no_more() -> None:
+    facts = data_facts()
+    told = data_status(facts)
+    assert (told.truncated_rows, told.length_p99, told.packed_rows) == (7, 7, 3)
+    assert [(one.name, one.train_rows, one.truncated_rows) for one in told.datasets or ()] == [("a", 7, 7), ("b", 7, 7)]
+    many = facts.model_copy(update={"datasets": facts.datasets * 20})
+    assert len(data_status(many).datasets or ()) == 32
+    assert data_status(facts.model_copy(update={"datasets": ()})).datasets is None
+
+
+def test_fractions_inside_resolved_settings_are_text() -> None:
+    told = resolved_status(resolved())
+    assert told["learningRate"] == "0.0002"
+    assert told["lora"] == {
+        "r": 16, "alpha": 32, "dropout": "0.05", "targetModules": ["q_proj", "v_proj"],
+        "targetParameters": [], "excludeModules": [], "modulesToSave": [],
+        "bias": "None", "useRslora": False, "useDora": False, "initLoraWeights": "Default",
+    }  # fmt: skip
 
 
 def test_the_last_word_replaces_what_was_polled_before_it() -> None:

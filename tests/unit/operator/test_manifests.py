@@ -8,20 +8,42 @@ import pytest
 
 from finetune_operator import names
 from finetune_operator.api import JSON
-from finetune_operator.manifests import build_claim, build_config_map, build_stage_job
+from finetune_operator.manifests import build_claim, build_config_map, build_service, build_stage_job
 from finetune_operator.names import Step, line
-from tests.unit.operator.builders import SETTINGS, SPEC, WHOLE, a_job
+from finetune_operator.settings import Resources
+from finetune_trainer.config import REMOTE_CODE_VARIABLE, RENDEZVOUS_VARIABLE
+from tests.unit.operator.builders import GANG, SETTINGS, SPEC, WHOLE, a_job
 
-GPU = SPEC | {"parallelism": {"gpusPerNode": 1}}
-HUB = SPEC | {"model": {"huggingFace": {"repo": "a/b", "tokenSecretRef": {"name": "hf", "key": "token"}}}}
+KEYS = ("prepare", "train", "merge", "quantize-0")
+GPU = SPEC | {"parallelism": {"gpusPerNode": 4}}
+TOKEN = {"name": "hf", "key": "hub-token"}
+CREDENTIALS = {"name": "store"}
+MANY_SOURCES = SPEC | {
+    "model": {
+        "huggingFace": {"repo": "a/b", "tokenSecretRef": TOKEN},
+        "adapter": {"s3": {"uri": "s3://bucket/adapter/", "credentialsSecretRef": CREDENTIALS}},
+    },
+    "merge": {"original": {"modelScope": {"repo": "a/b", "tokenSecretRef": TOKEN}}},
+    "datasets": [
+        {"oci": {"reference": "registry.test/rows:1", "credentialsSecretRef": CREDENTIALS}},
+        {"volume": {"claimName": "datasets", "path": "train.jsonl"}},
+        {"huggingFace": {"repo": "a/rows"}},
+    ],
+    "evaluation": {"datasets": [{"huggingFace": {"repo": "a/rows", "tokenSecretRef": TOKEN}}]},
+}
+ONLINE = {
+    "wandb": {"project": "p", "apiKeySecretRef": {"name": "wandb", "key": "api"}},
+    "mlflow": {"uri": "https://mlflow.test", "credentialsSecretRef": {"name": "mlflow"}},
+}
 
 
-def step(key: str) -> Step:
-    return next(step for step in line(a_job(WHOLE).valid_spec) if step.key == key)
+def step(key: str, spec: JSON = WHOLE) -> Step:
+    return next(step for step in line(a_job(spec).valid_spec) if step.key == key)
 
 
 def pod(key: str, spec: JSON = SPEC, **settings: Any) -> JSON:
-    job = build_stage_job(a_job(spec), step(key), 3, SETTINGS.model_copy(update=settings))
+    its_step = step(key, spec | {"quantize": WHOLE["quantize"]})
+    job = build_stage_job(a_job(spec), its_step, 3, SETTINGS.model_copy(update=settings))
     found: JSON = job["spec"]["template"]["spec"]
     return found
 
@@ -29,6 +51,18 @@ def pod(key: str, spec: JSON = SPEC, **settings: Any) -> JSON:
 def container(key: str, spec: JSON = SPEC, **settings: Any) -> JSON:
     found: JSON = pod(key, spec, **settings)["containers"][0]
     return found
+
+
+def environment(key: str, spec: JSON = SPEC, **settings: Any) -> dict[str, str]:
+    return {entry["name"]: entry["value"] for entry in container(key, spec, **settings)["env"]}
+
+
+def secrets(key: str, spec: JSON) -> dict[str, JSON]:
+    """Secrets by the folder in which the trainer finds them."""
+    volumes = {volume["name"]: volume.get("secret") for volume in pod(key, spec)["volumes"]}
+    found = {path: volumes[name] for path, name in mounts(key, spec).items() if volumes[name]}
+    assert all(secret["defaultMode"] == 0o440 for secret in found.values())
+    return {path: {k: v for k, v in secret.items() if k != "defaultMode"} for path, secret in found.items()}
 
 
 def mounts(key: str, spec: JSON = SPEC) -> dict[str, str]:
@@ -65,11 +99,7 @@ def test_every_pod_is_restricted_and_knows_nothing_of_the_cluster(key: str) -> N
     assert inside["capabilities"] == {"drop": ["ALL"]}
 
 
-def test_only_prepare_sees_sources_and_token_and_reaches_the_hub() -> None:
-    mirror = {"HF_ENDPOINT": "https://mirror.test"}
-    prepare = {e["name"]: e["value"] for e in container("prepare", trainer_env=mirror)["env"]}
-    train = {e["name"]: e["value"] for e in container("train", trainer_env=mirror)["env"]}
-    assert (prepare, train) == (mirror | {"HOME": "/tmp"}, {"HF_HUB_OFFLINE": "1", "HOME": "/tmp"})  # noqa: S108
+def test_only_prepare_sees_sources() -> None:
     assert mounts("prepare") == {
         "/work": "work",
         "/etc/finetune": "config",
@@ -78,8 +108,52 @@ def test_only_prepare_sees_sources_and_token_and_reaches_the_hub() -> None:
         "/sources/datasets": "source-1",
     }
     assert mounts("train").keys() == {"/work", "/etc/finetune", "/tmp", "/dev/shm"}  # noqa: S108
-    assert "/secrets" in mounts("prepare", HUB)
-    assert "/secrets" not in mounts("train", HUB)
+
+
+def test_every_source_has_its_secret_in_the_folder_of_its_slot() -> None:
+    token = {"secretName": "hf", "items": [{"key": "hub-token", "path": "token"}]}
+    whole = {"secretName": "store"}
+    assert secrets("prepare", MANY_SOURCES) == {
+        "/secrets/model": token,
+        "/secrets/adapter": whole,
+        "/secrets/original": token,
+        "/secrets/dataset-0": whole,
+        "/secrets/evaluation-0": token,
+    }
+    assert not any(secrets(key, MANY_SOURCES) for key in ("train", "merge", "quantize-0"))
+
+
+def test_only_train_sees_the_secrets_of_trackers() -> None:
+    tracked = SPEC | {"tracking": ONLINE}
+    assert secrets("train", tracked) == {
+        "/secrets/wandb": {"secretName": "wandb", "items": [{"key": "api", "path": "key"}]},
+        "/secrets/mlflow": {"secretName": "mlflow"},
+    }
+    assert not any(secrets(key, tracked) for key in ("prepare", "merge", "quantize-0"))
+
+
+@pytest.mark.parametrize(
+    ("tracking", "reached"),
+    [
+        pytest.param(None, {"prepare"}, id="nothing but the hub"),
+        pytest.param({"wandb": {"project": "p"}, "tensorboard": True}, {"prepare"}, id="a run written to the volume"),
+        pytest.param({"wandb": ONLINE["wandb"]}, {"prepare", "train"}, id="W&B with a key"),
+        pytest.param({"mlflow": {"uri": "http://mlflow.test"}}, {"prepare", "train"}, id="an open MLflow server"),
+    ],
+)
+def test_the_network_is_reached_where_something_is_fetched_or_tracked(tracking: JSON | None, reached: set[str]) -> None:
+    proxy = {"HTTPS_PROXY": "http://proxy.test:3128"}
+    spec = SPEC | ({"tracking": tracking} if tracking else {})
+    told = {key: environment(key, spec, trainer_env=proxy) for key in ("prepare", "train", "merge", "quantize-0")}
+    assert {key for key, variables in told.items() if "HTTPS_PROXY" in variables} == reached
+    offline = {key for key, variables in told.items() if variables.get("HF_HUB_OFFLINE") == "1"}
+    assert offline == {"train", "merge", "quantize-0"}, "models and rows come from the hub in prepare alone"
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_every_stage_is_told_whether_a_models_code_may_run(allowed: bool) -> None:
+    told = {environment(key, allow_remote_code=allowed).get(REMOTE_CODE_VARIABLE) for key in KEYS}
+    assert told == ({"1"} if allowed else {None})
 
 
 def test_a_claim_used_twice_is_one_volume() -> None:
@@ -97,11 +171,44 @@ def test_sources_are_read_only_down_to_the_volume() -> None:
     assert "readOnly" not in volumes["work"]["persistentVolumeClaim"]
 
 
-@pytest.mark.parametrize(("key", "gpus"), [("prepare", None), ("train", "1"), ("merge", "1"), ("quantize-0", "1")])
-def test_stages_that_run_the_model_hold_the_gpu(key: str, gpus: str | None) -> None:
-    resources = container(key, GPU | {"quantize": WHOLE["quantize"]})["resources"]
+@pytest.mark.parametrize(("key", "gpus"), [("prepare", None), ("train", "4"), ("merge", "1"), ("quantize-0", "1")])
+def test_training_holds_all_gpus_and_what_follows_one(key: str, gpus: str | None) -> None:
+    resources = container(key, GPU)["resources"]
     assert resources.get("limits", {}).get("nvidia.com/gpu") == gpus
     assert "nvidia.com/gpu" not in resources["requests"]
+
+
+@pytest.mark.parametrize("key", ["train", "merge", "quantize-0"])
+def test_a_job_on_cpu_holds_no_gpu_whatever_the_chart_gives(key: str) -> None:
+    chart = Resources(limits={"nvidia.com/gpu": "1", "memory": "8Gi"})
+    assert container(key, default_resources=chart)["resources"] == {"limits": {"memory": "8Gi"}}
+
+
+def test_a_training_of_several_nodes_is_one_job_of_numbered_pods_that_know_where_to_meet() -> None:
+    job = build_stage_job(a_job(GANG), step("train", GANG), 3, SETTINGS)
+    spec, service = job["spec"], build_service(a_job(GANG))
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 2, 2)
+    assert (spec["backoffLimit"], spec["podReplacementPolicy"]) == (0, "Failed")
+    template = spec["template"]
+    assert template["spec"]["subdomain"] == service["metadata"]["name"] == "train-demo"
+    assert environment("train", GANG)[RENDEZVOUS_VARIABLE] == "demo-train-3-0.train-demo:29500"
+    ports = {port["containerPort"] for port in template["spec"]["containers"][0]["ports"]}
+    assert ports == {8080, 29500}
+    assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
+    assert (service["spec"]["clusterIP"], service["spec"]["publishNotReadyAddresses"]) == ("None", True)
+    assert service["metadata"]["ownerReferences"][0]["uid"] == a_job().uid
+
+
+@pytest.mark.parametrize("key", ["prepare", "merge"])
+def test_the_other_stages_of_several_nodes_are_one_pod(key: str) -> None:
+    job = build_stage_job(a_job(GANG), step(key, GANG), 1, SETTINGS)
+    assert (job["spec"]["completions"], "completionMode" in job["spec"]) == (1, False)
+    assert RENDEZVOUS_VARIABLE not in environment(key, GANG)
+
+
+def test_a_method_that_trains_the_model_itself_leaves_nothing_to_merge() -> None:
+    spec = WHOLE | {"method": {"type": "Full"}}
+    assert [its.key for its in line(a_job(spec).valid_spec)] == ["prepare", "train", "quantize-0"]
 
 
 def test_the_jobs_resources_replace_the_charts() -> None:
@@ -168,3 +275,6 @@ def test_the_configuration_is_the_same_bytes_in_every_pass() -> None:
 def test_the_longest_names_fit_a_label() -> None:
     longest = a_job(WHOLE, name="a" * 40)
     assert len(names.stage_job(longest, step("quantize-0"), 9_999_999)) <= 63
+    assert len(names.service(longest)) <= 63
+    hostname, _, _ = names.rendezvous(longest, step("train"), 9_999_999).partition(".")
+    assert len(hostname.removesuffix("-0") + "-63") <= 63
