@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from finetune_trainer import data, manifest, resolve
-from finetune_trainer.fetch import fetch_model, reusable, revision
+from finetune_trainer import data, ingest, manifest, pack, resolve, tokens
+from finetune_trainer.config import LossOn, Training
+from finetune_trainer.fetch import fetch_models, reusable, revision
 from finetune_trainer.manifest import Manifest, Result
 from finetune_trainer.model import describe, load_tokenizer
+from finetune_trainer.render import Renderer
+from finetune_trainer.sources import fetch_source, forget
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from finetune_trainer.config import JobConfig
     from finetune_trainer.context import Context
+    from finetune_trainer.model import ModelFacts
     from finetune_trainer.progress import DataFacts, Resolved
 
 log = logging.getLogger(__name__)
@@ -27,26 +32,62 @@ log = logging.getLogger(__name__)
 
 def run(config: JobConfig, context: Context) -> Manifest:
     """Prepare the job; the manifest of `data/`."""
-    data.check_first_rows(config, context)
-    fetched, model_folder = fetch_model(config, context), context.work.model
-    target = context.goal.with_inputs(model=fetched.digest)
+    datasets, revisions = _open_datasets(config, context)
+    firsts = ingest.first_rows(datasets, config)
+    fetched, model_folder = fetch_models(config, context), context.work.model
+    target = context.goal.with_inputs(**{name: each.digest for name, each in fetched.items()})
     if (found := reusable(target, context)) is not None:
         return found
     context.report.begin("reading the model's config and tokenizer")
     facts, tokenizer = describe(model_folder), load_tokenizer(model_folder)
     resolve.check_early(config, facts)
+    pack.check_packing(config, facts.architecture)
+    added_tokens = tokens.shape_tokenizer(tokenizer, config.model)
+    renderer = _build_renderer(config, tokenizer)
+    if any(renderer.uses_template(row) for row in firsts) and renderer.has_template:
+        tokens.check_trained(config, model_folder, tokenizer, renderer.template_kwargs)
     log.info("model: %s, %s parameters", facts.architecture, f"{facts.parameters:,}")
 
     def build(folder: Path) -> Result:
         max_length = resolve.resolve_max_length(config, facts)
-        prepared = data.prepare_data(config, context, tokenizer, max_length, folder)
-        sources = resolve.SourceFacts(fetched.digest, revision(model_folder), _digest_of_rows(folder))
-        resolved = resolve.resolve(config, sources, facts, prepared.facts)
+        packs = partial(_packs, config, facts)
+        prepared = ingest.prepare_data(config, datasets, renderer, max_length, packs, folder, context)
+        sources = resolve.SourceFacts(
+            fetched["model"].digest, revision(model_folder), _digest_of_rows(folder), revisions
+        )
+        resolved = resolve.resolve(config, sources, facts, prepared.facts, added_tokens)
+        tokenizer.save_pretrained(folder / context.work.tokenizer.name)
         data.write_preview(folder, tokenizer, context.work.report / data.PREVIEW_NAME)
         message = " ".join([_summary(prepared.facts, resolved), *prepared.remarks])
         return Result(message=message, resolved=resolved, data=prepared.facts)
 
-    return manifest.publish(target, context.attempt, build)
+    made = manifest.publish(target, context.attempt, build)
+    forget(context)
+    return made
+
+
+def _open_datasets(config: JobConfig, context: Context) -> tuple[ingest.Datasets, tuple[str, ...]]:
+    """The datasets where their sources brought them, and the commits of those that could move."""
+    fetched, revisions = {}, []
+    for slot, (name, dataset) in ingest.named_datasets(config).items():
+        found = fetch_source(slot, f"dataset '{name}'", dataset, context)
+        fetched[slot] = found.path
+        if found.revision is not None:
+            revisions.append(f"{name}@{found.revision}")
+    return ingest.open_datasets(config, fetched), tuple(revisions)
+
+
+def _build_renderer(config: JobConfig, tokenizer: Any) -> Renderer:  # noqa: ANN401 - any of transformers' tokenizers
+    sft, template = config.objective and config.objective.sft, config.model.chat_template
+    loss_on = (sft and sft.loss_on) or LossOn.AUTO
+    return Renderer(tokenizer, loss_on, tokens.template_kwargs(template.kwargs if template else None))
+
+
+def _packs(config: JobConfig, model: ModelFacts, sequences: int) -> bool:
+    """Whether rows that make so many sequences are packed."""
+    global_batch, _ = resolve.resolve_batch(config)
+    steps, _ = resolve.resolve_length(config.training or Training(), sequences, global_batch)
+    return pack.resolve_packing(config, model.architecture, steps)
 
 
 def _digest_of_rows(folder: Path) -> str:
@@ -60,5 +101,10 @@ def _summary(facts: DataFacts, resolved: Resolved) -> str:
     return (
         f"{facts.train_rows:,} rows to train on ({facts.train_tokens:,} tokens, {facts.loss_tokens:,} of them in the "
         f"loss; {facts.length_p50:,} a row, at most {facts.length_max:,}), {facts.eval_rows:,} held out: "
-        f"{resolved.total_steps:,} steps of {resolved.global_batch_size:,} rows."
+        f"{resolved.total_steps:,} steps of {resolved.global_batch_size:,} {_unit(facts)}."
     )
+
+
+def _unit(facts: DataFacts) -> str:
+    """What a step takes so many of."""
+    return "rows" if facts.packed_rows is None else f"sequences, of {facts.packed_rows:,} that the rows are packed into"

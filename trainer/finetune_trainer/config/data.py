@@ -84,6 +84,12 @@ class Dataset(DatasetSource):
         description="Sandboxed Jinja that makes the response; needs promptTemplate. Default the answer's field.",
     )
 
+    special_tokens: bool | None = Field(
+        default=None,
+        description="Text: the rows hold a rendered template, so special tokens that they spell are such. "
+        "Default false: they are plain text, and come from templates alone.",
+    )
+
     @model_validator(mode="after")
     def _response_needs_a_prompt(self) -> Self:
         if self.response_template is not None and self.prompt_template is None:
