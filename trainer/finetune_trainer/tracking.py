@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import shutil
+import sys
 import threading
 import uuid
 from contextlib import contextmanager
@@ -41,6 +42,16 @@ CLOSE_SECONDS = 60.0
 LEAVE_SECONDS = 5.0
 """How long one that was asked to leave does: its checkpoint is saved, its grace period is short."""
 REQUEST_SECONDS = 15
+WANDB_TELLS_NOTHING_ELSE = {
+    "console": "off",
+    "silent": True,
+    "disable_code": True,
+    "disable_git": True,
+    "save_code": False,
+    "x_disable_meta": True,
+    "x_disable_stats": True,
+    "x_save_requirements": False,
+}
 ENDS = {"FINISHED": 0, "FAILED": 1, "KILLED": 1}
 """How a run ends, in MLflow's words, and the exit code that W&B shows."""
 
@@ -125,6 +136,19 @@ class Followers:
         """Tell how it ended."""
         for follower in self._followers:
             follower.close(end, figures, seconds)
+
+
+@contextmanager
+def unasked() -> Iterator[None]:
+    """Let libraries that are imported in the body take W&B for not installed: TRL (1.16) would import it, for 2 s."""
+    known = "wandb" in sys.modules
+    if not known:
+        sys.modules["wandb"] = None  # type: ignore[assignment]  # how Python notes that there is no such module
+    try:
+        yield
+    finally:
+        if not known:
+            del sys.modules["wandb"]
 
 
 @contextmanager
@@ -232,44 +256,42 @@ class WandbRun:
 
     def __init__(self, wandb: Wandb, context: Context, settings: dict[str, Any]) -> None:
         """A server that does not answer leaves the run on the volume as well."""
-        from wandb.errors import Error  # noqa: PLC0415 - only for who asks for it
-
-        self._folder = context.work.report
-        key = context.secrets / "wandb" / WANDB_KEY_FILE
-        online = key.is_file()
-        try:
-            self._run = self._init(wandb, context, settings, key.read_text("utf-8").strip() if online else None)
-        except Error as error:
-            if not online:
-                raise
-            log.warning("W&B does not answer (%s): the run is in %s, for `wandb sync`", error, self._folder / "wandb")
-            self._run = self._init(wandb, context, settings, None)
-        self._first = self._run.starting_step
-
-    def _init(self, wandb: Wandb, context: Context, settings: dict[str, Any], key: str | None) -> Any:  # noqa: ANN401 - a wandb run
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # to its makers
         import wandb as client  # noqa: PLC0415 - only for who asks for it
 
-        if key is None:
-            shutil.rmtree(self._folder / "wandb", ignore_errors=True)  # all of it is told again
-        self._folder.mkdir(parents=True, exist_ok=True)
-        return client.init(
-            project=wandb.project,
-            entity=wandb.entity,
-            id=run_id(context),
-            name=context.work.root.name,
-            config=settings,
-            dir=self._folder,
-            resume="allow" if key else None,
-            mode="online" if key else "offline",
-            settings=client.Settings(
-                api_key=key,
-                console="off",
-                silent=True,
-                disable_code=True,
-                disable_git=True,
-                save_code=False,
-                init_timeout=REQUEST_SECONDS,
-                **({"base_url": wandb.base_url} if wandb.base_url else {}),
+        self._client, self._wandb, self._context, self._settings = client, wandb, context, settings
+        key = context.secrets / "wandb" / WANDB_KEY_FILE
+        self._run = self._offline() if not key.is_file() else self._online(key.read_text(encoding="utf-8").strip())
+        self._first = self._run.starting_step
+
+    def _online(self, key: str) -> Any:  # noqa: ANN401 - a wandb run
+        try:
+            return self._init(mode="online", resume="allow", api_key=key)
+        except self._client.Error as error:
+            self._client.teardown()
+            reason, folder = str(error).splitlines()[0], self._context.work.report / "wandb"
+            log.warning("W&B does not answer (%s): the run is in %s, for `wandb sync`", reason, folder)
+            return self._offline()
+
+    def _offline(self) -> Any:  # noqa: ANN401 - a wandb run
+        shutil.rmtree(self._context.work.report / "wandb", ignore_errors=True)  # all of it is told again
+        return self._init(mode="offline", resume=None, api_key=None)
+
+    def _init(self, mode: str, resume: str | None, api_key: str | None) -> Any:  # noqa: ANN401 - a wandb run
+        own_server = {"base_url": self._wandb.base_url} if self._wandb.base_url else {}
+        report = self._context.work.report
+        report.mkdir(parents=True, exist_ok=True)
+        return self._client.init(
+            project=self._wandb.project,
+            entity=self._wandb.entity,
+            id=run_id(self._context),
+            name=self._context.work.root.name,
+            config=self._settings,
+            dir=report,
+            mode=mode,
+            resume=resume,
+            settings=self._client.Settings(
+                api_key=api_key, init_timeout=REQUEST_SECONDS, **own_server, **WANDB_TELLS_NOTHING_ELSE
             ),
         )
 
@@ -290,9 +312,7 @@ class MLflowRun:
 
     def __init__(self, mlflow: MLflow, context: Context, settings: dict[str, Any]) -> None:
         """Find the run of an earlier attempt, or make it."""
-        for name in MLFLOW_CREDENTIALS:
-            if (path := context.secrets / "mlflow" / name).is_file():
-                os.environ[name] = path.read_text(encoding="utf-8").strip()
+        os.environ.update(read_mlflow_credentials(context.secrets))
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS))
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         from mlflow import MlflowClient  # noqa: PLC0415 - only for who asks for it
@@ -337,6 +357,12 @@ class MLflowRun:
         for name, value in figures.items():
             self._client.log_metric(self._run, name, value)
         self._client.set_terminated(self._run, status=end)
+
+
+def read_mlflow_credentials(secrets: Path) -> dict[str, str]:
+    """The server's credentials, by the variables in which its client looks for them."""
+    paths = {name: secrets / "mlflow" / name for name in MLFLOW_CREDENTIALS}
+    return {name: path.read_text(encoding="utf-8").strip() for name, path in paths.items() if path.is_file()}
 
 
 def _figures(line: Line) -> Line:
