@@ -89,8 +89,9 @@ WHOLE = replace_settings(DPO, method="Full", base_format="FP32", lora=None, lear
 
 
 def build(model: Path, scratch: Path, settings: Resolved = DPO) -> Any:
-    base = load_base(model, settings, CPU, torch.float32)
-    return build_trainer(base, load_tokenizer(model), make_pair_table(make_pairs()), settings, torch.float32, scratch)
+    bases = [load_base(model, settings, CPU, torch.float32) for _ in range(1 if settings.lora else 2)]
+    table = make_pair_table(make_pairs())
+    return build_trainer(bases[0], load_tokenizer(model), table, settings, torch.float32, scratch, *bases[1:])
 
 
 def logprobs(model: Any, row: TokenRow) -> float:
