@@ -1,4 +1,4 @@
-"""What of a model is trained: adapters put on a frozen base, or the model itself; and how the latter is saved."""
+"""What of a model is trained: adapters put on a frozen base, or the model itself."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from finetune_trainer import state
 from finetune_trainer.model import ADAPTER_FOLDER
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from pathlib import Path
-
-    import torch
 
     from finetune_trainer.progress import Resolved
 
@@ -86,21 +84,3 @@ def unrounded(model: Any) -> Iterator[None]:  # noqa: ANN401 - a torch module
     for name, parameter in state.trained(model):
         if name in held:
             parameter.data = held[name]
-
-
-def save_trained(
-    model: Any,  # noqa: ANN401 - a transformers model
-    folder: Path,
-    dtype: torch.dtype,
-    max_shard_size: str,
-    weights: Mapping[str, torch.Tensor] | None = None,
-) -> None:
-    """Write a model that was trained whole, in the dtype that models ship in. `weights`: where they are gathered."""
-    cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
-    plain: dict[str, torch.Tensor] = {}
-    for name, tensor in (weights or model.state_dict()).items():
-        wanted = dtype if tensor.is_floating_point() else tensor.dtype
-        plain[name] = cast.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", wanted))
-    model.config.dtype = dtype
-    model.config.name_or_path = ""
-    model.save_pretrained(folder, state_dict=plain, max_shard_size=max_shard_size)

@@ -25,7 +25,15 @@ import numpy as np
 from finetune_trainer.data import EVAL, INPUT_IDS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK, read_rows
 from finetune_trainer.distributed import rank, total, world_size
 from finetune_trainer.errors import NotFound
-from finetune_trainer.loading import import_peft, load_base, load_finished, set_up_torch, training_device
+from finetune_trainer.finished import load_quantized
+from finetune_trainer.loading import (
+    compute_dtype,
+    import_peft,
+    load_base,
+    load_finished,
+    set_up_torch,
+    training_device,
+)
 from finetune_trainer.progress import Measured, Resolved
 
 if TYPE_CHECKING:
@@ -45,8 +53,8 @@ IGNORED = -100
 """The label of a token that does not count, as torch's cross-entropy has it."""
 BATCH_TOKENS = 1024
 """Padded tokens a batch: on 2 cores larger ones are no faster, and logits of 50,000 words take 200 KB a token."""
-COMPARED_ROWS = 64
-"""Rows compared at most: two models are held at once, and figures no longer move beyond that."""
+FINISHED = {True: "merged", False: "model"}
+"""What the finished 16-bit model is called: an adapter merged, or the model itself trained."""
 
 
 @dataclass(frozen=True)
@@ -343,39 +351,34 @@ def _measure_all(config: JobConfig, context: Context, rows: Sequence[TokenRow]) 
 
 
 def _models(config: JobConfig, context: Context, device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Everything that can be measured, and how it is loaded."""
-    import torch  # noqa: PLC0415 - slow
-
+    """Everything that can be measured, and how it is loaded: the base and the adapter as they were trained."""
     work, resolved = context.work, context.resolved
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = compute_dtype(resolved, device)
     yield "base", lambda: load_base(work.model, resolved, device, dtype)
     if work.adapter.is_dir():
         yield "adapter", lambda: load_adapted(work.model, work.adapter, resolved, device, dtype)
     if work.merged.is_dir():
-        yield "merged", lambda: load_finished(work.merged, device, dtype)
+        yield FINISHED[config.trains_adapter], lambda: load_finished(work.merged, device, finished_dtype(device))
     for entry in config.quantize or ():
         if (folder := work.quantized(entry.name)).is_dir():
-            yield entry.name, partial(load_gptq, folder, device, dtype)
+            yield entry.name, partial(load_quantized, folder, device)
 
 
 def load_adapted(base: Path, adapter: Path, resolved: Resolved, device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ANN401 - a causal language model
-    """The adapter on the NF4 base, whose products use the dequantized weights."""
-    adapted = import_peft().PeftModel.from_pretrained(load_base(base, resolved, device, dtype), adapter)
-    return adapted.eval()
+    """The adapter on the base as it was trained."""
+    return put_adapter(load_base(base, resolved, device, dtype), adapter)
 
 
-def load_gptq(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ANN401 - a causal language model
-    """A GPTQ model; on CPU with the kernel that is written in torch, which needs no compiler."""
-    from transformers import GPTQConfig  # noqa: PLC0415 - slow
-
-    options = {"quantization_config": GPTQConfig(bits=4, backend="torch")} if device.type == "cpu" else {}
-    return load_finished(folder, device, dtype if device.type == "cpu" else _half(), **options)
+def put_adapter(base: Any, adapter: Path) -> Any:  # noqa: ANN401 - a causal language model
+    """The base with an adapter on it, for use."""
+    return import_peft().PeftModel.from_pretrained(base, adapter).eval()
 
 
-def _half() -> torch.dtype:
+def finished_dtype(device: torch.device) -> torch.dtype:
+    """What a finished model is measured in: fp32 on CPU, where 16 bits are slow; on a GPU in what it ships in."""
     import torch  # noqa: PLC0415 - slow
 
-    return torch.float16
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def table(measured: dict[str, Measured]) -> str:

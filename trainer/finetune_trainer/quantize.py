@@ -1,8 +1,9 @@
-"""finetune-trainer quantize --name NAME --config job.json --work DIR: a 4-bit GPTQ form of the merged model.
+"""finetune-trainer quantize --name NAME --config job.json --work DIR: a 4-bit GPTQ or AWQ form of the finished model.
 
 GPTQ rounds each layer column by column and lets the columns not yet rounded make up for the error on rows of the
-training set (Frantar et al. 2022, arXiv:2210.17323). What is written is loaded back, compared with the merged model
-and made to write an answer.
+training set (Frantar et al. 2022, arXiv:2210.17323). AWQ scales up the weights that large activations meet before it
+rounds, and takes the scale back in the layer before (Lin et al. 2023, arXiv:2306.00978). What is written is loaded
+back, compared with the finished model and made to write an answer.
 """
 
 from __future__ import annotations
@@ -18,19 +19,26 @@ import random
 import shutil
 import tempfile
 from contextlib import redirect_stdout
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer import samples
-from finetune_trainer.data import TRAIN
+from finetune_trainer.config import Calibration, QuantizeMethod
+from finetune_trainer.data import INPUT_IDS, LENGTHS, TRAIN, read_rows
 from finetune_trainer.errors import InvalidConfig, VerificationFailed
-from finetune_trainer.evaluate import COMPARED_ROWS, compare, load_gptq, read_token_rows
+from finetune_trainer.evaluate import compare, finished_dtype, read_token_rows
+from finetune_trainer.finished import GENERATION_CONFIG, copy_companions, load_quantized
 from finetune_trainer.loading import load_finished, set_up_torch, working_device
 from finetune_trainer.manifest import Made, Manifest, Result
-from finetune_trainer.model import load_tokenizer
+from finetune_trainer.model import CONFIG, load_tokenizer
 from finetune_trainer.progress import Measured
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+
     from finetune_trainer.config import JobConfig, Quantize
     from finetune_trainer.context import Context
     from finetune_trainer.evaluate import TokenRow
@@ -42,19 +50,20 @@ DEFAULT_SAMPLES, DEFAULT_MAX_LENGTH = 256, 1024
 NOT_SHIPPED = ("quant_log.csv",)
 NEW_TOKENS = 24
 COMPARED_BYTES = 2 * 2
-"""Bytes a parameter on a GPU at most: the merged model and the quantized one, in 16 bits."""
+"""Bytes a parameter on a GPU at most: the finished model and the quantized one, in 16 bits."""
 
 
 def run(config: JobConfig, context: Context) -> Manifest:
-    """Quantize on rows of the training set, write, load back, compare with the merged model, publish."""
+    """Quantize on rows of the training set, write, load back, compare with the finished model, publish."""
     set_up_torch()
     entry, settings = _settings(config, context)
-    calibration = choose_calibration(read_token_rows(context.work.data, TRAIN), entry, context.resolved.seed)
+    calibration = choose_calibration(read_calibration_rows(context.work.data), entry, context.resolved.seed)
 
     def build(folder: Path) -> Result:
-        context.report.begin("loading the merged model")
-        write_gptq(context.work.merged, folder, settings, calibration, context)
-        _copy_tokenizer(context.work.merged, folder)
+        context.report.begin("loading the finished model")
+        write_quantized(context.work.merged, folder, settings, calibration, context)
+        copy_companions(context.work.merged, context.work.tokenizer, folder)
+        shutil.copyfile(context.work.merged / GENERATION_CONFIG, folder / GENERATION_CONFIG)
         return _prove(folder, settings, context)
 
     return context.publish(build)
@@ -70,50 +79,78 @@ def _settings(config: JobConfig, context: Context) -> tuple[Quantize, ResolvedQu
     return entry, settings
 
 
-def choose_calibration(rows: list[TokenRow], entry: Quantize, seed: int) -> list[dict[str, list[int]]]:
+def read_calibration_rows(data: Path) -> list[list[int]]:
+    """Tokens of each training row; those that share a sequence stand alone again."""
+    table = read_rows(data, TRAIN)
+    sequences: list[list[int]] = table.column(INPUT_IDS).to_pylist()
+    if LENGTHS not in table.column_names:
+        return sequences
+    return [
+        row
+        for ids, lengths in zip(sequences, table.column(LENGTHS).to_pylist(), strict=True)
+        for row in _split(ids, lengths)
+    ]
+
+
+def _split(ids: list[int], lengths: list[int]) -> Iterator[list[int]]:
+    left = iter(ids)
+    return (list(islice(left, length)) for length in lengths)
+
+
+def choose_calibration(rows: list[list[int]], entry: Quantize, seed: int) -> list[dict[str, list[int]]]:
     """Rows of the training set, whole or their beginnings: never the held-out ones.
 
     Plain dicts of lists: gptqmodel refuses a BatchEncoding (7.6).
     """
-    wanted = entry.calibration
-    count = (wanted and wanted.samples) or DEFAULT_SAMPLES
-    length = (wanted and wanted.max_length) or DEFAULT_MAX_LENGTH
+    wanted = entry.calibration or Calibration()
+    count, length = wanted.samples or DEFAULT_SAMPLES, wanted.max_length or DEFAULT_MAX_LENGTH
     chosen = random.Random(seed).sample(rows, min(count, len(rows)))  # noqa: S311 - a choice, no secret
-    return [
-        {"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in (list(row.input_ids[:length]) for row in chosen)
-    ]
+    return [{"input_ids": row[:length], "attention_mask": [1] * len(row[:length])} for row in chosen]
 
 
-def write_gptq(
-    merged: Path,
+def write_quantized(
+    finished: Path,
     folder: Path,
     settings: ResolvedQuantize,
     calibration: list[dict[str, list[int]]],
     context: Context,
 ) -> None:
-    """Quantize `merged` into `folder`, in the format that transformers, vLLM and gptqmodel read.
+    """Quantize `finished` into `folder`, in the format that transformers, vLLM and gptqmodel read.
 
     On a GPU gptqmodel holds a layer at a time, which is less than the slack that is asked for.
     """
-    with tempfile.TemporaryDirectory(prefix="gptq-") as aside, redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory(prefix="quantize-") as aside, redirect_stdout(io.StringIO()):
         gptqmodel = import_gptqmodel(Path(aside))
-        quantization = gptqmodel.QuantizeConfig(
-            bits=settings.bits,
-            group_size=settings.group_size,
-            desc_act=False,
-            device=str(working_device(0)),
-            offload_to_disk_path=aside,
-        )
-        model = gptqmodel.GPTQModel.load(str(merged), quantization)
+        device = working_device(0)
+        model = gptqmodel.GPTQModel.load(str(finished), build_settings(gptqmodel, settings, device, aside))
         layers = int(model.model.config.get_text_config().num_hidden_layers)
         context.report.begin(f"quantizing to {settings.bits} bits on {len(calibration)} rows", layers, "layers")
         model.layer_callback = LayerCallback(context)
-        model.quantize(calibration, batch_size=1)
+        model.quantize(calibration, batch_size=1, backend=_packer(gptqmodel, settings))
         context.raise_if_stopping()
         model.save(str(folder))
         del model
         gc.collect()
     clean(folder)
+
+
+def build_settings(gptqmodel: Any, settings: ResolvedQuantize, device: torch.device, aside: str) -> Any:  # noqa: ANN401 - a module of gptqmodel and its config
+    """The settings in gptqmodel's terms. `aside`: a folder that is gone afterwards."""
+    common = {
+        "bits": settings.bits,
+        "group_size": settings.group_size,
+        "sym": settings.symmetric,
+        "device": str(device),
+        "offload_to_disk_path": aside,
+    }
+    if settings.method == QuantizeMethod.AWQ:
+        return gptqmodel.quantization.config.AWQConfig(format="gemm", **common)
+    return gptqmodel.QuantizeConfig(desc_act=False, **common)
+
+
+def _packer(gptqmodel: Any, settings: ResolvedQuantize) -> Any:  # noqa: ANN401 - a module of gptqmodel and its name of a kernel
+    """The kernel to pack with; the one of AWQ that needs no GPU must be asked for."""
+    return gptqmodel.BACKEND.AWQ_TORCH if settings.method == QuantizeMethod.AWQ else gptqmodel.BACKEND.AUTO
 
 
 class LayerCallback:
@@ -149,15 +186,18 @@ def import_gptqmodel(aside: Path) -> Any:  # noqa: ANN401 - a module
 def clean(folder: Path) -> None:
     """Take this machine's temporary paths out of the configs, and logs out of the folder.
 
-    gptqmodel writes `offload_to_disk_path` into config.json and quantize_config.json (7.6).
+    gptqmodel writes `offload_to_disk_path` into config.json and quantize_config.json (7.6). Of symmetric AWQ it says
+    that there are no zero points, but writes them (all 8): vLLM's fast kernel reads only models that say so.
     """
     for name in NOT_SHIPPED:
         (folder / name).unlink(missing_ok=True)
-    for name in ("config.json", "quantize_config.json"):
+    for name in (CONFIG, "quantize_config.json"):
         path = folder / name
-        if path.exists():
-            settings = json.loads(path.read_text(encoding="utf-8"))
-            path.write_text(json.dumps(_without_paths(settings), indent=2) + "\n", encoding="utf-8")
+        settings = _without_paths(json.loads(path.read_text(encoding="utf-8")))
+        quantization = settings.get("quantization_config", settings)
+        if "zero_point" in quantization:
+            quantization["zero_point"] = True
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _without_paths(value: Any) -> Any:  # noqa: ANN401 - any JSON value
@@ -167,36 +207,27 @@ def _without_paths(value: Any) -> Any:  # noqa: ANN401 - any JSON value
     return {key: _without_paths(each) for key, each in value.items() if key not in dropped}
 
 
-def _copy_tokenizer(merged: Path, folder: Path) -> None:
-    """The merged model's own files, which gptqmodel writes in its own way."""
-    for pattern in ("tokenizer*", "chat_template*", "generation_config.json", "special_tokens_map.json", "LICENSE*"):
-        for path in merged.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
-
-
 def _prove(folder: Path, settings: ResolvedQuantize, context: Context) -> Result:
-    """Load what was written, compare it with the merged model and let it write. VerificationFailed."""
-    import torch  # noqa: PLC0415 - slow
-
-    rows = read_token_rows(context.work.data)[:COMPARED_ROWS]
+    """Load what was written, compare it with the finished model and let it write. VerificationFailed."""
+    rows = read_token_rows(context.work.data)
     device = working_device(context.resolved.parameters * COMPARED_BYTES)
     context.report.begin("loading the quantized model back")
-    quantized = load_gptq(folder, device, torch.float32)
-    verify_layers(quantized, folder)
+    quantized = load_quantized(folder, device)
     answer = _write_answer(quantized, rows, context)
+    log.info("it writes: %s", answer)
     if not rows:
         return Result(message=f"Quantized to {settings.bits} bits.", artifact=_made(settings.name, None))
-    merged = load_finished(context.work.merged, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
-    context.report.begin("comparing with the merged model", len(rows), "rows")
-    found = compare(merged, quantized, rows, context.polled)
+    finished = load_finished(context.work.merged, device, finished_dtype(device))
+    context.report.begin("comparing with the finished model", len(rows), "rows")
+    found = compare(finished, quantized, rows, context.polled)
     if not (math.isfinite(found.loss) and math.isfinite(found.kl)):
         msg = f"The quantized model in {folder} computes no numbers (loss {found.loss}). Report this as a bug."
         raise VerificationFailed(msg)
-    log.info("it writes: %s", answer)
     measured = found.measured()
     message = (
-        f"Quantized to {settings.bits} bits in groups of {settings.group_size}: perplexity {measured.perplexity:.2f}, "
-        f"{measured.perplexity_increase_percent:+.1f}% against the merged model."
+        f"Quantized to {settings.bits} bits in groups of {settings.group_size} ({settings.method}): "
+        f"perplexity {measured.perplexity:.2f}, "
+        f"{measured.perplexity_increase_percent:+.1f}% against the 16-bit model."
     )
     return Result(message=message, artifact=_made(settings.name, measured))
 
@@ -205,19 +236,12 @@ def _made(name: str, measured: Measured | None) -> Made:
     return Made(name=name, type="Quantized", measured=measured)
 
 
-def verify_layers(model: Any, folder: Path) -> None:  # noqa: ANN401 - a causal language model
-    """VerificationFailed if nothing of what was loaded is quantized: the config promised it."""
-    if not any(hasattr(module, "qweight") for module in model.modules()):
-        msg = f"{folder} was loaded without a single quantized layer. Delete it and run quantize again."
-        raise VerificationFailed(msg)
-
-
-def _write_answer(model: Any, rows: list[TokenRow], context: Context) -> str:  # noqa: ANN401 - a causal language model
+def _write_answer(model: Any, rows: Sequence[TokenRow], context: Context) -> str:  # noqa: ANN401 - a causal language model
     """A greedy answer. VerificationFailed if the model cannot write."""
-    tokenizer = load_tokenizer(context.work.merged)
+    tokenizer = load_tokenizer(context.work.tokenizer)
     prompts = samples.choose_prompts(rows, 1) or [[tokenizer.bos_token_id or tokenizer.eos_token_id]]
     try:
-        return samples.generate(model, tokenizer, prompts, NEW_TOKENS)[0]
+        return samples.generate(model, tokenizer, prompts, context.polled, NEW_TOKENS)[0]
     except (RuntimeError, ValueError, IndexError) as error:
         msg = f"The quantized model was written but cannot write an answer: {error}. Report this as a bug."
         raise VerificationFailed(msg) from error

@@ -5,6 +5,7 @@ Every refusal names the field in camelCase and the way out.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -20,14 +21,10 @@ from finetune_trainer.config import (
     Fsdp,
     JobConfig,
     LrScheduler,
-    Merge,
-    MergeBase,
-    MergeDtype,
     Method,
     MethodType,
     ObjectiveType,
     Parallelism,
-    QuantizeMethod,
     Sharding,
     Strategy,
     Training,
@@ -45,20 +42,19 @@ from finetune_trainer.methods import (
     resolve_optimizer,
 )
 from finetune_trainer.methods import or_default as _or
+from finetune_trainer.outcome import check_outcome, resolve_merge, resolve_quantize
 from finetune_trainer.progress import (
     DataFacts,
     Resolved,
     ResolvedDpo,
     ResolvedEarlyStopping,
-    ResolvedMerge,
     ResolvedParallelism,
-    ResolvedQuantize,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from finetune_trainer.model import ModelFacts
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -79,9 +75,6 @@ FULL_WEIGHT_DECAY = 0.01
 LARGEST_DEFAULT_MICRO_BATCH = 4
 """Rows of 2,048 tokens of an 8B QLoRA with checkpointing fit a 24 GB GPU four at a time; more gains little speed."""
 SHORT_RUN_STEPS = 1000
-GROUP_SIZES = (128, 64, 32)
-DEFAULT_BITS = 4
-DEFAULT_SHARD_SIZE = "5GB"
 
 
 @dataclass(frozen=True)
@@ -107,6 +100,7 @@ def resolve(
     global_batch, micro_batch = resolve_batch(config)
     sequences = _or(data.packed_rows, data.train_rows)
     total_steps, epochs = resolve_length(training, sequences, global_batch)
+    check_held_out(training, data.eval_rows)
     checkpoint = training.checkpoint or Checkpoint()
     return Resolved(
         model_digest=sources.model_digest,
@@ -147,7 +141,7 @@ def resolve(
         shuffle=_or(training.shuffle, True),
         seed=_or(training.seed, 42),
         logging_steps=_or(training.logging_steps, 1),
-        eval_steps=resolve_interval(training.eval or Every(), total_steps),
+        eval_steps=resolve_interval("eval", training.eval or Every(), total_steps),
         checkpoint_steps=resolve_checkpoint_steps(checkpoint, total_steps, sequences, global_batch),
         checkpoint_keep=_or(checkpoint.keep, 2),
         restore_best=_or(training.restore_best, False),
@@ -162,7 +156,7 @@ def check_early(config: JobConfig, model: ModelFacts) -> None:
     """All that can be refused before the rows are read. InvalidConfig."""
     resolve_max_length(config, model)
     check_method(config, model)
-    resolve_quantize(config, model)
+    check_outcome(config, model)
     resolve_batch(config)
     resolve_dpo(config)
 
@@ -232,16 +226,36 @@ def resolve_dataset_weights(config: JobConfig) -> tuple[float, ...]:
     return tuple(round(weight / sum(weights), 6) for weight in weights)
 
 
-def resolve_interval(every: Every, total_steps: int) -> int:
-    """Steps between two of something: as set, or a tenth of the run."""
-    if every.every_steps is not None:
-        return every.every_steps
-    return max(1, math.ceil(total_steps * _or(every.every_percent, 10.0) / 100))
+def check_held_out(training: Training, eval_rows: int) -> None:
+    """Refuse what rests on a held-out loss where the split left no row to measure. InvalidConfig."""
+    asked = {
+        "eval": training.eval is not None,
+        "earlyStopping": training.early_stopping is not None,
+        "restoreBest": bool(training.restore_best),
+    }
+    if eval_rows == 0 and (fields := [name for name, given in asked.items() if given]):
+        msg = (
+            f"training.{fields[0]} needs a held-out loss, but no row was held out. "
+            f"Raise evaluation.percent, or drop training.{fields[0]}."
+        )
+        raise InvalidConfig(msg)
+
+
+def resolve_interval(field: str, every: Every, total_steps: int) -> int:
+    """Steps between two of something: as set, or a tenth of the run; at most the whole run, at whose end it is done."""
+    if every.every_steps is None:
+        return max(1, math.ceil(total_steps * _or(every.every_percent, 10.0) / 100))
+    if every.every_steps > total_steps:
+        told = "training.%s.everySteps is %d, the whole run has %d steps: once, at its end"
+        log.warning(told, field, every.every_steps, total_steps)
+    return min(every.every_steps, total_steps)
 
 
 def resolve_checkpoint_steps(checkpoint: Checkpoint, total_steps: int, sequences: int, global_batch: int) -> int:
     """Steps between two checkpoints; an epoch's if so set."""
-    return math.ceil(sequences / global_batch) if checkpoint.every_epoch else resolve_interval(checkpoint, total_steps)
+    if checkpoint.every_epoch:
+        return min(math.ceil(sequences / global_batch), total_steps)
+    return resolve_interval("checkpoint", checkpoint, total_steps)
 
 
 def resolve_early_stopping(training: Training) -> ResolvedEarlyStopping | None:
@@ -271,22 +285,6 @@ def resolve_parallelism(config: JobConfig) -> ResolvedParallelism:
     )
 
 
-def resolve_merge(config: JobConfig) -> ResolvedMerge | None:
-    """Into which weights the adapter is merged: those that were trained on, where they can be widened."""
-    if not config.merges:
-        return None
-    asked = config.merge or Merge()
-    base = _or(asked.base, MergeBase.AUTO)
-    if base is MergeBase.AUTO:
-        widened = resolve_base_format(config) in BITSANDBYTES and asked.original is None
-        base = MergeBase.DEQUANTIZED if widened else MergeBase.ORIGINAL
-    return ResolvedMerge(
-        base=base.value,
-        dtype=_or(asked.dtype, MergeDtype.BF16).value,
-        max_shard_size=_or(asked.max_shard_size, DEFAULT_SHARD_SIZE),
-    )
-
-
 def resolve_length(training: Training, rows: int, global_batch: int) -> tuple[int, float]:
     """Optimizer steps and epochs of the run.
 
@@ -313,43 +311,3 @@ def resolve_warmup(training: Training, total_steps: int) -> int:
     default = 0.1 if total_steps < SHORT_RUN_STEPS else 0.03
     steps = math.ceil(round(_or(training.warmup_ratio, default) * total_steps, 9))
     return min(steps, total_steps - 1)
-
-
-def resolve_quantize(config: JobConfig, model: ModelFacts) -> tuple[ResolvedQuantize, ...]:
-    """The quantized forms with a group size that fits every layer."""
-    return tuple(
-        ResolvedQuantize(
-            name=entry.name,
-            method=entry.method.value,
-            symmetric=_or(entry.symmetric, entry.method is QuantizeMethod.GPTQ),
-            bits=_or(entry.bits, DEFAULT_BITS),
-            group_size=_group_size(entry.name, entry.group_size, set(model.linear_layers.values())),
-        )
-        for entry in config.quantize or ()
-    )
-
-
-def _group_size(name: str, asked: int | None, columns: Iterable[int]) -> int:
-    """The largest usual group size that divides the input columns of all layers, or the one asked for."""
-    common = math.gcd(*columns)
-    fitting = [size for size in GROUP_SIZES if common % size == 0]
-    if asked is not None:
-        if common % asked:
-            choice = f"Use {_one_of(fitting)}, or leave it unset." if fitting else "No usual size fits this model."
-            msg = (
-                f"quantize '{name}': groupSize {asked} does not divide the model's layers ({_sizes(columns)} columns). "
-            )
-            raise InvalidConfig(msg + choice)
-        return asked
-    if not fitting:
-        msg = f"quantize '{name}': none of the group sizes 128, 64, 32 divides the layers ({_sizes(columns)} columns). "
-        raise InvalidConfig(msg + "Set groupSize to a divisor of them from 16 up, or leave quantize out.")
-    return fitting[0]
-
-
-def _one_of(sizes: list[int]) -> str:
-    return " or ".join(str(size) for size in sizes)
-
-
-def _sizes(columns: Iterable[int]) -> str:
-    return ", ".join(str(size) for size in sorted(set(columns)))

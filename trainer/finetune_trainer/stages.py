@@ -1,8 +1,9 @@
 """What each stage makes and from what: the one place that knows the order of artifacts.
 
-    prepare   data/               from the config (and model/, which it makes on the way)
-    train     adapter/            from model/, data/
-    merge     merged/             from model/, adapter/
+    prepare   data/               from the config (and model/ and original/, which it makes on the way)
+    train     adapter/            from model/, data/     (QLoRA, LoRA)
+              merged/             from model/, data/     (Full, GaLore: the model itself is trained)
+    merge     merged/             from adapter/, data/, and model/ or original/
     quantize  quantized/<name>/   from merged/, data/
 
 An artifact belongs to a config if its manifest has the digests that `build_target` computes. A folder with other
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from finetune_trainer.config import JobConfig, Model
+    from finetune_trainer.progress import Resolved
     from finetune_trainer.work import WorkFolder
 
 
@@ -56,13 +58,19 @@ def finished(target: Target) -> Manifest | None:
 
 def outputs_of(target: Target, work: WorkFolder) -> list[Path]:
     """The folders that a finished stage leaves; the last is its proof."""
-    return [work.model, work.data] if target.stage is Stage.PREPARE else [target.folder]
+    if target.stage is not Stage.PREPARE:
+        return [target.folder]
+    return [*(_folder(name, work) for name in target.inputs), work.data]
 
 
 def inputs_of(target: Target, work: WorkFolder) -> dict[str, Path]:
     """The folders that the stage reads: to be verified before it starts."""
-    folders = {"model": work.model, "data": work.data, "adapter": work.adapter, "merged": work.merged}
-    return {} if target.stage is Stage.PREPARE else {name: folders[name] for name in target.inputs}
+    return {} if target.stage is Stage.PREPARE else {name: _folder(name, work) for name in target.inputs}
+
+
+def _folder(name: str, work: WorkFolder) -> Path:
+    """The folder of an artifact that others are made from."""
+    return work.root / name
 
 
 def model_target(config: JobConfig, work: WorkFolder) -> Target:
@@ -70,34 +78,54 @@ def model_target(config: JobConfig, work: WorkFolder) -> Target:
     return Target(Stage.PREPARE, work.model, "model", digest_of({"model": _plain(config.model)}))
 
 
+def original_target(config: JobConfig, work: WorkFolder) -> Target | None:
+    """The model that the adapter is merged into, where the config names one (merge.original)."""
+    if config.merge is None or config.merge.original is None:
+        return None
+    return Target(Stage.PREPARE, work.original, "original", digest_of({"original": _plain(config.merge.original)}))
+
+
+def fetched_targets(config: JobConfig, work: WorkFolder) -> dict[str, Target]:
+    """Everything that prepare fetches and keeps, by the name of its folder."""
+    original = original_target(config, work)
+    return {"model": model_target(config, work)} | ({} if original is None else {"original": original})
+
+
 def _prepare_target(config: JobConfig, work: WorkFolder) -> Target:
+    """Without inputs as long as one of them is missing or damaged: prepare fetches it, then."""
     target = Target(Stage.PREPARE, work.data, "data", digest_of({"prepare": _plain(config)}))
     try:
-        model = finished(model_target(config, work))
+        fetched = {name: finished(each) for name, each in fetched_targets(config, work).items()}
     except VerificationFailed:
-        model = None  # damaged: prepare fetches it again
-    return target if model is None else target.with_inputs(model=model.digest)
+        return target
+    digests = {name: found.digest for name, found in fetched.items() if found is not None}
+    return target.with_inputs(**digests) if len(digests) == len(fetched) else target
 
 
 def _train_target(config: JobConfig, work: WorkFolder) -> Target:
+    """The adapter, or the model itself: named by what it is, the same for all that comes after."""
     data = _required(_prepare_target(config, work))
-    if data.result.resolved is None:
-        msg = f"{work.data} holds no settings. Delete it and run prepare again."
-        raise NotFound(msg)
-    settings = _plain(data.result.resolved)
-    settings.pop("quantize", None)
-    return Target(Stage.TRAIN, work.adapter, "adapter", digest_of({"train": settings})).with_inputs(
+    settings = _plain(_resolved(data, work))
+    for later in ("merge", "quantize"):
+        settings.pop(later, None)
+    folder, path = (work.adapter, "adapter") if config.trains_adapter else (work.merged, "merged")
+    return Target(Stage.TRAIN, folder, path, digest_of({"train": settings})).with_inputs(
         model=data.inputs["model"], data=data.digest
     )
 
 
 def _merge_target(config: JobConfig, work: WorkFolder) -> Target:
+    if not config.trains_adapter:
+        msg = f"method.type {config.method_type} trains the model itself: there is nothing to merge. Run quantize next."
+        raise InvalidConfig(msg)
     if not config.merges:
         msg = "merge.policy is Never: the job ends with the adapter. Leave merge.policy unset to merge."
         raise InvalidConfig(msg)
-    adapter = _required(_train_target(config, work))
-    return Target(Stage.MERGE, work.merged, "merged", digest_of({"merge": "Dequantized"})).with_inputs(
-        model=adapter.inputs["model"], adapter=adapter.digest
+    adapter, data = _required(_train_target(config, work)), _required(_prepare_target(config, work))
+    settings = _resolved(data, work).merge
+    digest = digest_of({"merge": None if settings is None else _plain(settings)})
+    return Target(Stage.MERGE, work.merged, "merged", digest).with_inputs(
+        **{name: data.inputs[name] for name in fetched_targets(config, work)}, data=data.digest, adapter=adapter.digest
     )
 
 
@@ -107,13 +135,22 @@ def _quantize_target(config: JobConfig, work: WorkFolder, name: str | None) -> T
         there = ", ".join(entries) or "none"
         msg = f"quantize has no entry named '{name}' (has: {there}). Correct --name, or add the entry to the config."
         raise InvalidConfig(msg)
-    merged, data = _required(_merge_target(config, work)), _required(_prepare_target(config, work))
-    resolved = data.result.resolved
-    settings = [_plain(entry) for entry in (resolved.quantize if resolved else ()) if entry.name == name]
+    data = _required(_prepare_target(config, work))
+    finish = _merge_target if config.trains_adapter else _train_target
+    merged = _required(finish(config, work))
+    settings = [_plain(entry) for entry in _resolved(data, work).quantize if entry.name == name]
     digest = digest_of({"quantize": _plain(entries[name]), "resolved": settings})
     return Target(Stage.QUANTIZE, work.quantized(name), f"quantized/{name}", digest).with_inputs(
         merged=merged.digest, data=data.digest
     )
+
+
+def _resolved(data: Manifest, work: WorkFolder) -> Resolved:
+    """The settings that prepare fixed."""
+    if data.result.resolved is None:
+        msg = f"{work.data} holds no settings. Delete it and run prepare again."
+        raise NotFound(msg)
+    return data.result.resolved
 
 
 def _required(target: Target) -> Manifest:

@@ -44,11 +44,13 @@ class Merge(Model):
     base: MergeBase | None = Field(
         default=None,
         description="Dequantized: the weights that were trained on, widened. Original: the weights before they were "
-        "quantized. Auto: Dequantized for NF4 and FP4, Original for Int8, GPTQ and unquantized bases. Default Auto.",
+        "quantized. Auto: Dequantized for NF4, FP4 and GPTQ bases; Original for Int8 and unquantized ones, and where "
+        "original is set. Default Auto.",
     )
     original: Source | None = Field(
         default=None,
-        description="The original model of a base that is quantized as it comes (GPTQ). Default: the base itself.",
+        description="The original model of a base that is quantized as it comes (GPTQ): same architecture, shapes and "
+        "tokenizer. Default: the base itself.",
     )
     dtype: MergeDtype | None = Field(default=None, description="BF16, FP16 or FP32. Default BF16.")
     max_shard_size: str | None = Field(
