@@ -11,6 +11,9 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
+from finetune_trainer.distributed import world_size
+from finetune_trainer.errors import InvalidConfig
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -94,7 +97,7 @@ def _shared(resolved: Resolved, dtype: torch.dtype, device: torch.device, scratc
         "max_steps": resolved.total_steps,
         "num_train_epochs": math.ceil(resolved.num_train_epochs),
         "per_device_train_batch_size": resolved.micro_batch_size,
-        "gradient_accumulation_steps": resolved.gradient_accumulation_steps,
+        "gradient_accumulation_steps": accumulation_steps(resolved),
         "learning_rate": resolved.learning_rate,
         "lr_scheduler_type": SCHEDULERS[resolved.lr_scheduler],
         "lr_scheduler_kwargs": _course(resolved),
@@ -120,6 +123,19 @@ def _shared(resolved: Resolved, dtype: torch.dtype, device: torch.device, scratc
         "dataloader_pin_memory": device.type != "cpu",
         "restore_callback_states_from_checkpoint": False,
     }
+
+
+def accumulation_steps(resolved: Resolved) -> int:
+    """Micro-batches a step on one rank, with as many ranks as there are. InvalidConfig if they do not come out even."""
+    together = resolved.micro_batch_size * world_size()
+    if resolved.global_batch_size % together:
+        msg = (
+            f"training.globalBatchSize is {resolved.global_batch_size}, which {world_size()} processes with "
+            f"perDeviceTrainBatchSize {resolved.micro_batch_size} do not share evenly. "
+            f"Start {resolved.parallelism.world_size}, as parallelism says, or a number that divides the batch."
+        )
+        raise InvalidConfig(msg)
+    return resolved.global_batch_size // together
 
 
 def _course(resolved: Resolved) -> dict[str, Any]:

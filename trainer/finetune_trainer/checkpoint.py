@@ -20,6 +20,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from finetune_trainer import fence, manifest
+from finetune_trainer.distributed import lead, leads, together
 from finetune_trainer.errors import NO_SPACE_ERRNOS, InvalidConfig, TrainerError, VolumeFull, translate
 
 if TYPE_CHECKING:
@@ -55,39 +56,51 @@ class Checkpoints:
         """Let `write` fill a checkpoint of this step, then drop the oldest beyond `keep`, but not the best.
 
         `facts`: the run so far, for the manifest. `best_first`: steps that were measured, the lowest loss first; the
-        first that has a checkpoint is kept besides. A step is saved once. VolumeFull if there is no room: the partial
-        checkpoint is removed and those before it stay.
+        first that has a checkpoint is kept besides. A step is saved once. All ranks write, rank 0 commits.
+        VolumeFull if there is no room: the partial checkpoint is removed and those before it stay.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         target = self._target(step)
         partial = self._partial(target.folder)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        lead(lambda: self._begin(partial))
         try:
-            write(partial)
-            manifest.seal(partial, target, manifest.Result(message=f"checkpoint of step {step}", training=facts))
-            self._commit(partial, target.folder)
+            together(lambda: write(partial))
+            result = manifest.Result(message=f"checkpoint of step {step}", training=facts)
+            lead(lambda: self._finish(partial, target, result, best_first))
         except BaseException as error:
+            if not leads():
+                raise
             written = size_of(partial)
             shutil.rmtree(partial, ignore_errors=True)
             if is_volume_full(error):
                 raise self._volume_full(step, written) from error
             raise
-        self._drop_old(best_first)
         return target.folder
+
+    def _begin(self, partial: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+
+    def _finish(self, partial: Path, target: Target, result: manifest.Result, best_first: Sequence[int]) -> None:
+        manifest.seal(partial, target, result)
+        self._commit(partial, target.folder)
+        self._drop_old(best_first)
 
     def newest_good(self) -> Path | None:
         """The newest checkpoint of this run whose every byte is as written. Damaged ones are set aside and told.
 
         InvalidConfig if the newest one belongs to another run.
         """
+        return lead(self._newest_good)
+
+    def _newest_good(self) -> Path | None:
         self._clean_leftovers()
         return next((path for path in reversed(self._all()) if self._is_good(path)), None)
 
     def good(self, step: int) -> Path | None:
         """The checkpoint of this step, if it is there and every byte is as written; set aside and told if damaged."""
         path = self._target(step).folder
-        return path if path.exists() and self._is_good(path) else None
+        return path if lead(lambda: path.exists() and self._is_good(path)) else None
 
     def _is_good(self, path: Path) -> bool:
         try:

@@ -88,6 +88,16 @@ class Exact(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401 - Trainer's signature
         state.read_weights(model or self.model, Path(resume_from_checkpoint))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and state.is_sharded(self.model):
+            state.read_optimizer(self, Path(checkpoint))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state.read_random(Path(checkpoint))
+
     @contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
         """Reduce the gradients of each micro-batch: deferred, each rank would hold those of the whole model."""

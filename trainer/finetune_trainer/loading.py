@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_trainer import sharding
+from finetune_trainer.distributed import local_rank
 from finetune_trainer.errors import InvalidConfig, InvalidModel
 
 if TYPE_CHECKING:
@@ -79,18 +81,18 @@ def usable_cores(quota: Path = CPU_QUOTA) -> int:
 
 
 def training_device(config_gpus: int) -> torch.device:
-    """The GPU, or the CPU where the job asks for none. InvalidConfig if a GPU is asked for and none is seen."""
+    """This rank's GPU, or the CPU where the job asks for none. InvalidConfig if a GPU is asked for and none is seen."""
     import torch  # noqa: PLC0415 - slow
 
     if config_gpus == 0:
         return torch.device("cpu")
-    if not torch.cuda.is_available():
+    if local_rank() >= torch.cuda.device_count():
         msg = (
-            "parallelism.gpusPerNode is 1, but no GPU is seen here. "
-            "Run where there is one, or set gpusPerNode: 0 to try the job out on CPU."
+            f"parallelism.gpusPerNode is {config_gpus}, but {torch.cuda.device_count()} are seen here. "
+            "Run where there are as many, or set gpusPerNode: 0 to try the job out on CPU."
         )
         raise InvalidConfig(msg)
-    return torch.device("cuda", 0)
+    return torch.device("cuda", local_rank())
 
 
 def working_device(weights_bytes: int) -> torch.device:
@@ -137,6 +139,7 @@ def load_base(folder: Path, resolved: Resolved, device: torch.device, dtype: tor
         device,
         attn_implementation=choose_attention(folder, resolved, device, dtype),
         **_quantization(resolved, dtype),
+        **sharding.loading_options(folder, resolved, dtype),
     )
     keep_weights_on_cpu(model)
     extend_embeddings(model, resolved.added_tokens)
@@ -147,6 +150,7 @@ def load_base(folder: Path, resolved: Resolved, device: torch.device, dtype: tor
 
 def _quantization(resolved: Resolved, dtype: torch.dtype) -> dict[str, Any]:
     """How transformers quantizes while it loads; nothing for bases of 16 and 32 bits."""
+    import torch  # noqa: PLC0415 - slow
     from transformers import BitsAndBytesConfig, GPTQConfig  # noqa: PLC0415 - slow
 
     match resolved.base_format:
@@ -156,6 +160,7 @@ def _quantization(resolved: Resolved, dtype: torch.dtype) -> dict[str, Any]:
                 bnb_4bit_quant_type=resolved.base_format.lower(),
                 bnb_4bit_use_double_quant=resolved.double_quantization,
                 bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_quant_storage=dtype if sharding.is_sharded(resolved) else torch.uint8,
             )
         case "Int8":
             quantization = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerState, set_seed
 from finetune_trainer import checkpoint
 from finetune_trainer import state as states
 from finetune_trainer.course import EVAL_LOSS, Course, Line, best_first, is_due, stops_early
+from finetune_trainer.distributed import leads, rank, total, world_size
 from finetune_trainer.errors import Interrupted, NonFiniteLoss
 from finetune_trainer.loading import peak_memory_bytes
 from finetune_trainer.progress import Resolved, TrainFacts
@@ -81,7 +82,7 @@ class Loop(TrainerCallback):
             eta_seconds=None,
         )
         self._followers.add(self._course.lines)
-        set_seed(self._resolved.seed)
+        set_seed(self._resolved.seed + rank())  # or dropout would be the same on all ranks
         if start is not None and (self.finished or self._lacks_measurement):
             states.read_weights(self._trainer.model, start)
             self._measure_if_due()
@@ -183,7 +184,7 @@ class Loop(TrainerCallback):
     def _watch(self, step: int) -> float:
         """The loss of the step. NonFiniteLoss if numbers were lost."""
         loss, self._trainer.step_loss = self._trainer.step_loss, None
-        value = math.nan if loss is None else float(loss)
+        value: float = total([math.nan if loss is None else float(loss)])[0] / world_size()
         lost = not math.isfinite(value) or (value == 0.0 and self._trainer.zero_loss_is_failure)
         if lost or not self._gradients_are_finite:
             what = f"The loss is {value}" if lost else "The gradients are not finite"
@@ -203,7 +204,8 @@ class Loop(TrainerCallback):
         return self._trainer.args.fp16 or math.isfinite(self._trainer.step_gradient_norm)
 
     def _count(self) -> None:
-        self._steps.append((self._trainer.step_tokens, time.monotonic() - self._step_began))
+        tokens = int(total([self._trainer.step_tokens])[0])
+        self._steps.append((tokens, time.monotonic() - self._step_began))
         self._trainer.step_tokens = 0
         del self._steps[:-RATE_STEPS]
 
@@ -264,7 +266,8 @@ class Loop(TrainerCallback):
 
         def write(folder: Path) -> None:
             states.write_state(self._trainer, folder, self._random)
-            self._course.write(folder)
+            if leads():
+                self._course.write(folder)
 
         ranking = [int(line["step"]) for line in best_first(self._course.measurements)]
         self._checkpoints.save(self._step, write, self.facts(), ranking)
@@ -272,7 +275,7 @@ class Loop(TrainerCallback):
         self._context.report.update(checkpoint_step=self._step)
 
     def _leave_if_asked(self) -> None:
-        if not self._context.stopping.is_set():
+        if not self._context.asked_to_leave:
             return
         if self._step == 0:
             msg = "Asked to leave before the first step was taken: the next attempt begins the training."

@@ -74,6 +74,13 @@ def blocks_of(model: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - a torc
     return ((name, module) for name, module in model.named_modules() if type(module).__name__ in kinds)
 
 
+def finish(model: Any, resolved: Resolved) -> None:  # noqa: ANN401 - a torch module
+    """Shard what could not be sharded while it was read, and make sure that all of the base is."""
+    if resolved.base_format in BITSANDBYTES:
+        shard_quantized(model, resolved)
+    check_sharded(model)
+
+
 def shard_quantized(model: Any, resolved: Resolved) -> None:  # noqa: ANN401 - a torch module
     """Spread a 4-bit base, its adapters on it already, over the ranks; they stay whole.
 

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetune_trainer import manifest, samples
+from finetune_trainer import distributed, manifest, samples
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.course import EVAL_ACCURACY, EVAL_LOSS, Line
 from finetune_trainer.data import TRAIN, read_rows
@@ -23,6 +23,7 @@ from finetune_trainer.loading import compute_dtype, load_base, set_up_torch, tor
 from finetune_trainer.manifest import Made, Manifest, Result
 from finetune_trainer.model import load_tokenizer
 from finetune_trainer.progress import Measured, Resolved, TrainFacts
+from finetune_trainer.sharding import is_sharded
 from finetune_trainer.tracking import following
 
 if TYPE_CHECKING:
@@ -79,9 +80,9 @@ def run(config: JobConfig, context: Context) -> Manifest:
     figures: Line = {}
     with following(config.tracking, context, figures) as followers:
         loop = _take_steps(trainer, rows, checkpoints, start, context, followers)
-        context.report.begin("writing answers after training", len(rows.prompts), "answers")
-        after = samples.generate(trainer.model, tokenizer, rows.prompts, context.polled)
-        samples.write(context.work.report / "samples.json", tokenizer, rows.prompts, before.answers, after)
+        after = _answers("after", trainer, tokenizer, rows, context)
+        if distributed.leads():
+            samples.write(context.work.report / "samples.json", tokenizer, rows.prompts, before.answers, after)
         result = _result(loop, before, resolved)
         figures.update(_figures(result))
     return _publish(trainer, tokenizer, result, context)
@@ -104,7 +105,7 @@ def _read_rows(context: Context) -> Rows:
 def _measure_before(trainer: Exact, tokenizer: Any, rows: Rows, context: Context) -> Before:  # noqa: ANN401 - a transformers tokenizer
     """Held-out loss and answers of what training begins with, measured once in the life of the run."""
     path, run = context.work.checkpoints / BEFORE_NAME, _run_of(context)
-    if (known := _read_before(path, run)) is not None:
+    if (known := distributed.lead(lambda: _read_before(path, run))) is not None:
         log.info("measured before the first step, in an earlier attempt: held-out loss %s", known.eval_loss)
         return known
     loss = None
@@ -112,14 +113,27 @@ def _measure_before(trainer: Exact, tokenizer: Any, rows: Rows, context: Context
         context.report.begin("measuring the base model", len(rows.held_out), "rows")
         loss = trainer.measure(rows.held_out, context.polled).loss
         log.info("held-out loss before training: %.4f", loss)
-    context.report.begin("writing answers before training", len(rows.prompts), "answers")
-    before = Before(loss, samples.generate(trainer.model, tokenizer, rows.prompts, context.polled))
+    before = Before(loss, _answers("before", trainer, tokenizer, rows, context))
+    distributed.lead(lambda: _write_before(path, before, run, context))
+    return before
+
+
+def _answers(when: str, trainer: Exact, tokenizer: Any, rows: Rows, context: Context) -> list[str]:  # noqa: ANN401 - a transformers tokenizer
+    """Of rank 0, which has all of the model; of all together, where each has a part."""
+    context.report.begin(f"writing answers {when} training", len(rows.prompts), "answers")
+
+    def generate() -> list[str]:
+        return samples.generate(trainer.model, tokenizer, rows.prompts, context.polled)
+
+    return generate() if is_sharded(context.resolved) else distributed.lead(generate)
+
+
+def _write_before(path: Path, before: Before, run: dict[str, Any], context: Context) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial-{context.attempt}")
     aside.write_text(json.dumps({"run": run, "evalLoss": before.eval_loss, "answers": before.answers}), "utf-8")
     manifest.sync(aside)
     aside.replace(path)
-    return before
 
 
 def _run_of(context: Context) -> dict[str, Any]:

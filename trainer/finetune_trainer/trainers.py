@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback
 
+from finetune_trainer import sharding
 from finetune_trainer.adapters import build_lora, train_in_fp32, unrounded
 from finetune_trainer.arguments import build_arguments
 from finetune_trainer.collate import Collator, as_dataset, build_order
@@ -48,6 +49,9 @@ def build_trainer(  # noqa: PLR0913 - the pieces of a training
     trainer.remove_callback(PrinterCallback)
     if peft_config is not None:
         train_in_fp32(trainer.model)
+    if sharding.is_sharded(resolved):
+        sharding.finish(trainer.model, resolved)
+        trainer.is_distributed_loading_by_transformers = True
     if resolved.galore is not None:
         trainer.optimizer_cls_and_kwargs = _galore(trainer.model, resolved)
     trainer.weights_are_set()

@@ -1,0 +1,95 @@
+"""Several processes train as one would: the same rows, the same weights up to rounding, one result, one end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from tests.unit.trainer.gang import Gang
+from tests.unit.trainer.runs import SETTINGS, Run, replace_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from finetune_trainer.progress import Resolved
+
+HERE = "tests.unit.trainer.test_distributed"
+FSDP = {"strategy": "FSDP", "sharding": "Full", "world_size": 2}
+DDP = {"strategy": "DDP", "world_size": 2}
+FULL = {"method": "Full", "base_format": "FP32", "lora": None, "double_quantization": False, "learning_rate": 0.003}
+LORA = {"method": "LoRA", "base_format": "FP32", "double_quantization": False}
+EXACT: dict[str, Any] = {"lora": {"dropout": 0.0}}
+NOISE = 2e-3
+
+
+def settings(*changes: dict[str, Any]) -> Resolved:
+    found = SETTINGS
+    for change in changes:
+        found = replace_settings(found, **change)
+    return found
+
+
+# What the ranks are asked to do
+
+
+def train(model: str, root: str, changes: list[dict[str, Any]], crash_after: int | None = None) -> dict[str, Any]:
+    """Train to the end, or to a crash; whole weights, losses and what kind of tensors they were held as."""
+    from finetune_trainer.state import trained  # noqa: PLC0415 - in a rank
+    from tests.unit.trainer.test_resume import CrashAfter, CrashError  # noqa: PLC0415
+
+    run = Run(Path(model), Path(root), settings(*changes))
+    run.attempt = len(list(Path(root).glob("attempt-*")))
+    try:
+        run.go(*([] if crash_after is None else [CrashAfter(crash_after)]))
+    except CrashError:
+        return {}
+    found: Any = run.loop._trainer.model
+    whole = {name: getattr(value, "full_tensor", value.clone)() for name, value in trained(found)}
+    kinds = {type(value.data).__name__ for value in found.parameters()}
+    course = run.loop._course
+    return {
+        "weights": {name: tensor.detach() for name, tensor in whole.items()},
+        "losses": [line["loss"] for line in course.lines if "loss" in line],
+        "held_out": [line["eval_loss"] for line in course.measurements],
+        "kinds": kinds,
+    }
+
+
+# The tests
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gang]:
+    gang = Gang(2, tmp_path_factory.mktemp("pair")).start()
+    yield gang
+    gang.stop()
+
+
+def alone(model: Path, root: Path, *changes: dict[str, Any]) -> dict[str, Any]:
+    return train(str(model), str(root), list(changes))
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Of all weights together, as a share of their length. AdamW makes of a rounded gradient near 0 a whole step."""
+    assert one.keys() == other.keys()
+    apart = sum(float((one[name] - other[name]).square().sum()) for name in one)
+    return float((apart / sum(float(tensor.square().sum()) for tensor in other.values())) ** 0.5)
+
+
+@pytest.mark.parametrize("method", [EXACT, {**LORA, **EXACT}, FULL], ids=["QLoRA", "LoRA", "Full"])
+@pytest.mark.parametrize("sharing", [DDP, FSDP], ids=["DDP", "FSDP"])
+def test_two_processes_end_with_the_weights_of_one(
+    pair: Gang, tiny_model: Path, tmp_path: Path, method: dict[str, Any], sharing: dict[str, Any]
+) -> None:
+    one = alone(tiny_model, tmp_path / "one", method)
+    arguments = {"model": str(tiny_model), "root": str(tmp_path / "two"), "changes": [method, {"parallelism": sharing}]}
+    first, second = pair.call(f"{HERE}:train", **arguments)
+    assert first["losses"] == second["losses"]
+    assert first["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert first["held_out"] == pytest.approx(one["held_out"], rel=1e-4)
+    assert distance(first["weights"], one["weights"]) < NOISE
+    assert first["losses"][-1] < first["losses"][0]
+    assert ("DTensor" in first["kinds"]) == (sharing is FSDP)
