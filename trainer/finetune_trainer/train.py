@@ -160,8 +160,17 @@ def _build_trainer(  # noqa: PLR0913 - the pieces of a training
 ) -> Exact:
     from finetune_trainer.trainers import build_trainer  # noqa: PLC0415 - brings trl, slow
 
+    reference = _load_reference(resolved, base.device, dtype, context)
     context.report.begin("setting up the trainer")
-    return build_trainer(base, tokenizer, rows.train, resolved, dtype, context.work.checkpoints)
+    return build_trainer(base, tokenizer, rows.train, resolved, dtype, context.work.checkpoints, reference)
+
+
+def _load_reference(resolved: Resolved, device: torch.device, dtype: torch.dtype, context: Context) -> Any | None:  # noqa: ANN401 - a transformers model
+    """The base once more, for DPO of all weights. Adapters need none: they can be switched off."""
+    if resolved.dpo is None or resolved.lora is not None:
+        return None
+    context.report.begin("loading the reference")
+    return load_base(context.work.model, resolved, device, dtype)
 
 
 def _take_steps(  # noqa: PLR0913 - the pieces of a training
