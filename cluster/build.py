@@ -90,8 +90,12 @@ PARTS = (
         version_variables=lambda version: {"helm.sh/helm/v4/internal/version.version": version},
     ),
     Part("pause"),
+    Part("registry", "github.com/distribution/distribution/v3"),
+    Part("versitygw", "github.com/versity/versitygw"),
 )
 CONTROL_PLANE_PARTS = ("kubernetes", "etcd")
+SERVER_PARTS = ("registry", "versitygw")
+"""No part of the cluster: servers that tests of the trainer's sources start by themselves."""
 
 
 def command(name: str) -> Path:
@@ -107,7 +111,7 @@ def build_all() -> None:
     requirements.require_root()
     requirements.require_kernel()
     packages = requirements.missing_packages()
-    parts = [part for part in PARTS if not part.built.exists()]
+    parts = [part for part in PARTS if part.name not in SERVER_PARTS and not part.built.exists()]
     base_missing = not base_image.archive().exists()
     progress = Progress("build", bool(packages) + len(parts) + base_missing)
     if packages:
@@ -122,6 +126,12 @@ def build_all() -> None:
 def build_control_plane() -> None:
     """Build only what an API server of its own needs; any user may."""
     parts = [part for part in PARTS if part.name in CONTROL_PLANE_PARTS and not part.built.exists()]
+    build_parts(parts, Progress("build", len(parts)))
+
+
+def build_servers() -> None:
+    """Build only the servers that tests start by themselves; any user may."""
+    parts = [part for part in PARTS if part.name in SERVER_PARTS and not part.built.exists()]
     build_parts(parts, Progress("build", len(parts)))
 
 

@@ -1,59 +1,44 @@
-"""The base model brought into the work folder: copied from a volume, converted from GGUF, or downloaded from a hub."""
+"""Models brought into the work folder: the base with the adapter to go on from, and the model to merge into."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import shutil
-import threading
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from finetune_trainer import manifest, model, stages
-from finetune_trainer.errors import AccessDenied, InvalidModel, NotFound, TrainerError, VerificationFailed, VolumeFull
+from finetune_trainer import gguf_model, manifest, model, stages
+from finetune_trainer.config import REMOTE_CODE_VARIABLE
+from finetune_trainer.errors import InvalidConfig, VerificationFailed
 from finetune_trainer.manifest import Manifest, Result, Target
-from finetune_trainer.work import read_token, resolve_volume
+from finetune_trainer.sources import fetch_source
+from finetune_trainer.work import require_space
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
-    from finetune_trainer.config import HuggingFaceSource, JobConfig
+    from finetune_trainer.config import JobConfig, Source
     from finetune_trainer.context import Context
+    from finetune_trainer.sources import Fetched
+
+    Builder = Callable[[JobConfig, Context, Path], str]
+    """Fills a folder; a sentence on what it is."""
 
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 16 << 20
-SPARE_BYTES = 64 << 20
-"""Kept free beside the model, for the rows and the manifests."""
-GGUF_MAGIC = b"GGUF"
 REVISION_FILE = "source.json"
-"""In the model's folder: where it came from, with the commit of a hub's model."""
-HELD_EXACTLY = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""GGUF types of weights that safetensors hold as they are."""
-QUANTIZED_SAVED_AS = "bfloat16"
-"""Weights of the k-bit types: bf16's rounding (2^-9) is far below the steps of 8 bits and fewer, at half the size."""
+"""In a model's folder: where it came from, with the commit or digest it was pinned to."""
 
 
-def fetch_model(config: JobConfig, context: Context) -> Manifest:
-    """The manifest of the model in the work folder, fetched unless an earlier attempt did so."""
-    target = stages.model_target(config, context.work)
-    if (found := reusable(target, context)) is not None:
-        return found
-
-    def build(folder: Path) -> Result:
-        if config.model.hugging_face is not None:
-            source = _download(config.model.hugging_face, context, folder)
-        else:
-            source = _from_volume(config, context, folder)
-        (folder / REVISION_FILE).write_text(json.dumps(source, sort_keys=True) + "\n")
-        context.report.begin("proving the model", unit="bytes")
-        return Result(message="The base model, as it was given.")
-
-    made = manifest.publish(target, context.attempt, build, context.report.bytes_progress)
-    shutil.rmtree(_download_folder(context), ignore_errors=True)
-    return made
+def fetch_models(config: JobConfig, context: Context) -> dict[str, Manifest]:
+    """The manifests of the models in the work folder, by their folders; fetched unless an earlier attempt did so."""
+    builders: dict[str, Builder] = {"model": _build_base, "original": _build_original}
+    return {
+        name: _fetched(target, builders[name], config, context)
+        for name, target in stages.fetched_targets(config, context.work).items()
+    }
 
 
 def reusable(target: Target, context: Context) -> Manifest | None:
@@ -69,61 +54,90 @@ def reusable(target: Target, context: Context) -> Manifest | None:
 
 
 def revision(folder: Path) -> str | None:
-    """The commit of a model from a hub; None from a volume."""
-    commit: str | None = json.loads((folder / REVISION_FILE).read_text()).get("commit")
-    return commit
+    """The commit or digest that a model was pinned to; None from a volume."""
+    pinned: str | None = json.loads((folder / REVISION_FILE).read_text()).get("revision")
+    return pinned
 
 
-def require_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """VolumeFull before anything is written that will not fit."""
-    free = shutil.disk_usage(folder).free
-    if needed_bytes + SPARE_BYTES > free:
-        msg = f"{what} needs {_gib(needed_bytes + SPARE_BYTES)} free in the work folder, there are {_gib(free)}. "
-        raise VolumeFull(msg + "Make the job's claim larger, or free space on it.")
+def _fetched(target: Target, build: Builder, config: JobConfig, context: Context) -> Manifest:
+    if (found := reusable(target, context)) is not None:
+        return found
+
+    def fill(folder: Path) -> Result:
+        message = build(config, context, folder)
+        context.report.begin(f"proving {target.path}/", unit="bytes")
+        return Result(message=message)
+
+    return manifest.publish(target, context.attempt, fill, context.report.bytes_progress)
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB ({count:,} bytes)"
+def _build_base(config: JobConfig, context: Context, folder: Path) -> str:
+    """The base model, and in a folder of its own the adapter to go on from: first the small, then the large."""
+    code = bool(config.model.trust_remote_code)
+    if code and os.environ.get(REMOTE_CODE_VARIABLE) != "1":
+        msg = "model.trustRemoteCode: the administrator has not consented to running code that models bring. Ask for "
+        raise InvalidConfig(msg + f"{REMOTE_CODE_VARIABLE}=1 in the trainer, or use a model without code of its own.")
+    if config.model.adapter is not None:
+        _take_adapter(config.model.adapter, context, folder / model.ADAPTER_FOLDER)
+    _take_model("model", "model", config.model, context, folder, code=code)
+    return "The base model, as it was given."
 
 
-# From a volume
-
-
-def _from_volume(config: JobConfig, context: Context, folder: Path) -> dict[str, Any]:
-    volume = config.model.volume
-    if volume is None:
-        msg = "a model has one source"
+def _build_original(config: JobConfig, context: Context, folder: Path) -> str:
+    """The model that the adapter is merged into."""
+    if config.merge is None or config.merge.original is None:
+        msg = "merge.original is not set"
         raise AssertionError(msg)
-    path = resolve_volume(context.sources, volume, "model")
-    where = f"model: '{volume.path}' (claim '{volume.claim_name}')"
-    gguf = _find_gguf(path, where)
-    if gguf is not None:
-        return _convert_gguf(gguf, where, context, folder)
-    names = model.check_folder(path, where)
-    sizes = {name: (path / name).stat().st_size for name in names}
-    require_space(folder, sum(sizes.values()), where)
-    context.report.begin("copying the model", sum(sizes.values()), "bytes")
+    _take_model("original", "merge.original", config.merge.original, context, folder, gptq=False)
+    return "The model to merge into, as it was given."
+
+
+def _take_model(  # noqa: PLR0913 - two kinds of models
+    slot: str,
+    field: str,
+    source: Source,
+    context: Context,
+    folder: Path,
+    *,
+    gptq: bool = True,
+    code: bool = False,
+) -> None:
+    """A model's files out of its source, checked. InvalidModel and what fetching raises."""
+    fetched = fetch_source(slot, field, source, context)
+    told = {"source": type(source.kind).__name__, "revision": fetched.revision}
+    if (path := gguf_model.find(fetched.path, fetched.where)) is not None:
+        told |= gguf_model.convert(path, fetched.where, context, folder)
+    else:
+        _take(fetched, model.check_folder(fetched.path, fetched.where, gptq=gptq, code=code), context, folder)
+    (folder / REVISION_FILE).write_text(json.dumps(told, sort_keys=True) + "\n")
+
+
+def _take_adapter(source: Source, context: Context, folder: Path) -> None:
+    """An adapter's files out of its source, checked. InvalidModel and what fetching raises."""
+    fetched = fetch_source("adapter", "model.adapter", source, context)
+    model.read_adapter(fetched.path, fetched.where)
+    folder.mkdir()
+    _take(fetched, (model.ADAPTER_CONFIG, model.ADAPTER_WEIGHTS), context, folder)
+
+
+def _take(fetched: Fetched, names: Sequence[str], context: Context, folder: Path) -> None:
+    """Copy files from a claim, which may change or vanish; downloads get a second name, which costs nothing."""
+    total = sum((fetched.path / name).stat().st_size for name in names)
+    if not fetched.downloaded:
+        require_space(folder, total, fetched.where)
+    context.report.begin("copying the model", total, "bytes")
     for name in names:
-        copy(path / name, folder / name, context)
-    return {"source": "volume"}
+        if not (fetched.downloaded and _linked(fetched.path / name, folder / name)):
+            copy(fetched.path / name, folder / name, context)
 
 
-def _find_gguf(path: Path, where: str) -> Path | None:
-    """The GGUF file that a source means: itself, or the only one of a folder without a config."""
-    if path.is_file():
-        with path.open("rb") as file:
-            if file.read(4) == GGUF_MAGIC:
-                return path
-        msg = f"{where} is a file, but no GGUF file. "
-        raise InvalidModel(msg + "Give a folder with config, tokenizer and safetensors, or a GGUF file.")
-    if (path / model.CONFIG).exists():
-        return None
-    files = sorted(path.glob("*.gguf"))
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        msg = f"{where} has {len(files)} GGUF files ({names}). Name one of them in volume.path."
-        raise InvalidModel(msg)
-    return _find_gguf(files[0], f"{where}: {files[0].name}") if files else None
+def _linked(source: Path, target: Path) -> bool:
+    """Whether the file system gave the file a second name."""
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
 
 
 def copy(source: Path, target: Path, context: Context) -> None:
@@ -133,184 +147,3 @@ def copy(source: Path, target: Path, context: Context) -> None:
             context.raise_if_stopping()
             writer.write(chunk)
             context.report.advance(len(chunk))
-
-
-# From GGUF
-
-
-def _convert_gguf(path: Path, where: str, context: Context, folder: Path) -> dict[str, Any]:
-    """Unpack a GGUF file's weights to safetensors, once: left in GGUF blocks they can be neither trained nor saved."""
-    kind, count = _gguf_weights(path, where)
-    dtype = HELD_EXACTLY.get(kind, QUANTIZED_SAVED_AS)
-    require_space(folder, count * (4 if dtype == "float32" else 2), f"{where}, unpacked from {kind} to {dtype},")
-    context.report.begin(f"converting {path.name} ({kind}, {count:,} weights) to {dtype} safetensors")
-    try:
-        _load_and_save_gguf(path, dtype, folder)
-    except (TrainerError, OSError, MemoryError):
-        raise
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        msg = f"{where} cannot be converted: {reason}. Give the model's own folder with safetensors instead."
-        raise InvalidModel(msg) from error
-    context.raise_if_stopping()
-    model.check_folder(folder, f"{where}, converted")
-    return {"source": "volume", "gguf": path.name, "ggufType": kind, "savedAs": dtype}
-
-
-def _gguf_weights(path: Path, where: str) -> tuple[str, int]:
-    """The type of most of the weights, and how many weights there are. InvalidModel if the file is damaged."""
-    from gguf import GGUFReader  # noqa: PLC0415 - slow
-
-    try:
-        tensors = GGUFReader(path).tensors
-        counts: dict[str, int] = {}
-        for tensor in tensors:
-            kind = tensor.tensor_type.name
-            counts[kind] = counts.get(kind, 0) + int(tensor.n_elements)
-    except Exception as error:
-        msg = f"{where} is damaged or cut off: it cannot be read as GGUF ({error}). Copy the file again."
-        raise InvalidModel(msg) from error
-    if not counts:
-        msg = f"{where} holds no weights. Give a GGUF file of a whole model."
-        raise InvalidModel(msg)
-    return max(counts, key=counts.__getitem__), sum(counts.values())
-
-
-def _load_and_save_gguf(path: Path, dtype: str, folder: Path) -> None:
-    import torch  # noqa: PLC0415 - slow
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415 - slow
-
-    model.quiet()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=getattr(torch, dtype),
-    )
-    if hasattr(loaded.config, "quantization_config"):
-        del loaded.config.quantization_config
-    loaded.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-# From a hub
-
-
-def _download(source: HuggingFaceSource, context: Context, folder: Path) -> dict[str, Any]:
-    """Download a repository at the commit its revision is now. Goes on where an earlier attempt broke off."""
-    from huggingface_hub import HfApi  # noqa: PLC0415 - slow
-
-    where = f"model: '{source.repo}'"
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=read_token(context.secrets))
-    context.report.begin(f"looking up {source.repo}")
-    with _told_apart(source):
-        found = api.model_info(source.repo, revision=source.revision, files_metadata=True)
-    sizes = {file.rfilename: file.size or 0 for file in found.siblings or []}
-    names = _wanted(set(sizes), where)
-    cache = _download_folder(context) / f"{source.repo.replace('/', '--')}@{found.sha}"
-    cache.mkdir(parents=True, exist_ok=True)
-    total = sum(sizes[name] for name in names)
-    require_space(folder, total - _size_of(cache), f"{where} at {found.sha}")
-    context.report.begin(f"downloading {source.repo}", total, "bytes")
-    with _watching(cache, context):
-        for name in names:
-            context.raise_if_stopping()
-            with _told_apart(source):
-                api.hf_hub_download(source.repo, name, revision=found.sha, local_dir=cache)
-    for name in model.check_folder(cache, where):
-        _take(cache / name, folder / name)
-    return {"source": "huggingFace", "repo": source.repo, "commit": found.sha}
-
-
-def _download_folder(context: Context) -> Path:
-    return context.work.root / ".download"
-
-
-def _wanted(names: set[str], where: str) -> list[str]:
-    """The files of a repository that make up its model; refuses one without safetensors before anything is loaded."""
-    weights = {model.WEIGHTS} if model.WEIGHTS in names else {name for name in names if _is_shard(name)}
-    if not weights and not any(name.endswith(".safetensors") for name in names):
-        msg = f"{where} has no safetensors files. Use a repository that has them, or convert the model yourself."
-        raise InvalidModel(msg)
-    companions = {name for name in model.COMPANIONS if name in names}
-    index = {model.INDEX} & names if model.WEIGHTS not in names else set()
-    return [*sorted(companions | index), *sorted(weights)]
-
-
-def _is_shard(name: str) -> bool:
-    return name.startswith("model-") and name.endswith(".safetensors")
-
-
-@contextmanager
-def _told_apart(source: HuggingFaceSource) -> Iterator[None]:
-    """The hub's refusals, each with what the user can do."""
-    import httpx2  # noqa: PLC0415 - comes with huggingface_hub
-    from huggingface_hub import errors  # noqa: PLC0415 - slow
-
-    repo, where = source.repo, f"model: '{source.repo}'"
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        msg = f"{where} is gated. Accept its terms on its page, and give the token of that account in tokenSecretRef."
-        raise AccessDenied(msg) from error
-    except errors.RevisionNotFoundError as error:
-        msg = f"{where} has no revision '{source.revision}'. Correct model.huggingFace.revision."
-        raise NotFound(msg) from error
-    except errors.RepositoryNotFoundError as error:
-        if getattr(error.response, "status_code", None) == 401:  # noqa: PLR2004 - HTTP
-            msg = f"{where} is private or not there (the hub answers 401). Correct model.huggingFace.repo, "
-            raise AccessDenied(msg + "or give a token that may read it in tokenSecretRef.") from error
-        msg = f"{where} is not on the hub. Correct model.huggingFace.repo; a private one needs tokenSecretRef."
-        raise NotFound(msg) from error
-    except errors.RemoteEntryNotFoundError as error:
-        msg = f"{where}: a file of '{repo}' is not there any more: {error}"
-        raise NotFound(msg) from error
-    except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status in {401, 403}:
-            msg = f"{where}: the hub refuses the token ({status}). Give one that may read it in tokenSecretRef."
-            raise AccessDenied(msg) from error
-        msg = f"{where}: the hub answers {status}. It is worth another try later."
-        raise TrainerError(msg) from error
-    except (httpx2.TransportError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, TimeoutError) as error:
-        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        msg = f"{where}: the hub at {endpoint} cannot be reached ({type(error).__name__}: {error}). "
-        raise TrainerError(msg + "Check network, proxy and HF_ENDPOINT, or use a volume source.") from error
-
-
-@contextmanager
-def _watching(folder: Path, context: Context) -> Iterator[None]:
-    """Report the bytes that are in a folder, each second, while a library fills it."""
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(1.0):
-            context.report.update(done=_size_of(folder))
-
-    thread = threading.Thread(target=watch, name="download", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _size_of(folder: Path) -> int:
-    """Bytes on the disk below a folder; files may come and go meanwhile."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_blocks * 512 if path.is_file() else 0
-        except FileNotFoundError:
-            continue
-    return total
-
-
-def _take(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the file system has no such thing."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import re
 import struct
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_trainer.config import REMOTE_CODE_VARIABLE
 from finetune_trainer.errors import InvalidModel
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONFIG = "config.json"
+CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
@@ -27,7 +29,7 @@ COMPANIONS = (
     CONFIG,
     "generation_config.json",
     *TOKENIZERS,
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "merges.txt",
@@ -39,6 +41,8 @@ COMPANIONS = (
     "LICENSE.md",
 )
 """Files that belong to a model besides its weights: no code, no pickles."""
+AUTO_MAP = "auto_map"
+"""In a config: which classes of the model's own Python files transformers is to load."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HEADER_LIMIT_BYTES = 100_000_000
 NAMES_SHOWN = 12
@@ -95,17 +99,18 @@ class ModelFacts:
         return tuple(dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", name) for name in self.experts))
 
 
-def check_folder(folder: Path, where: str, *, gptq: bool = True) -> list[str]:
+def check_folder(folder: Path, where: str, *, gptq: bool = True, code: bool = False) -> list[str]:
     """Check that a folder is a causal language model that can be trained; the names of its files. InvalidModel.
 
     `gptq`: whether a model that GPTQ quantized will do; what is merged into must be the original one.
+    `code`: whether its own Python code may be run (model.trustRemoteCode, and the administrator consents).
     """
     names = {path.name for path in folder.iterdir() if path.is_file()}
     _check_is_a_model(names, where)
     config = read_json(folder / CONFIG, where)
-    check_config(config, where, gptq=gptq)
-    if "tokenizer_config.json" in names:
-        _refuse_code(read_json(folder / "tokenizer_config.json", where), "tokenizer_config.json", where)
+    check_config(config, where, gptq=gptq, code=code)
+    if TOKENIZER_CONFIG in names:
+        _check_code(read_json(folder / TOKENIZER_CONFIG, where), TOKENIZER_CONFIG, where, code=code)
     if not names & set(TOKENIZERS):
         msg = f"{where} has no tokenizer (tokenizer.json is missing). Copy the tokenizer's files beside {CONFIG}."
         raise InvalidModel(msg)
@@ -114,7 +119,8 @@ def check_folder(folder: Path, where: str, *, gptq: bool = True) -> list[str]:
         check_safetensors(folder / name, where)
     if INDEX in names and WEIGHTS not in names:
         weights.append(INDEX)
-    return sorted(weights + [name for name in COMPANIONS if name in names])
+    scripts = [name for name in names if code and name.endswith(".py")]
+    return sorted(weights + scripts + [name for name in COMPANIONS if name in names])
 
 
 def _check_is_a_model(names: set[str], where: str) -> None:
@@ -165,9 +171,9 @@ def _shards(index: dict[str, Any], where: str) -> set[str]:
     return shards
 
 
-def check_config(config: dict[str, Any], where: str, *, gptq: bool = True) -> None:
+def check_config(config: dict[str, Any], where: str, *, gptq: bool = True, code: bool = False) -> None:
     """Refuse what is no causal language model that can be trained on, each for its own reason. InvalidModel."""
-    _refuse_code(config, CONFIG, where)
+    _check_code(config, CONFIG, where, code=code)
     _check_precision(config.get("quantization_config") or {}, where, gptq)
     architecture = next(iter(config.get("architectures") or []), "")
     kind = _other_kind(architecture, config)
@@ -215,10 +221,24 @@ def _other_kind(architecture: str, config: dict[str, Any]) -> str | None:
     return None
 
 
-def _refuse_code(settings: dict[str, Any], name: str, where: str) -> None:
-    if "auto_map" in settings:
+def _check_code(settings: dict[str, Any], name: str, where: str, *, code: bool) -> None:
+    """Refuse code that is not trusted, and code that transformers would fetch from elsewhere while it loads."""
+    if AUTO_MAP not in settings:
+        return
+    if not code:
         msg = f"{where} needs Python code of its own (auto_map in {name}), which is not run. "
-        raise InvalidModel(msg + "Use a model that transformers supports by itself.")
+        raise InvalidModel(msg + "Use a model that transformers supports by itself, or set model.trustRemoteCode.")
+    if "--" in json.dumps(settings[AUTO_MAP]):
+        msg = f"{where} needs Python code of another repository (auto_map in {name}), which is not fetched. "
+        raise InvalidModel(msg + "Use a model that brings its code in its own folder.")
+
+
+def trusts_code(folder: Path) -> bool:
+    """Whether transformers may run the Python code of a checked folder: it has some, and the administrator consents."""
+    if os.environ.get(REMOTE_CODE_VARIABLE) != "1":
+        return False
+    configs = (folder / name for name in (CONFIG, TOKENIZER_CONFIG))
+    return any(AUTO_MAP in read_json(path, "The model") for path in configs if path.is_file())
 
 
 def check_safetensors(path: Path, where: str) -> None:
@@ -275,7 +295,9 @@ def describe(folder: Path) -> ModelFacts:
     config = _load_config(folder)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=trusts_code(folder)
+            )
     except Exception as error:
         msg = f"The model cannot be built from its {CONFIG}: {error}. Correct {CONFIG}, or copy the model again."
         raise InvalidModel(msg) from error
@@ -299,7 +321,7 @@ def describe(folder: Path) -> ModelFacts:
         embeddings=names[embeddings],
         head=names.get(head),
         tied=head is not None and head.weight is embeddings.weight,
-        adapter=_read_adapter(folder / ADAPTER_FOLDER),
+        adapter=read_adapter(folder / ADAPTER_FOLDER, "model.adapter") if (folder / ADAPTER_FOLDER).is_dir() else None,
     )
 
 
@@ -321,11 +343,8 @@ def _taken_for_experts(model_type: str) -> tuple[str, ...]:
     return tuple(known["_MOE_TARGET_MODULE_MAPPING"].get(family, ()))
 
 
-def _read_adapter(folder: Path) -> dict[str, Any] | None:
-    """The settings of the adapter to go on from, if there is one: LoRA, its weights whole. InvalidModel."""
-    if not folder.is_dir():
-        return None
-    where = "model.adapter"
+def read_adapter(folder: Path, where: str) -> dict[str, Any]:
+    """The settings of an adapter to go on from: LoRA, its weights whole. InvalidModel."""
     for name, what in ((ADAPTER_CONFIG, "is no adapter"), (ADAPTER_WEIGHTS, "has no weights")):
         if not (folder / name).is_file():
             msg = f"{where} {what}: {name} is missing. Give a folder that PEFT saved (save_pretrained)."
@@ -351,12 +370,13 @@ def _load_config(folder: Path) -> Any:  # noqa: ANN401 - any of transformers' co
 
     model_type = read_json(folder / CONFIG, "The model").get("model_type")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusts_code(folder))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         msg = f"{CONFIG} (model_type '{model_type}') is not understood by transformers {__version__}: {reason}"
         raise InvalidModel(msg + " Use a model that this version knows.") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:  # noqa: SLF001 - there is no public way to ask
+    brings_class = AutoModelForCausalLM.__name__ in (getattr(config, AUTO_MAP, None) or {})
+    if not brings_class and type(config) not in AutoModelForCausalLM._model_mapping:  # noqa: SLF001 - not to be asked otherwise
         msg = f"Models of type '{model_type}' ({CONFIG}) write no text from left to right. "
         raise InvalidModel(msg + "Give a text model, one whose architecture ends in ForCausalLM.")
     return config
@@ -403,6 +423,7 @@ def _check_complete(folder: Path, config: Any) -> None:  # noqa: ANN401 - any of
                 config=_unquantized(config),
                 device_map={"": "meta"},
                 local_files_only=True,
+                trust_remote_code=trusts_code(folder),
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
@@ -459,7 +480,7 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - any of transformers' 
     from transformers import AutoTokenizer  # noqa: PLC0415 - slow
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts_code(folder))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         msg = f"The tokenizer cannot be read: {reason}. Copy the tokenizer's files again."

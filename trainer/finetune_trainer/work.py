@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from finetune_trainer.config import TOKEN_FILE
-from finetune_trainer.errors import AccessDenied, InvalidConfig, NotFound
+from finetune_trainer.errors import AccessDenied, InvalidConfig, NotFound, VolumeFull
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from finetune_trainer.config import VolumeSource
 
 NAMES_SHOWN = 12
+SPARE_BYTES = 64 << 20
+"""Kept free beside what is written, for the rows and the manifests."""
 
 
 @dataclass(frozen=True)
 class WorkFolder:
-    """`model/ data/ checkpoints/ adapter/ merged/ quantized/<name>/ report/` of one job."""
+    """`model/ original/ data/ checkpoints/ adapter/ merged/ quantized/<name>/ report/` of one job."""
 
     root: Path
 
@@ -28,9 +30,24 @@ class WorkFolder:
         return self.root / "model"
 
     @property
+    def original(self) -> Path:
+        """The model that the adapter is merged into, where it is another one than the base."""
+        return self.root / "original"
+
+    @property
+    def downloads(self) -> Path:
+        """What sources brought, a folder a slot; prepare removes it when it is done."""
+        return self.root / ".downloads"
+
+    @property
     def data(self) -> Path:
         """Tokenized rows, and the manifest that is prepare's proof."""
         return self.root / "data"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer as trained with: chat template, pad and end token, added tokens."""
+        return self.data / "tokenizer"
 
     @property
     def checkpoints(self) -> Path:
@@ -44,7 +61,7 @@ class WorkFolder:
 
     @property
     def merged(self) -> Path:
-        """The adapter merged into the dequantized base."""
+        """The finished 16-bit model: merged, or trained whole."""
         return self.root / "merged"
 
     def quantized(self, name: str) -> Path:
@@ -101,16 +118,31 @@ def _what_is_there(root: Path, path: Path) -> str:
     return f" (folder '{inside}' has {shown}). Correct volume.path."
 
 
-def read_token(secrets: Path) -> str | None:
-    """The hub's token, from `<secrets>/model/token`, if there is one."""
-    path = secrets / "model" / TOKEN_FILE
+def read_secret(secrets: Path, slot: str, name: str) -> str | None:
+    """The text of `<secrets>/<slot>/<name>`, without the line's end; None if there is no such file or it is empty.
+
+    AccessDenied, InvalidConfig (no text).
+    """
+    path = secrets / slot / name
     try:
         return path.read_text(encoding="utf-8").strip() or None
     except (FileNotFoundError, NotADirectoryError):
         return None
     except PermissionError as error:
-        msg = f"No permission to read the model's token {path}."
+        msg = f"No permission to read the secret {path}: make it readable for the user the trainer runs as."
         raise AccessDenied(msg) from error
     except UnicodeDecodeError as error:
-        msg = f"The model's token {path} is not text: put the hub's access token, as it is, into the secret."
+        msg = f"The secret {path} is not text: put the token or key, as it is, into the Secret."
         raise InvalidConfig(msg) from error
+
+
+def require_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """VolumeFull before anything is written that will not fit."""
+    free = shutil.disk_usage(folder).free
+    if needed_bytes + SPARE_BYTES > free:
+        msg = f"{what} needs {_gib(needed_bytes + SPARE_BYTES)} free in the work folder, there are {_gib(free)}. "
+        raise VolumeFull(msg + "Make the job's claim larger, or free space on it.")
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB ({count:,} bytes)"

@@ -111,8 +111,8 @@ class Source(Model):
         return found
 
 
-class HuggingFaceDataset(HuggingFaceSource):
-    """A dataset's repository of the Hugging Face hub."""
+class Split(Model):
+    """Which of a repository's files are meant."""
 
     config: str | None = Field(
         default=None, min_length=1, max_length=200, description="Configuration. Default: the only one."
@@ -125,11 +125,27 @@ class HuggingFaceDataset(HuggingFaceSource):
         description="Files or patterns (data/train-*.parquet), in place of config and split.",
     )
 
+    @model_validator(mode="after")
+    def _files_or_split(self) -> Self:
+        if self.files is not None and (self.config is not None or self.split is not None):
+            msg = "files are in place of config and split: set either"
+            raise ValueError(msg)
+        return self
+
+
+class HuggingFaceDataset(HuggingFaceSource, Split):
+    """A dataset's repository of the Hugging Face hub."""
+
+
+class ModelScopeDataset(ModelScopeSource, Split):
+    """A dataset's repository of ModelScope."""
+
 
 class DatasetSource(Source):
     """Rows from somewhere: exactly one source."""
 
     hugging_face: HuggingFaceDataset | None = Field(default=None, description="A dataset of the Hugging Face hub.")
+    model_scope: ModelScopeDataset | None = Field(default=None, description="A dataset of ModelScope.")
     volume: VolumeSource | None = Field(
         default=None, description="A jsonl, json, csv, parquet or text file, or a folder with such files of one kind."
     )
