@@ -253,13 +253,19 @@ class Renderer:
         turns = _marked_turns(row, marked) if marked else self._answer_turns(row, text, place)
         turns = [turn for turn in turns if turn.message >= row.given]
         if marked:
-            turns = [replace(turn, end=turn.end + self._length_of_end(text[turn.end :])) for turn in turns]
+            turns = [self._with_end(turn, text) for turn in turns]
         if not turns:
             return None
         # A template that ends answers with no token of its own leaves that to the end token.
         text = text[: turns[-1].end]
         closes = not text.endswith(self._special)
         return Rendered(text, self._chosen_spans(turns, text), bare=True, closes=closes)
+
+    def _with_end(self, turn: Turn, text: str) -> Turn:
+        """The turn as its template marked it, with the token that ends it where that was left out."""
+        if text[turn.start : turn.end].rstrip().endswith(self._special):
+            return turn
+        return replace(turn, end=turn.end + self._length_of_end(text[turn.end :]))
 
     def _chosen_spans(self, turns: Sequence[Turn], text: str) -> tuple[tuple[int, int], ...]:
         if self._loss_on is LossOn.ALL_TOKENS:
