@@ -105,14 +105,22 @@ def test_the_best_weights_are_published_where_asked_for(tiny_model: Path, tmp_pa
     assert measured
 
 
-def test_figures_are_those_of_the_weights_that_are_published(tiny_model: Path, tmp_path: Path) -> None:
-    run = Run(tiny_model, tmp_path).change(eval_steps=1, restore_best=True, total_steps=6, learning_rate=1.0)
+def test_figures_are_those_of_the_weights_that_are_published(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune_trainer.sft import SftTrainer  # noqa: PLC0415 - slow
+
+    truly = SftTrainer.measure
+
+    def worse_after_step_3(trainer: Any, *rest: Any) -> HeldOut:
+        return HeldOut(truly(trainer, *rest).loss + (10.0 if trainer.state.global_step > 3 else 0.0))
+
+    monkeypatch.setattr(SftTrainer, "measure", worse_after_step_3)
+    run = Run(tiny_model, tmp_path).change(eval_steps=1, checkpoint_steps=100, restore_best=True, total_steps=6)
     run.go()
-    measurements = run.loop._course.measurements
-    best = min(measurements, key=lambda line: line["eval_loss"])
-    assert best is not measurements[-1], "the rate was to be so high that the loss rises"
-    assert run.loop.published == best
-    assert run.loop._trainer.measure(make_rows(4, seed=9)).loss == best["eval_loss"]
+    assert run.loop.published is not None
+    assert run.loop.published["step"] == 3
+    assert run.loop.published["eval_loss"] == truly(run.loop._trainer, make_rows(4, seed=9)).loss
 
 
 def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(
