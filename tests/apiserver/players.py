@@ -14,14 +14,20 @@ def now() -> str:
     return format_time(datetime.now(UTC))
 
 
-def pod_of(space: Space, job: str) -> JSON:
-    """The pod that the Job controller made."""
+def pod_of(space: Space, job: str, index: int = 0) -> JSON:
+    """The pod that the Job controller made, or the one with this index."""
 
     def probe() -> JSON | None:
-        pods = space.all("pods")
-        return next((pod for pod in pods if pod["metadata"]["labels"].get("batch.kubernetes.io/job-name") == job), None)
+        pods = (
+            pod for pod in space.all("pods") if pod["metadata"]["labels"].get("batch.kubernetes.io/job-name") == job
+        )
+        return next((pod for pod in pods if _index(pod) == index), None)
 
-    return wait_for(probe, f"a pod of Job {job}")
+    return wait_for(probe, f"pod {index} of Job {job}")
+
+
+def _index(pod: JSON) -> int:
+    return int(pod["metadata"].get("annotations", {}).get(Label.INDEX, 0))
 
 
 def patch_pod(space: Space, pod: JSON, status: JSON) -> None:
@@ -34,20 +40,20 @@ def container(state: JSON) -> list[JSON]:
     return [{"name": "trainer", "image": "x", "imageID": "x", "restartCount": 0, "ready": ready, "state": state}]
 
 
-def run(space: Space, job: str, address: str = "127.0.0.1") -> JSON:
+def run(space: Space, job: str, address: str = "127.0.0.1", *, index: int = 0) -> JSON:
     """The pod's container starts."""
-    pod = pod_of(space, job)
+    pod = pod_of(space, job, index)
     status = {"phase": "Running", "podIP": address, "podIPs": [{"ip": address}], "startTime": now()}
     patch_pod(space, pod, status | {"containerStatuses": container({"running": {"startedAt": now()}})})
     return pod
 
 
-def end(space: Space, job: str, code: int = 0, message: str = "", **status: Any) -> None:
+def end(space: Space, job: str, code: int = 0, message: str = "", *, index: int = 0, **status: Any) -> None:
     """The pod's container ends."""
     state = {"exitCode": code, "reason": "Error" if code else "Completed", "message": message}
     state |= {"startedAt": now(), "finishedAt": now()}
     phase = {"phase": "Failed" if code else "Succeeded", "containerStatuses": container({"terminated": state})}
-    patch_pod(space, pod_of(space, job), phase | status)
+    patch_pod(space, pod_of(space, job, index), phase | status)
 
 
 def succeed(space: Space, job: str) -> None:
