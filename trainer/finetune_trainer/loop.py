@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerState, set_seed
 
 from finetune_trainer import checkpoint
 from finetune_trainer import state as states
+from finetune_trainer.census import count_layers, totals
 from finetune_trainer.course import EVAL_LOSS, Course, Line, best_first, is_due, stops_early
 from finetune_trainer.distributed import leads, rank, total, world_size
 from finetune_trainer.errors import Interrupted, NonFiniteLoss
@@ -111,17 +112,19 @@ class Loop(TrainerCallback):
 
     def facts(self) -> TrainFacts:
         """What training did. Speed and memory are told live: in a manifest they would change its digest."""
-        trained = sum(tensor.numel() for _, tensor in states.trained(self._trainer.model))
+        layers = count_layers(self._trainer.model)
+        trainable, everything = totals(layers)
         best = next(iter(best_first(self._course.measurements)), None)
         return TrainFacts(
             steps=self._step,
             epochs=round(self._trainer.state.epoch or 0.0, 4),
             loss=None if self._course.loss is None else float(f"{self._course.loss:.6g}"),
-            trainable_parameters=trained,
-            total_parameters=self._resolved.parameters + (0 if self._resolved.lora is None else trained),
+            trainable_parameters=trainable,
+            total_parameters=everything,
             best_step=None if best is None else int(best["step"]),
             best_eval_loss=None if best is None else float(f"{best[EVAL_LOSS]:.6g}"),
             stopped_early=self._step < self._resolved.total_steps and self._stops_early,
+            layers=layers,
         )
 
     # What Trainer calls

@@ -1,8 +1,7 @@
-"""finetune-trainer train --config job.json --work DIR: train a QLoRA adapter, and prove it.
+"""finetune-trainer train --config job.json --work DIR: train an adapter, or the model itself, and prove it.
 
-The base is held in NF4 on CPU and GPU alike; TRL's SFTTrainer takes the steps on rows that prepare tokenized. A run
-that was broken off goes on from its newest good checkpoint, and ends with the very weights of an unbroken one (CPU,
-AdamW: bit by bit).
+TRL's trainers take the steps on rows that prepare tokenized. A run that was broken off goes on from its newest good
+checkpoint, and ends with the very weights of an unbroken one (on CPU bit by bit).
 """
 
 from __future__ import annotations
@@ -13,18 +12,20 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetune_trainer import distributed, manifest, samples
+from finetune_trainer import census, distributed, manifest, samples
+from finetune_trainer.census import count_layers
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.course import EVAL_ACCURACY, EVAL_LOSS, Line
 from finetune_trainer.data import TRAIN, read_rows
 from finetune_trainer.errors import InvalidDataset, OutOfMemory
 from finetune_trainer.evaluate import read_pair_rows, read_token_rows, rounded
+from finetune_trainer.finished import write_finished
 from finetune_trainer.loading import compute_dtype, load_base, set_up_torch, torch_out_of_memory, training_device
 from finetune_trainer.manifest import Made, Manifest, Result
 from finetune_trainer.model import load_tokenizer
 from finetune_trainer.progress import Measured, Resolved, TrainFacts
-from finetune_trainer.sharding import is_sharded
-from finetune_trainer.tracking import following
+from finetune_trainer.sharding import gather, is_sharded
+from finetune_trainer.tracking import following, unasked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BEFORE_NAME = "before.json"
+LAYERS_NAME = "layers.json"
 LARGEST_LOSS = 700.0
 """Of which exp is a number that JSON can hold."""
 
@@ -72,17 +74,18 @@ def run(config: JobConfig, context: Context) -> Manifest:
     checkpoints = _checkpoints(context, resolved)
     start = checkpoints.newest_good()
     rows = _read_rows(context)
-    context.report.begin("loading the base model")
-    tokenizer = load_tokenizer(context.work.model)
-    base = load_base(context.work.model, resolved, device, dtype := compute_dtype(resolved, device))
-    trainer = _build_trainer(base, tokenizer, rows, resolved, dtype, context)
+    tokenizer = load_tokenizer(context.work.tokenizer)
+    trainer = _build_trainer(tokenizer, rows, device, context)
     before = _measure_before(trainer, tokenizer, rows, context)
+    layers = count_layers(trainer.model)
+    log.info("%s", census.table(layers))
     figures: Line = {}
     with following(config.tracking, context, figures) as followers:
         loop = _take_steps(trainer, rows, checkpoints, start, context, followers)
         after = _answers("after", trainer, tokenizer, rows, context)
         if distributed.leads():
             samples.write(context.work.report / "samples.json", tokenizer, rows.prompts, before.answers, after)
+            census.write(context.work.report / LAYERS_NAME, layers, count_layers(trainer.model))
         result = _result(loop, before, resolved)
         figures.update(_figures(result))
     return _publish(trainer, tokenizer, result, context)
@@ -150,27 +153,20 @@ def _read_before(path: Path, run: dict[str, Any]) -> Before | None:
         return None
 
 
-def _build_trainer(  # noqa: PLR0913 - the pieces of a training
-    base: Any,  # noqa: ANN401 - a transformers model
-    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
-    rows: Rows,
-    resolved: Resolved,
-    dtype: torch.dtype,
-    context: Context,
-) -> Exact:
-    from finetune_trainer.trainers import build_trainer  # noqa: PLC0415 - brings trl, slow
+def _build_trainer(tokenizer: Any, rows: Rows, device: torch.device, context: Context) -> Exact:  # noqa: ANN401 - a transformers tokenizer
+    """The base in memory, and TRL's trainer around it."""
+    with unasked():
+        from finetune_trainer.trainers import build_trainer  # noqa: PLC0415 - brings trl, slow
+    from finetune_trainer.adapters import go_on_from  # noqa: PLC0415 - brings peft, slow
 
-    reference = _load_reference(resolved, base.device, dtype, context)
+    resolved, folder = context.resolved, context.work.model
+    context.report.begin("loading the base model")
+    dtype = compute_dtype(resolved, device)
+    base = go_on_from(load_base(folder, resolved, device, dtype), folder)
+    twice = resolved.dpo is not None and resolved.lora is None
+    reference = load_base(folder, resolved, device, dtype) if twice else None
     context.report.begin("setting up the trainer")
     return build_trainer(base, tokenizer, rows.train, resolved, dtype, context.work.checkpoints, reference)
-
-
-def _load_reference(resolved: Resolved, device: torch.device, dtype: torch.dtype, context: Context) -> Any | None:  # noqa: ANN401 - a transformers model
-    """The base once more, for DPO of all weights. Adapters need none: they can be switched off."""
-    if resolved.dpo is None or resolved.lora is not None:
-        return None
-    context.report.begin("loading the reference")
-    return load_base(context.work.model, resolved, device, dtype)
 
 
 def _take_steps(  # noqa: PLR0913 - the pieces of a training
@@ -206,16 +202,29 @@ def _out_of_memory(trainer: Any, resolved: Resolved, error: BaseException) -> st
 
 
 def _publish(trainer: Exact, tokenizer: Any, result: Result, context: Context) -> Manifest:  # noqa: ANN401 - a transformers tokenizer
-    """Adapter in PEFT's format, tokenizer and chat template beside it; complete or absent."""
+    """What was trained: an adapter in PEFT's format, or a model that can be served; complete or absent."""
+    weights = _gathered(trainer, context.resolved)
 
     def build(folder: Path) -> Result:
-        context.report.begin("saving the adapter", unit="bytes")
-        trainer.model.save_pretrained(folder)
-        _forget_machine(folder)
-        tokenizer.save_pretrained(folder)
+        context.report.begin("saving what was trained", unit="bytes")
+        if context.resolved.lora is None:
+            write_finished(trainer.model, folder, context.work.model, context.work.tokenizer, weights=weights)
+        else:
+            trainer.model.save_pretrained(folder, state_dict=weights)
+            _forget_machine(folder)
+            tokenizer.save_pretrained(folder)
         return result
 
-    return context.publish(build)
+    return distributed.lead(lambda: context.publish(build))
+
+
+def _gathered(trainer: Exact, resolved: Resolved) -> dict[str, torch.Tensor] | None:
+    """Weights that are sharded, whole on rank 0; None where they are whole anyway."""
+    import torch  # noqa: PLC0415 - slow
+
+    if not is_sharded(resolved):
+        return None
+    return gather(trainer.model, torch.bfloat16 if resolved.lora is None else torch.float32)
 
 
 def _forget_machine(folder: Path) -> None:
@@ -230,11 +239,12 @@ def _forget_machine(folder: Path) -> None:
 def _result(loop: Loop, before: Before, resolved: Resolved) -> Result:
     facts, measured = loop.facts(), _measured(loop.published, before, resolved)
     steps = f"{facts.steps:,} of {resolved.total_steps:,}" if facts.stopped_early else f"{facts.steps:,}"
+    name, kind = ("model", "Merged") if resolved.lora is None else ("adapter", "Adapter")
     early = ", until the held-out loss no longer fell" if facts.stopped_early else ""
     return Result(
         message=f"Trained {steps} steps{early}: {_told(loop.published, facts, before, resolved)}.",
         training=facts,
-        artifact=Made(name="adapter", type="Adapter", measured=measured),
+        artifact=Made(name=name, type=kind, measured=measured),
     )
 
 
