@@ -15,9 +15,11 @@ from tests.tiny import make_config
 SMOLLM2 = {"model.layers.0.self_attn.q_proj": 576, "model.layers.0.mlp.down_proj": 1536}
 
 
-def settle(rows: int = 800, layers: dict[str, int] | None = None, limit: int | None = 8192, **fields: Any) -> Resolved:
+def settle(
+    rows: int = 800, layers: dict[str, int] | None = None, limit: int | None = 8192, held_out: int = 10, **fields: Any
+) -> Resolved:
     data = DataFacts(
-        train_rows=rows, eval_rows=10, dropped_rows=0, train_tokens=1, loss_tokens=1,
+        train_rows=rows, eval_rows=held_out, dropped_rows=0, train_tokens=1, loss_tokens=1,
         length_p50=1, length_p95=1, length_p99=1, length_max=1,
     )  # fmt: skip
     facts = ModelFacts("LlamaForCausalLM", 1000, limit, SMOLLM2 if layers is None else layers)
@@ -50,6 +52,26 @@ QUANTIZE = [{"name": "q", "method": "GPTQ"}]
         pytest.param({}, {"compute_dtype": "FP32", "gradient_checkpointing": "Off"}, id="CPU"),
         pytest.param(GPU, {"compute_dtype": "BF16", "gradient_checkpointing": "Full"}, id="GPU"),
         pytest.param({"limit": 512}, {"max_length": 512}, id="the model's limit"),
+        pytest.param(
+            {"training": {"eval": {"everySteps": 20}, "checkpoint": {"everyPercent": 25, "keep": 5}}},
+            {"eval_steps": 20, "checkpoint_steps": 13, "checkpoint_keep": 5},
+            id="steps and percent of the run",
+        ),
+        pytest.param(
+            {"training": {"numTrainEpochs": 3, "checkpoint": {"everyEpoch": True}}, "rows": 100},
+            {"total_steps": 21, "checkpoint_steps": 7},
+            id="an epoch's steps",
+        ),
+        pytest.param(
+            {"training": {"maxSteps": 3, "checkpoint": {"everyEpoch": True}}},
+            {"checkpoint_steps": 3},
+            id="an epoch that the run does not reach the end of",
+        ),
+        pytest.param(
+            {"training": {"earlyStopping": {"patience": 2}}, "rows": 160},
+            {"early_stopping.patience": 2, "early_stopping.threshold": 0.0},
+            id="early stopping counts any gain",
+        ),
         pytest.param({"limit": None}, {"max_length": 2048}, id="a model without limit"),
         pytest.param({"method": {"lora": {"r": 8}}}, {"lora.r": 8, "lora.alpha": 16}, id="alpha is twice r"),
         pytest.param({}, {"lora.target_modules": ("q_proj", "down_proj")}, id="all linear layers by name"),
@@ -88,13 +110,26 @@ def test_the_group_size_divides_every_layer(columns: dict[str, int], size: int) 
             id="modules",
         ),
         pytest.param({"training": {"maxLength": 9000}}, "training.maxLength is 9,000.*8,192", id="length"),
-        pytest.param({"training": {"warmupSteps": 50}}, "training.warmupSteps is 50.*50 steps", id="warm-up"),
         pytest.param(
-            {"training": {"perDeviceTrainBatchSize": 3}}, "to a multiple of 3", id="micro-batch"
+            {"training": {"earlyStopping": {"patience": 2}}, "held_out": 0},
+            r"training.earlyStopping needs a held-out loss, but no row was held out. Raise evaluation.percent",
+            id="early stopping on nothing",
         ),
+        pytest.param({"training": {"restoreBest": True}, "held_out": 0}, "training.restoreBest", id="best of nothing"),
+        pytest.param({"training": {"eval": {"everySteps": 2}}, "held_out": 0}, "training.eval", id="measuring nothing"),
+        pytest.param({"training": {"warmupSteps": 50}}, "training.warmupSteps is 50.*50 steps", id="warm-up"),
+        pytest.param({"training": {"perDeviceTrainBatchSize": 3}}, "to a multiple of 3", id="micro-batch"),
         pytest.param({"method": {"computeDtype": "FP16"}}, "FP16 needs a GPU", id="half precision on CPU"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_way_out(given: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidConfig, match=words):
         settle(**given)
+
+
+def test_an_interval_longer_than_the_run_is_the_whole_run_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    training = {"eval": {"everySteps": 100}, "checkpoint": {"everySteps": 51}}
+    resolved = settle(training=training)
+    assert (resolved.eval_steps, resolved.checkpoint_steps) == (50, 50)
+    assert "training.eval.everySteps is 100, the whole run has 50 steps" in caplog.text
+    assert "training.checkpoint.everySteps is 51" in caplog.text
