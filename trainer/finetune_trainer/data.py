@@ -176,7 +176,7 @@ def read_rows(folder: Path, split: str) -> pa.Table:
     """The rows of `train` or `eval`, with the columns above. The table is empty if nothing is held out."""
     from pyarrow import parquet  # noqa: PLC0415 - slow
 
-    return parquet.read_table(folder / f"{split}.parquet")
+    return parquet.read_table(folder / f"{split}.parquet", pre_buffer=False)  # a buffer would stay as long as the rows
 
 
 def write_preview(folder: Path, tokenizer: Any, path: Path) -> None:  # noqa: ANN401 - any of transformers' tokenizers
