@@ -223,7 +223,7 @@ class Registry:
         layers = [
             {
                 "mediaType": "application/vnd.oci.image.layer.v1.tar",
-                "digest": self._blob(repository, body),
+                "digest": self.push_blob(repository, body),
                 "size": len(body),
                 "annotations": {"org.opencontainers.image.title": name, **annotations},
             }
@@ -233,13 +233,17 @@ class Registry:
 
     def push_manifest(self, repository: str, tag: str, layers: list[dict[str, Any]]) -> str:
         kind = "application/vnd.oci.image.manifest.v1+json"
-        empty = {"mediaType": "application/vnd.oci.empty.v1+json", "digest": self._blob(repository, b"{}"), "size": 2}
+        empty = {
+            "mediaType": "application/vnd.oci.empty.v1+json",
+            "digest": self.push_blob(repository, b"{}"),
+            "size": 2,
+        }
         document = {"schemaVersion": 2, "mediaType": kind, "config": empty, "layers": layers}
         body = json.dumps(document).encode()
         self._ask("PUT", f"/v2/{repository}/manifests/{tag}", body, {"Content-Type": kind})
         return "sha256:" + hashlib.sha256(body).hexdigest()
 
-    def _blob(self, repository: str, body: bytes) -> str:
+    def push_blob(self, repository: str, body: bytes) -> str:
         digest = "sha256:" + hashlib.sha256(body).hexdigest()
         place = self._ask("POST", f"/v2/{repository}/blobs/uploads/").headers["Location"]
         place += ("&" if "?" in place else "?") + f"digest={digest}"
