@@ -164,8 +164,15 @@ def _lost_word(pod: StagePod) -> Failure | None:
 
 JUDGES: tuple[Judge, ...] = (_disrupted, _out_of_host_memory, _said, _exit_code, _unknown, _lost_word)
 
-LATE_REASONS = (Said.UNKNOWN, Said.RENDEZVOUS_FAILED, Said.PEER_LOST, Said.INTERRUPTED, Reason.LOST_WORD)
-"""What one of several pods may end for because another one did: believed only where no pod has a reason of its own."""
+LATE_REASONS: dict[str, int] = {
+    Said.UNKNOWN: 1,
+    Said.RENDEZVOUS_FAILED: 2,
+    Said.PEER_LOST: 3,
+    Said.INTERRUPTED: 3,
+    Reason.LOST_WORD: 4,
+}
+"""What one of several pods may end for because another one did: believed only where no pod has a reason of its own,
+and the less the greater the number."""
 
 NEVER_ENDED = datetime.max.replace(tzinfo=UTC)
 
@@ -206,8 +213,7 @@ def _evidence(pod: StagePod) -> Iterator[tuple[tuple[int, int], Failure]]:
     """The first judge's finding, if any, and how strong it is: the smaller the stronger."""
     for place, judge in enumerate(JUDGES):
         if (found := judge(pod)) is not None:
-            late = LATE_REASONS.index(found.reason) + 1 if found.reason in LATE_REASONS else 0
-            yield (late, place), found
+            yield (LATE_REASONS.get(found.reason, 0), place), found
             return
 
 

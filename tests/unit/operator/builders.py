@@ -293,7 +293,7 @@ class Cluster:
 
     def say(self, **more: Any) -> None:
         """The live pod ends and says how."""
-        labels = self.pods[self.live]["metadata"]["labels"]
+        labels = self.jobs[self.live]["metadata"]["labels"]
         told = word(labels[Label.STAGE], int(labels[Label.ATTEMPT]), **more)
         code = 0 if told.reason is Reason.COMPLETED else 11
         self.end_pod(code, told.to_json())

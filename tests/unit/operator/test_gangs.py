@@ -134,8 +134,10 @@ PEER_LOST = said(Reason.PEER_LOST)
                      id="a pod that was told to leave since another crashed"),
         pytest.param(at(1, 20, said(Reason.INTERRUPTED)), at(2, 20, said(Reason.INTERRUPTED)), "Interrupted", "Free",
                      id="all were told to leave"),
-        pytest.param(at(1, 20, said(Reason.INTERRUPTED)), at(2, 21, PEER_LOST), "PeerLost", "Counted",
-                     id="a network that breaks is not tried for ever"),
+        pytest.param(at(2, 20, said(Reason.INTERRUPTED)), at(1, 21, PEER_LOST), "PeerLost", "Counted",
+                     id="a pod that was told to leave since another lost it"),
+        pytest.param(at(1, 20, said(Reason.INTERRUPTED)), at(2, 21, PEER_LOST), "Interrupted", "Free",
+                     id="a pod that lost another which was told to leave"),
         pytest.param(at(1, 19, said(Reason.RENDEZVOUS_FAILED)), at(2, 19, said(Reason.RENDEZVOUS_FAILED)),
                      "RendezvousFailed", "Counted", id="they did not meet"),
         pytest.param(at(1, 10, said(Reason.INVALID_CONFIG)), at(9, 19, said(Reason.RENDEZVOUS_FAILED)),
@@ -290,7 +292,7 @@ def mishap(cluster: Cluster, what: str, index: int) -> None:
         del cluster.pods[name]
     elif what == "run":
         cluster.run_pod()
-    elif what == "give up":
+    elif what == "give up" or len(cluster.live_pods) < cluster.jobs[cluster.live]["spec"]["completions"]:
         cluster.fail_job()
     else:
         cluster.say()
