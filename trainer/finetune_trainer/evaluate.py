@@ -35,6 +35,7 @@ from finetune_trainer.loading import (
     training_device,
 )
 from finetune_trainer.progress import Measured, Resolved
+from finetune_trainer.sharding import reshard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -262,6 +263,7 @@ def evaluating(model: Any) -> Iterator[None]:  # noqa: ANN401 - a torch module
         with torch.no_grad():
             yield
     finally:
+        reshard(model)
         model.train(was_training)
 
 

@@ -89,7 +89,7 @@ class Exact(Trainer):
         state.read_weights(model or self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and state.is_sharded(self.model):
+        if checkpoint is not None and (state.is_sharded(self.model) or state.has_shards(Path(checkpoint))):
             state.read_optimizer(self, Path(checkpoint))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)

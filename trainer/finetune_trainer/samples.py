@@ -6,6 +6,8 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
+from finetune_trainer.evaluate import evaluating
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
@@ -36,12 +38,10 @@ def generate(
         poll(len(answers), len(prompts))
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    was_training = model.training
-    model.eval()
-    answers = []
+    answers: list[str] = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)], device=model.device)
-        with torch.no_grad():
+        with evaluating(model):
             out = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -55,7 +55,6 @@ def generate(
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             )
         answers.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
-    model.train(was_training)
     return answers
 
 

@@ -113,10 +113,25 @@ def check_sharded(model: Any) -> None:  # noqa: ANN401 - a torch module
             raise TypeError(msg)
 
 
+def reshard(model: Any) -> None:  # noqa: ANN401 - a torch module
+    """Give back what a forward pass without a backward pass left whole.
+
+    Until then parameters are whole tensors under the same names, which no optimizer knows.
+    """
+    if world_size() == 1:
+        return
+    from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 - slow
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def gather(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ANN401 - a torch module
     """The whole weights in host memory, in `dtype`: on rank 0; the others help, and hold none."""
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow
 
+    reshard(model)
     found = {}
     for name, value in model.state_dict().items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value

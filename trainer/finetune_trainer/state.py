@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_trainer import manifest
 from finetune_trainer.distributed import leads, rank, world_size
 from finetune_trainer.errors import InvalidConfig
+from finetune_trainer.sharding import reshard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +40,7 @@ def write_state(trainer: Any, folder: Path, random_states: dict[str, Any]) -> No
 
     `random_states`: of the end of the last step, from `random_state`: within a step dropout has drawn from them since.
     """
+    reshard(trainer.model)
     if is_sharded(trainer.model):
         _write_shards(trainer, folder)
     elif leads():
@@ -116,7 +118,8 @@ def read_weights(model: Any, folder: Path) -> None:  # noqa: ANN401 - a torch mo
     import torch  # noqa: PLC0415 - slow
     from safetensors.torch import load_file  # noqa: PLC0415 - slow
 
-    if is_sharded(model):
+    reshard(model)
+    if has_shards(folder):
         _read_shards({WEIGHT + name: tensor.detach() for name, tensor in trained(model)}, folder)
         return
     saved, wanted = load_file(folder / ADAPTER_NAME), dict(trained(model))
@@ -127,7 +130,7 @@ def read_weights(model: Any, folder: Path) -> None:  # noqa: ANN401 - a torch mo
             raise InvalidConfig(msg)
     with torch.no_grad():
         for name, parameter in wanted.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(_spread_like(parameter, saved[name]))
 
 
 def trained(model: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - a torch module
@@ -149,6 +152,18 @@ def is_sharded(model: Any) -> bool:  # noqa: ANN401 - a torch module
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow
 
     return any(isinstance(tensor, DTensor) for _, tensor in trained(model))
+
+
+def has_shards(folder: Path) -> bool:
+    """Whether a checkpoint was saved by ranks that each had a part."""
+    return next(folder.glob("shard-*.safetensors"), None) is not None
+
+
+def _spread_like(tensor: Any, whole: Any) -> Any:  # noqa: ANN401 - tensors
+    """The whole tensor, spread over the ranks if the other one is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: PLC0415 - slow
+
+    return distribute_tensor(whole, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else whole
 
 
 def _write_shards(trainer: Any, folder: Path) -> None:  # noqa: ANN401 - a transformers Trainer
@@ -182,20 +197,41 @@ def _optimizer_state(trainer: Any) -> tuple[dict[str, Any], dict[str, dict[str, 
 
 
 def read_optimizer(trainer: Any, folder: Path) -> None:  # noqa: ANN401 - a transformers Trainer
-    """Put the sharded optimizer's state and the schedule's place back, on as many ranks as there are now."""
+    """Put the state of the optimizer and the schedule's place back, on as many ranks as there are now."""
     import torch  # noqa: PLC0415 - slow
 
-    record = torch.load(folder / OPTIMIZER_NAME, weights_only=True)
+    record = torch.load(folder / OPTIMIZER_NAME, weights_only=True, map_location="cpu")
+    if has_shards(folder):
+        _read_spread_optimizer(trainer, record, folder)
+    else:
+        _spread_optimizer(trainer, record)
+    trainer.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+
+
+def _read_spread_optimizer(trainer: Any, record: dict[str, Any], folder: Path) -> None:  # noqa: ANN401 - a transformers Trainer
+    import torch  # noqa: PLC0415 - slow
+
     kinds = _kinds_in(folder)
     spread = {
         f"{kind}.{name}": torch.zeros_like(tensor.detach()) for name, tensor in trained(trainer.model) for kind in kinds
     }
     _read_shards(spread, folder)
     for name, tensor in trained(trainer.model):
-        trainer.optimizer.state[tensor] = {kind: spread[f"{kind}.{name}"] for kind in kinds} | record["counters"][name]
+        own = {kind: spread[f"{kind}.{name}"] for kind in kinds}
+        trainer.optimizer.state[tensor] = own | record["counters"].get(name, {})
     for group, saved in zip(_groups(trainer), record["groups"], strict=True):
         group.update(saved)
-    trainer.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+
+
+def _spread_optimizer(trainer: Any, record: dict[str, Any]) -> None:  # noqa: ANN401 - a transformers Trainer
+    """What one rank saved whole, as parts of what several have."""
+    for group, saved in zip(_groups(trainer), record["param_groups"], strict=True):
+        for parameter, number in zip(group["params"], saved["params"], strict=True):
+            trainer.optimizer.state[parameter] = {
+                kind: _spread_like(parameter, value) if value.shape == parameter.shape else value
+                for kind, value in record["state"][number].items()
+            }
+        group.update({key: value for key, value in saved.items() if key != "params"})
 
 
 def _groups(trainer: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - a transformers Trainer

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.unit.trainer.gang import Gang
-from tests.unit.trainer.runs import SETTINGS, Run, replace_settings
+from tests.unit.trainer.runs import SETTINGS, Run, replace_settings, same_bits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,17 +35,19 @@ def settings(*changes: dict[str, Any]) -> Resolved:
 # What the ranks are asked to do
 
 
-def train(model: str, root: str, changes: list[dict[str, Any]], crash_after: int | None = None) -> dict[str, Any]:
+def train(
+    model: str, root: str, changes: list[dict[str, Any]], attempt: int = 1, crash_after: int | None = None
+) -> dict[str, Any]:
     """Train to the end, or to a crash; whole weights, losses and what kind of tensors they were held as."""
     from finetune_trainer.state import trained  # noqa: PLC0415 - in a rank
     from tests.unit.trainer.test_resume import CrashAfter, CrashError  # noqa: PLC0415
 
     run = Run(Path(model), Path(root), settings(*changes))
-    run.attempt = len(list(Path(root).glob("attempt-*")))
+    run.attempt = attempt - 1
     try:
         run.go(*([] if crash_after is None else [CrashAfter(crash_after)]))
     except CrashError:
-        return {}
+        return {"checkpoint": sorted(path.name for path in run.checkpoints._all()[-1].iterdir())}
     found: Any = run.loop._trainer.model
     whole = {name: getattr(value, "full_tensor", value.clone)() for name, value in trained(found)}
     kinds = {type(value.data).__name__ for value in found.parameters()}
@@ -93,3 +95,38 @@ def test_two_processes_end_with_the_weights_of_one(
     assert distance(first["weights"], one["weights"]) < NOISE
     assert first["losses"][-1] < first["losses"][0]
     assert ("DTensor" in first["kinds"]) == (sharing is FSDP)
+
+
+@pytest.mark.parametrize(
+    ("method", "sharing"), [({}, DDP), (FULL, FSDP)], ids=["QLoRA with dropout, DDP", "Full, FSDP"]
+)
+def test_as_many_processes_go_on_exactly(
+    pair: Gang, tiny_model: Path, tmp_path: Path, method: dict[str, Any], sharing: dict[str, Any]
+) -> None:
+    changes = [method, {"parallelism": sharing, "eval_steps": 2}]  # saved right after it was measured
+    whole, broken = ({"model": str(tiny_model), "root": str(tmp_path / name), "changes": changes} for name in "ab")
+    unbroken, _ = pair.call(f"{HERE}:train", **whole)
+    left, _ = pair.call(f"{HERE}:train", **broken, crash_after=5)
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(left["checkpoint"])
+    resumed, other = pair.call(f"{HERE}:train", **broken, attempt=2)
+    assert same_bits(resumed["weights"], unbroken["weights"])
+    assert same_bits(resumed["weights"], other["weights"])
+    assert resumed["losses"] == unbroken["losses"]
+
+
+@pytest.mark.parametrize(("method", "sharing"), [(FULL, FSDP), (EXACT, DDP)], ids=["Full, FSDP", "QLoRA, DDP"])
+@pytest.mark.parametrize("first", ["one", "two"])
+def test_another_number_of_processes_goes_on_with_the_same_rows(
+    pair: Gang, tiny_model: Path, tmp_path: Path, method: dict[str, Any], sharing: dict[str, Any], first: str
+) -> None:
+    unbroken = alone(tiny_model, tmp_path / "unbroken", method)
+    one = {"model": str(tiny_model), "root": str(tmp_path / "work"), "changes": [method]}
+    two = {**one, "changes": [method, {"parallelism": sharing}]}
+    if first == "one":
+        train(**one, crash_after=5)
+        resumed, _ = pair.call(f"{HERE}:train", **two, attempt=2)
+    else:
+        pair.call(f"{HERE}:train", **two, crash_after=5)
+        resumed = train(**one, attempt=2)
+    assert resumed["losses"] == pytest.approx(unbroken["losses"], rel=1e-4)
+    assert distance(resumed["weights"], unbroken["weights"]) < NOISE
