@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from finetune_trainer import data, fetch, manifest
+from finetune_trainer import data, fetch, manifest, work
+from finetune_trainer.model import load_tokenizer
 from finetune_trainer.progress import ExitCode, Reason
 from tests.tiny import make_config, make_instructions, make_jsonl, make_tiny_model, make_tokenizer
 from tests.unit.trainer.conftest import Desk
@@ -155,6 +156,39 @@ def test_long_answers_are_dropped_and_long_texts_are_split(desk: Desk) -> None:
     assert "1 rows longer than training.maxLength were dropped" in word.message
 
 
+def test_a_long_run_is_packed_and_its_steps_are_counted_from_sequences(desk: Desk) -> None:
+    make_jsonl(desk.datasets / "rows.jsonl", make_instructions(900))
+    training = {"globalBatchSize": 1, "maxLength": 256}
+    _, word = desk.run("prepare", make_config(training=training))
+    assert word is not None
+    assert word.resolved is not None
+    assert word.data is not None
+    assert word.resolved.packing
+    assert word.data.packed_rows is not None
+    assert 100 <= word.resolved.total_steps == word.data.packed_rows < word.data.train_rows
+    assert f"sequences, of {word.data.packed_rows:,} that the rows are packed into" in word.message
+    desk.work.rename(desk.root / "packed")
+    _, word = desk.run("prepare", make_config(training={**training, "packing": "Off"}))
+    assert word is not None
+    assert word.resolved is not None
+    assert not word.resolved.packing
+    assert word.resolved.total_steps == 855
+
+
+def test_the_tokenizer_is_left_as_the_job_wants_it(desk: Desk) -> None:
+    tokens = {"add": ["<new>"], "pad": "<new>"}
+    model = {**make_config()["model"], "tokens": tokens, "chatTemplate": {"preset": "chatml"}}
+    code, word = desk.run("prepare", make_config() | {"model": model})
+    assert code == ExitCode.COMPLETED
+    assert word is not None
+    assert word.resolved is not None
+    tokenizer = load_tokenizer(desk.work / "data" / "tokenizer")
+    assert word.resolved.added_tokens == (tokenizer.convert_tokens_to_ids("<new>"),)
+    assert tokenizer.pad_token_id == word.resolved.added_tokens[0]
+    assert "generation" in tokenizer.chat_template
+    manifest.verify(desk.work / "data")
+
+
 REFUSED: list[tuple[str, Callable[[Desk], dict[str, Any]], Reason, str]] = [
     ("nothing left", lambda _: make_config(training={"maxLength": 8}), Reason.INVALID_DATASET, "no row is left of 40"),
     ("missing file", lambda _: make_config(rows="row.jsonl"), Reason.NOT_FOUND, "has rows.jsonl"),
@@ -169,6 +203,14 @@ REFUSED: list[tuple[str, Callable[[Desk], dict[str, Any]], Reason, str]] = [
     ("two sources", lambda _: make_config() | {"model": {}}, Reason.INVALID_CONFIG, "exactly one source is needed"),
     ("out of bounds", lambda _: make_config(training={"seed": -1}), Reason.INVALID_CONFIG,
      "training.seed cannot be -1: input"),
+    ("long texts that fail", lambda _: make_config(training={"maxLength": 16, "longRows": "Fail"}),
+     Reason.INVALID_DATASET, r"line 1: \d+ tokens, training.maxLength is 16 and longRows is Fail. Raise maxLength"),
+    ("packing in the files' order", lambda _: make_config(training={"packing": "On", "shuffle": False}),
+     Reason.INVALID_CONFIG, "training.packing On .*training.shuffle is false. Set packing to Off"),
+    ("DPO without pairs", lambda _: make_config(objective={"type": "DPO"}),
+     Reason.INVALID_DATASET, "line 1: objective.type is DPO, but the row has no two answers"),
+    ("an unknown end token", lambda _: make_config() | {"model": {**make_config()["model"], "tokens": {"eos": "</s>"}}},
+     Reason.INVALID_CONFIG, "model.tokens.eos is '</s>', which the tokenizer does not know"),
     ("no datasets", lambda _: {"model": make_config()["model"]}, Reason.INVALID_CONFIG,
      "datasets is needed and not set"),
 ]  # fmt: skip
@@ -184,6 +226,22 @@ def test_a_refusal_is_a_sentence_with_its_exit_code(
     assert re.search(words, word.message)
     assert not (desk.work / "data").exists()
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_chat_tokens_that_were_never_learned_are_told_before_the_rows_are_read(
+    desk: Desk, config: dict[str, Any]
+) -> None:
+    path = desk.models / "tiny" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"][1] = 0
+    save_file(tensors, path, metadata={"format": "pt"})
+    code, word = desk.run("prepare", config)
+    assert word is not None
+    assert code == ExitCode.INVALID_MODEL
+    assert "writes <|im_end|>, which this base model never learned" in word.message
+    model = {**config["model"], "tokens": {"add": ["<|im_end|>"]}}
+    desk.work.rename(desk.root / "refused")
+    assert desk.run("prepare", {**config, "model": model})[0] == ExitCode.COMPLETED
 
 
 def test_a_mistake_in_a_first_row_is_told_before_the_model_is_fetched(desk: Desk, config: dict[str, Any]) -> None:
@@ -306,7 +364,7 @@ def test_a_model_in_shards_keeps_its_values(desk: Desk, config: dict[str, Any]) 
 def test_a_full_volume_is_seen_before_the_copy(
     desk: Desk, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch, "SPARE_BYTES", 1 << 60)
+    monkeypatch.setattr(work, "SPARE_BYTES", 1 << 60)
     code, word = desk.run("prepare", config)
     assert code == ExitCode.VOLUME_FULL
     assert word is not None

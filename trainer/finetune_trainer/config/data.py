@@ -51,7 +51,7 @@ class Columns(Model):
     content: ColumnName | None = _column("Chat: name of a message's text. Default content, or value (ShareGPT).")
     tools: ColumnName | None = _column("Chat: the tools the assistant may call, may be missing. Default tools.")
     system: ColumnName | None = _column(
-        "Instruction, QuestionAnswer: a system message, may be missing. Default system."
+        "Instruction, QuestionAnswer, Chat: a system message, may be missing. Default system."
     )
 
 
@@ -109,6 +109,13 @@ class Evaluation(Model):
     )
     max_rows: int | None = Field(default=None, ge=1, le=10_000_000, description="At most so many rows. Default 500.")
     seed: int | None = Field(default=None, ge=0, le=SEED_LIMIT, description="Seed of the choice of rows. Default 42.")
+
+    @model_validator(mode="after")
+    def _measured_rows_have_no_weight(self) -> Self:
+        if any(dataset.weight is not None for dataset in self.datasets or ()):
+            msg = "evaluation.datasets: weight is for rows to train on, every row is measured once"
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _percent_or_datasets(self) -> Self:
