@@ -33,9 +33,14 @@ class ResumableGaLore(GaLoreAdamW):  # type: ignore[misc]  # galore_torch is unt
 
 def _unwrap_projectors(_: Any, state: dict[str, Any]) -> None:  # noqa: ANN401 - the optimizer
     state["state"] = {
-        index: {name: vars(value) if isinstance(value, GaLoreProjector) else value for name, value in each.items()}
+        index: {name: _plain(value) if isinstance(value, GaLoreProjector) else value for name, value in each.items()}
         for index, each in state["state"].items()
     }
+
+
+def _plain(projector: GaLoreProjector) -> dict[str, Any]:
+    """Its tensors and numbers. Text would not come back: torch (2.13) takes a word in a state for a list."""
+    return {name: value for name, value in vars(projector).items() if not isinstance(value, str)}
 
 
 def _wrap_projectors(optimizer: Any) -> None:  # noqa: ANN401 - the optimizer
