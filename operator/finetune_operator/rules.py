@@ -149,7 +149,13 @@ BLOCKS: dict[str, tuple[Rule, ...]] = {
     "datasets.[]": (TEMPLATES,),
     "evaluation": (not_both("percent", "datasets", "evaluation"),),
     "evaluation.datasets": (distinct_names("evaluation.datasets"),),
-    "evaluation.datasets.[]": (TEMPLATES,),
+    "evaluation.datasets.[]": (
+        TEMPLATES,
+        Rule(
+            "!has(self.weight)",
+            "evaluation.datasets: weight is for rows to train on, every row is measured once: drop it",
+        ),
+    ),
     "method": (
         Rule(
             f"!has(self.lora) || self.?type.orValue('{MethodType.QLORA}') in {one_of(ADAPTER_METHODS)}",

@@ -216,6 +216,10 @@ BAD: dict[str, tuple[JSON, str]] = {
         spec(evaluation={"datasets": [{"modelScope": HUB | {"files": ["a.jsonl"], "config": "default"}}]}),
         "files are in place of config and split: set either",
     ),
+    "a weight of measured rows": (
+        spec(evaluation={"datasets": [ROWS | {"weight": 2}]}),
+        "evaluation.datasets: weight is for rows to train on",
+    ),
     "two datasets of one name": (
         spec(datasets=[ROWS | {"name": "a"}, ROWS, ROWS | {"name": "a"}]),
         "datasets: each name at most once",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 from pydantic import ValidationError
 
-from finetune_operator.api import JSON, FineTuneJob, InvalidJobError, Spec, cut, format_time
+from finetune_operator.api import JSON, FineTuneJob, InvalidJobError, Spec, cut, format_time, spec
 from finetune_operator.settings import Settings, SettingsError
-from finetune_trainer.config import JobConfig
+from finetune_trainer import config
+from finetune_trainer.config import JobConfig, Model
 from tests.apiserver.cases import BAD, FINE
 from tests.unit.operator.builders import SPEC, START, WHOLE, a_job, job_body
 
@@ -18,6 +20,52 @@ from tests.unit.operator.builders import SPEC, START, WHOLE, a_job, job_body
 def test_the_models_refuse_what_the_api_server_refuses(case: str) -> None:
     with pytest.raises(ValidationError):
         Spec.model_validate(BAD[case][0])
+
+
+VALIDATORS = {
+    "_alternatives": "warm-up twice",
+    "_an_adapter_continues_an_adapter": "an adapter for Full",
+    "_at_most_one": "two volumes",
+    "_batch_is_shared_evenly": "a batch that does not divide",
+    "_code_is_pinned": "code of a branch",
+    "_datasets_have_names_of_their_own": "two datasets of one name",
+    "_dpo_compares_whole_rows": "packed pairs",
+    "_epoch_or_interval": "epochs and steps of saving",
+    "_exactly_one_source": "two sources",
+    "_files_or_split": "files and a split",
+    "_fsdp_settings_for_fsdp": "settings of FSDP for DDP",
+    "_goes_together": "QLoRA on 16 bits",
+    "_gpus_are_counted_once": "GPUs among the resources",
+    "_inside_the_claim": "a path that leaves the claim",
+    "_measured_rows_are_held_out": "a loss measured on no rows",
+    "_measured_rows_have_no_weight": "a weight of measured rows",
+    "_nodes_share_a_volume": "nodes on a claim of the default mode",
+    "_one_interval": "two intervals of saving",
+    "_one_template": "two chat templates",
+    "_original_is_merged_into": "an original to merge into the dequantized",
+    "_percent_or_datasets": "percent and datasets",
+    "_quantize_needs_a_finished_model": "quantize without merge",
+    "_response_needs_a_prompt": "a response without a prompt",
+    "_settings_of_its_type": "SFT's settings for DPO",
+    "_smoothing_is_used": "smoothing that the loss does not use",
+    "_weights_can_be_sharded": "sharded GPTQ weights",
+}
+"""Every rule of the models, and a case that breaks it and that the API server is tried with too."""
+
+
+def models(kind: type[Model] = Model) -> Iterator[type[Model]]:
+    """All models of a spec."""
+    for model in kind.__subclasses__():
+        if model.__module__.startswith((config.__name__, spec.__name__)):
+            yield model
+        yield from models(model)
+
+
+def test_no_rule_of_the_models_is_left_out_of_what_the_api_server_is_tried_with() -> None:
+    rules = [model.__pydantic_decorators__ for model in models()]
+    names = {name for rule in rules for name in (*rule.model_validators, *rule.field_validators)}
+    assert names == VALIDATORS.keys(), "write the rule's twin into rules.py, a case into cases.py and its name here"
+    assert set(VALIDATORS.values()) <= BAD.keys()
 
 
 @pytest.mark.parametrize("case", FINE)
