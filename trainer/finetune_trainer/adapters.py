@@ -1,4 +1,4 @@
-"""What of a model is trained: adapters put on a frozen base, or the model itself."""
+"""Adapters: new ones and those that training goes on from, put on a frozen base, and saved."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from finetune_trainer.progress import Resolved
 
+ADAPTER_NAME = "default"
+"""PEFT's name of the adapter that trains."""
 BIASES: dict[str, Any] = {"None": "none", "All": "all", "LoraOnly": "lora_only"}
 STARTS: dict[str, Any] = {"Default": True, "Gaussian": "gaussian", "Orthogonal": "orthogonal"}
 
@@ -84,3 +86,11 @@ def unrounded(model: Any) -> Iterator[None]:  # noqa: ANN401 - a torch module
     for name, parameter in state.trained(model):
         if name in held:
             parameter.data = held[name]
+
+
+def save_adapter(model: Any, folder: Path) -> None:  # noqa: ANN401 - a PEFT model
+    """Write what was trained, in PEFT's format; of DPO's adapters the reference stays.
+
+    Where tokens were added PEFT (0.21) writes all embeddings besides, or asks the hub: their rows will do.
+    """
+    model.save_pretrained(folder, selected_adapters=[ADAPTER_NAME], save_embedding_layers=False)
