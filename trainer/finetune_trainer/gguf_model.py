@@ -33,7 +33,7 @@ def find(path: Path, where: str) -> Path | None:
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        msg = f"{where} has {len(files)} GGUF files ({names}). Name one of them."
+        msg = f"{where} has {len(files)} GGUF files ({names}). Name one of them in the source's path."
         raise InvalidModel(msg)
     return find(files[0], f"{where}: {files[0].name}") if files else None
 

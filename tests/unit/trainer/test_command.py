@@ -56,7 +56,7 @@ def test_a_bug_is_told_with_type_text_and_place(
     def surprise(*_: object) -> None:
         raise KeyError("surprise")
 
-    monkeypatch.setattr("finetune_trainer.prepare.fetch_model", surprise)
+    monkeypatch.setattr("finetune_trainer.prepare.fetch_models", surprise)
     code, word = desk.run("prepare", config)
     assert code == ExitCode.UNKNOWN
     assert word is not None

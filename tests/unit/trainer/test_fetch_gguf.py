@@ -100,4 +100,4 @@ def test_two_files_ask_for_a_name(desk: Desk) -> None:
         (desk.models / "both" / name).write_bytes(b"GGUF")
     _, word = desk.run("prepare", make_config(model="both"))
     assert word is not None
-    assert "2 GGUF files (a.gguf, b.gguf). Name one of them in volume.path" in word.message
+    assert "2 GGUF files (a.gguf, b.gguf). Name one of them in the source's path" in word.message
