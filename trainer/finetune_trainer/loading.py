@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_trainer import sharding
 from finetune_trainer.distributed import local_rank
 from finetune_trainer.errors import InvalidConfig, InvalidModel
+from finetune_trainer.model import trusts_code
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -255,7 +256,12 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device, **options: Any
 
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": device}, local_files_only=True, trust_remote_code=False, **options
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            local_files_only=True,
+            trust_remote_code=trusts_code(folder),
+            **options,
         )
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the volume's fault, not the model's
