@@ -341,7 +341,12 @@ def _check_variants(lora: ResolvedLora, config: JobConfig, model: ModelFacts) ->
     with_experts = "experts in one piece (targetParameters)"
     experts_way_out = "or name targetModules, which leaves the experts as they are"
     refusals = (
-        (lora.use_dora and held is BaseFormat.GPTQ, "useDora", f"a {held} base", "drop it, or use NF4"),
+        (
+            lora.use_dora and held in (BaseFormat.GPTQ, BaseFormat.INT8),
+            "useDora",
+            f"a base held in {held}",
+            "drop it, or use NF4 or BF16",
+        ),
         (
             lora.bias != LoraBias.NONE and held is BaseFormat.GPTQ,
             "bias",

@@ -203,6 +203,8 @@ def _out_of_memory(trainer: Any, resolved: Resolved, error: BaseException) -> st
 
 def _publish(trainer: Exact, tokenizer: Any, result: Result, context: Context) -> Manifest:  # noqa: ANN401 - a transformers tokenizer
     """What was trained: an adapter in PEFT's format, or a model that can be served; complete or absent."""
+    from finetune_trainer.adapters import save_adapter  # noqa: PLC0415 - brings peft, slow
+
     weights = _gathered(trainer, context.resolved)
 
     def build(folder: Path) -> Result:
@@ -210,7 +212,7 @@ def _publish(trainer: Exact, tokenizer: Any, result: Result, context: Context) -
         if context.resolved.lora is None:
             write_finished(trainer.model, folder, context.work.model, context.work.tokenizer, weights=weights)
         else:
-            trainer.model.save_pretrained(folder, state_dict=weights)
+            save_adapter(trainer.model, folder)
             _forget_machine(folder)
             tokenizer.save_pretrained(folder)
         return result
@@ -219,12 +221,10 @@ def _publish(trainer: Exact, tokenizer: Any, result: Result, context: Context) -
 
 
 def _gathered(trainer: Exact, resolved: Resolved) -> dict[str, torch.Tensor] | None:
-    """Weights that are sharded, whole on rank 0; None where they are whole anyway."""
+    """Weights that were trained sharded, whole on rank 0; None where they are whole anyway, as adapters are."""
     import torch  # noqa: PLC0415 - slow
 
-    if not is_sharded(resolved):
-        return None
-    return gather(trainer.model, torch.bfloat16 if resolved.lora is None else torch.float32)
+    return gather(trainer.model, torch.bfloat16) if is_sharded(resolved) and resolved.lora is None else None
 
 
 def _forget_machine(folder: Path) -> None:
