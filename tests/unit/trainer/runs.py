@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
+from transformers import TrainerCallback
 
 from finetune_trainer import state
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.context import Context
-from finetune_trainer.data import INPUT_IDS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK
+from finetune_trainer.data import INPUT_IDS, LENGTHS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK
 from finetune_trainer.evaluate import IGNORED, PairRow, TokenRow
-from finetune_trainer.loading import load_base, set_up_torch
+from finetune_trainer.loading import compute_dtype, load_base, set_up_torch
 from finetune_trainer.manifest import Target
 from finetune_trainer.model import load_tokenizer
 from finetune_trainer.progress import Resolved, ResolvedLora, ResolvedParallelism, Stage
@@ -88,6 +89,17 @@ def make_table(rows: Sequence[TokenRow]) -> pa.Table:
     )
 
 
+def make_packed_table(rows: Sequence[TokenRow]) -> pa.Table:
+    """The rows, two to a sequence."""
+    pairs = [rows[start : start + 2] for start in range(0, len(rows), 2)]
+    together = [
+        TokenRow([token for row in pair for token in row.input_ids], [label for row in pair for label in row.labels])
+        for pair in pairs
+    ]
+    lengths = pa.array([[len(row.input_ids) for row in pair] for pair in pairs], pa.list_(pa.int32()))
+    return make_table(together).append_column(LENGTHS, lengths)
+
+
 def make_pairs(count: int = 10, seed: int = 0) -> list[PairRow]:
     """The rows of `make_rows`, each with another answer to its prompt that is the worse one."""
     pairs = []
@@ -103,6 +115,21 @@ def make_pair_table(pairs: Sequence[PairRow]) -> pa.Table:
     return chosen.append_column(REJECTED_IDS, rejected.column(INPUT_IDS)).append_column(
         REJECTED_MASK, rejected.column(LOSS_MASK)
     )
+
+
+class CrashError(Exception):
+    """What a lost machine looks like from inside."""
+
+
+class CrashAfter(TrainerCallback):
+    """Dies after a step, before anything else is done about it but what the loop did."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - Trainer's
+        if state.global_step == self.step:
+            raise CrashError
 
 
 @dataclass
@@ -133,15 +160,23 @@ class Run:
 
     def build(self) -> tuple[Any, Loop]:
         """Trainer and loop, on a freshly loaded base."""
+        from finetune_trainer.adapters import go_on_from  # noqa: PLC0415 - slow
         from finetune_trainer.loop import Loop  # noqa: PLC0415 - slow
         from finetune_trainer.trainers import build_trainer  # noqa: PLC0415 - slow
 
         set_up_torch()
-        base = load_base(self.model, self.settings, CPU, torch.float32)
+        held_out: Sequence[Any]
+        dtype = compute_dtype(self.settings, CPU)
+        base = go_on_from(load_base(self.model, self.settings, CPU, dtype), self.model)
         tokenizer = load_tokenizer(self.model)
-        rows = make_table(make_rows(self.rows))
-        trainer = build_trainer(base, tokenizer, rows, self.settings, torch.float32, self.root)
-        loop = Loop(trainer, self.settings, make_rows(4, seed=9), self.checkpoints, self.context(), self.followers)
+        if self.settings.dpo is None:
+            make = make_packed_table if self.settings.packing else make_table
+            rows, held_out, reference = make(make_rows(self.rows)), make_rows(4, seed=9), None
+        else:
+            rows, held_out = make_pair_table(make_pairs(self.rows)), make_pairs(4, seed=9)
+            reference = None if self.settings.lora else load_base(self.model, self.settings, CPU, dtype)
+        trainer = build_trainer(base, tokenizer, rows, self.settings, dtype, self.root, reference)
+        loop = Loop(trainer, self.settings, held_out, self.checkpoints, self.context(), self.followers)
         trainer.add_callback(loop)
         loop.begin(self.checkpoints.newest_good())
         return trainer, loop

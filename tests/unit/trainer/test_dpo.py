@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import shutil
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
+from finetune_trainer import state
+from finetune_trainer.adapters import go_on_from
 from finetune_trainer.arguments import DPO_LOSSES
 from finetune_trainer.config import DpoLossType
 from finetune_trainer.dpo import collate
@@ -19,13 +25,26 @@ from finetune_trainer.parsing import parse_config
 from finetune_trainer.progress import ResolvedDpo
 from finetune_trainer.resolve import check_early, resolve_dpo
 from finetune_trainer.trainers import build_trainer
-from tests.tiny import make_config
-from tests.unit.trainer.runs import CPU, SETTINGS, make_pair_table, make_pairs, replace_settings, same_bits, weights
+from tests.tiny import make_config, make_jsonl
+from tests.unit.trainer.runs import (
+    CPU,
+    LINEAR,
+    SETTINGS,
+    CrashAfter,
+    CrashError,
+    Run,
+    make_pair_table,
+    make_pairs,
+    replace_settings,
+    same_bits,
+    weights,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from finetune_trainer.progress import Resolved
+    from tests.unit.trainer.conftest import Desk
 
 FACTS = ModelFacts("LlamaForCausalLM", 1000, 512, {"model.layers.0.self_attn.q_proj": 64})
 
@@ -87,6 +106,8 @@ DPO = replace_settings(
 )
 WHOLE = replace_settings(DPO, method="Full", base_format="FP32", lora=None, learning_rate=0.001)
 
+NOTHING_LEARNED = {"loss": math.log(2), "preference_accuracy": 0.0, "reward_margin": 0.0}
+
 
 def build(model: Path, scratch: Path, settings: Resolved = DPO) -> Any:
     bases = [load_base(model, settings, CPU, torch.float32) for _ in range(1 if settings.lora else 2)]
@@ -120,8 +141,7 @@ def test_every_loss_moves_the_adapter(loss: DpoLossType, tiny_model: Path, tmp_p
 def test_the_reference_is_what_training_began_with(settings: Resolved, tiny_model: Path, tmp_path: Path) -> None:
     trainer, pairs = build(tiny_model, tmp_path, settings), make_pairs()
     untouched = load_base(tiny_model, settings, CPU, torch.float32)
-    begun = trainer.measure(pairs)
-    assert (begun.loss, begun.preference_accuracy, begun.reward_margin) == (pytest.approx(math.log(2)), 0.0, 0.0)
+    assert asdict(trainer.measure(pairs)) == pytest.approx(NOTHING_LEARNED)
     trainer.train()
     margins = [
         0.2
@@ -154,3 +174,92 @@ def test_dropout_is_off_in_model_and_reference(tiny_model: Path, tmp_path: Path)
     layers = [module for module in build(tiny_model, tmp_path).model.modules() if isinstance(module, torch.nn.Dropout)]
     assert layers
     assert all(layer.p == 0 for layer in layers)
+
+
+@pytest.fixture
+def adapted_model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A base with an adapter to go on from, on layers, on embeddings and on rows of tokens: none of them zero."""
+    folder = shutil.copytree(tiny_model, tmp_path / "adapted")
+    lora = LoraConfig(
+        r=4,
+        target_modules=[*LINEAR, "embed_tokens"],
+        modules_to_save=["norm"],
+        use_dora=True,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), lora)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for tensor in dict(state.trained(model)).values():
+            tensor.add_(torch.randn_like(tensor) * 0.05)
+    model.save_pretrained(str(folder / "adapter"))
+    return folder
+
+
+def test_a_run_that_goes_on_from_an_adapter_has_that_adapter_as_its_reference(
+    adapted_model: Path, tmp_path: Path
+) -> None:
+    base = go_on_from(load_base(adapted_model, DPO, CPU, torch.float32), adapted_model)
+    pairs, start = make_pairs(), weights(base)
+    trainer: Any = build_trainer(
+        base, load_tokenizer(adapted_model), make_pair_table(pairs), DPO, torch.float32, tmp_path / "scratch"
+    )
+    assert same_bits(start, weights(trainer.model))
+    assert asdict(trainer.measure(pairs)) == pytest.approx(NOTHING_LEARNED)
+    trainer.train()
+    assert start.keys() == weights(trainer.model).keys()
+    reference = dict(trainer.model.named_parameters())
+    for name, tensor in start.items():
+        assert torch.equal(reference[name.replace("default", "ref")], tensor), name
+        assert not torch.equal(reference[name], tensor), name
+
+
+def make_preferences(count: int) -> list[dict[str, str]]:
+    return [
+        {"prompt": f"What is {n} plus one?\n", "chosen": f"It is {n + 1}.", "rejected": f"Who knows {n}, really?"}
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("method", ["QLoRA", "Full"])
+def test_the_stage_tells_how_often_the_better_answer_is_preferred(method: str, desk: Desk) -> None:
+    make_jsonl(desk.datasets / "rows.jsonl", make_preferences(48))
+    job = dpo({"globalBatchSize": 8, "maxSteps": 8, "learningRate": 0.005}, beta=0.2)
+    job |= {"method": {"type": method}, "evaluation": {"percent": 25}}
+    assert desk.run("prepare", job)[0] == 0
+    code, word = desk.run("train", job)
+    assert code == 0
+    assert word is not None
+    assert word.artifact is not None
+    measured = word.artifact.measured
+    assert measured is not None
+    assert measured.eval_loss_base == pytest.approx(math.log(2), abs=1e-5)
+    assert measured.eval_loss is not None
+    assert measured.eval_loss < math.log(2)
+    assert measured.preference_accuracy == 1.0
+    assert measured.perplexity is None
+
+
+def test_of_an_adapter_that_goes_on_the_reference_is_not_published(desk: Desk, adapted_model: Path) -> None:
+    shutil.move(adapted_model / "adapter", desk.models / "start")
+    make_jsonl(desk.datasets / "rows.jsonl", make_preferences(16))
+    job = dpo({"globalBatchSize": 8, "maxSteps": 2})
+    job["model"]["adapter"] = {"volume": {"claimName": "models", "path": "start"}}
+    assert desk.run("prepare", job)[0] == 0
+    assert desk.run("train", job)[0] == 0
+    assert (desk.work / "adapter" / "adapter_model.safetensors").is_file()
+    assert not list((desk.work / "adapter").glob("*/"))
+
+
+@pytest.mark.parametrize("kind", ["adapter", "all weights", "an adapter that goes on"])
+def test_after_a_crash_the_weights_are_those_of_an_unbroken_run(
+    kind: str, tiny_model: Path, adapted_model: Path, tmp_path: Path
+) -> None:
+    model = adapted_model if kind == "an adapter that goes on" else tiny_model
+    settings = replace_settings(WHOLE if kind == "all weights" else DPO, total_steps=5)
+    unbroken = Run(model, tmp_path / "unbroken", settings).go()
+    run = Run(model, tmp_path / "broken", settings)
+    with pytest.raises(CrashError):
+        run.go(CrashAfter(3))
+    assert run.checkpoints.newest_good() == tmp_path / "broken" / "checkpoints" / "step-00000002"
+    assert same_bits(run.go(), unbroken)

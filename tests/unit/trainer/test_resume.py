@@ -12,32 +12,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from transformers import TrainerCallback
 
 from finetune_trainer import manifest, train
 from finetune_trainer.checkpoint import size_of
 from finetune_trainer.errors import Interrupted, VolumeFull
-from tests.unit.trainer.runs import SETTINGS, Run, make_rows, make_table, replace_settings, same_bits, weights
+from tests.unit.trainer.runs import (
+    SETTINGS,
+    CrashAfter,
+    CrashError,
+    Run,
+    make_rows,
+    make_table,
+    replace_settings,
+    same_bits,
+    weights,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from finetune_trainer.context import Context
-
-
-class CrashError(Exception):
-    """What a lost machine looks like from inside."""
-
-
-class CrashAfter(TrainerCallback):
-    """Dies after a step, before anything else is done about it but what the loop did."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - Trainer's
-        if state.global_step == self.step:
-            raise CrashError
 
 
 @pytest.fixture(scope="module")
