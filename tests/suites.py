@@ -33,7 +33,11 @@ SUITES: dict[str, list[Command]] = {
         tool("mypy", "operator/finetune_operator", "trainer/finetune_trainer", "cluster", "examples", "tests"),
         tool("lint-imports"),
     ],
-    "unit": [[sys.executable, "-m", "cluster", "build"], pytest("tests/unit", "--durations=5")],
+    "unit": [
+        [sys.executable, "-m", "cluster", "build"],
+        [sys.executable, "-c", "from cluster import build; build.build_servers()"],
+        pytest("tests/unit", "--durations=5"),
+    ],
     "apiserver": [pytest("tests/apiserver", "--durations=5")],
     "e2e": [pytest("tests/e2e", "--durations=10")],
     "chaos": [pytest("tests", "-m", "chaos")],

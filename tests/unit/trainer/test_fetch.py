@@ -47,7 +47,7 @@ def adapter(desk: Desk, tiny_model: Path) -> Path:
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     folder = desk.models / "adapter"
-    get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(folder)
+    get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(str(folder))
     return folder
 
 

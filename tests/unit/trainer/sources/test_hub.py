@@ -8,6 +8,7 @@ import pytest
 
 from finetune_trainer.errors import (
     AccessDenied,
+    InvalidConfig,
     InvalidDataset,
     InvalidModel,
     NotFound,
@@ -151,6 +152,14 @@ def test_stand_in_hub_a_token_that_is_named_and_not_there_is_told(errands: Erran
     with pytest.raises(NotFound) as caught:
         errands.fetch("model", source)
     assert "model.huggingFace.tokenSecretRef: the secret is empty or not mounted" in str(caught.value)
+    assert hub.asked == []
+
+
+def test_stand_in_hub_a_token_that_is_no_text_is_told(errands: Errands, hub: StandInHub) -> None:
+    errands.give_secret("model", "token", "")
+    (errands.root / "secrets" / "model" / "token").write_bytes(b"\xff\xfe")
+    with pytest.raises(InvalidConfig, match="is not text: put the token or key"):
+        errands.fetch("model", MODEL)
     assert hub.asked == []
 
 
