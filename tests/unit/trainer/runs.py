@@ -9,13 +9,13 @@ import pyarrow as pa
 import torch
 from transformers import TrainerCallback
 
-from finetune_trainer import state
+from finetune_trainer import manifest, state
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.context import Context
 from finetune_trainer.data import INPUT_IDS, LENGTHS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK
 from finetune_trainer.evaluate import IGNORED, PairRow, TokenRow
 from finetune_trainer.loading import compute_dtype, load_base, set_up_torch
-from finetune_trainer.manifest import Target
+from finetune_trainer.manifest import Result, Target
 from finetune_trainer.model import load_tokenizer
 from finetune_trainer.progress import Resolved, ResolvedLora, ResolvedParallelism, Stage
 from finetune_trainer.report import Report
@@ -155,8 +155,10 @@ class Run:
         return self
 
     def context(self) -> Context:
-        report = Report(Stage.TRAIN, self.attempt, bar=False)
-        return Context(WorkFolder(self.root), self.root, self.root, self.attempt, report, self.checkpoints.run)
+        work, report = WorkFolder(self.root), Report(Stage.TRAIN, self.attempt, bar=False)
+        prepared = Target(Stage.PREPARE, work.data, "data", "sha256:0")
+        manifest.publish(prepared, self.attempt, lambda _: Result(message="prepared", resolved=self.settings))
+        return Context(work, self.root, self.root, self.attempt, report, self.checkpoints.run)
 
     def build(self) -> tuple[Any, Loop]:
         """Trainer and loop, on a freshly loaded base."""

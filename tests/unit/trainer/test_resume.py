@@ -16,6 +16,7 @@ import pytest
 from finetune_trainer import manifest, train
 from finetune_trainer.checkpoint import size_of
 from finetune_trainer.errors import Interrupted, VolumeFull
+from finetune_trainer.progress import ResolvedGaLore
 from tests.unit.trainer.runs import (
     SETTINGS,
     CrashAfter,
@@ -54,6 +55,39 @@ def test_after_a_crash_the_weights_are_those_of_an_unbroken_run(
     with pytest.raises(CrashError):
         run.go(CrashAfter(step))
     assert same_bits(run.go(), unbroken[dropout])
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "8-bit paged AdamW": {"optimizer": "PagedAdamW8bit"},
+    "8-bit AdamW": {"optimizer": "AdamW8bit"},
+    "Adafactor": {"optimizer": "Adafactor"},
+    "noise on embeddings": {"neftune_noise_alpha": 5.0},
+    "rows that share sequences": {"packing": True},
+    "an adapter in bf16 products": {"method": "LoRA", "base_format": "BF16"},
+    "all weights": {"method": "Full", "base_format": "FP32", "lora": None},
+    "all weights, 8-bit paged AdamW": {
+        "method": "Full",
+        "base_format": "FP32",
+        "lora": None,
+        "optimizer": "PagedAdamW8bit",
+    },
+    "GaLore": {
+        "method": "GaLore",
+        "base_format": "FP32",
+        "lora": None,
+        "galore": ResolvedGaLore(rank=8, update_interval=2, scale=0.25),
+    },
+}
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_whatever_is_trained_goes_on_exactly(tiny_model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    whole, run = (Run(tiny_model, tmp_path / name).change(**settings) for name in ("whole", "broken"))
+    unbroken = whole.go()
+    with pytest.raises(CrashError):
+        run.go(CrashAfter(5))
+    assert same_bits(run.go(), unbroken)
+    assert run.loop.facts() == whole.loop.facts()
 
 
 def test_a_run_broken_off_at_a_checkpoint_of_an_epochs_end_goes_on_exactly(
@@ -102,17 +136,19 @@ def test_no_more_checkpoints_are_kept_than_asked_for(tiny_model: Path, tmp_path:
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
 
 
-@pytest.mark.parametrize("step", [1, 3], ids=["within an epoch", "at an epoch's end"])
+@pytest.mark.parametrize(
+    ("step", "micro_batch"), [(1, 3), (3, 6)], ids=["within an epoch", "in the first step of the next epoch"]
+)
 def test_asked_to_leave_within_a_step_it_saves_after_the_micro_batch_and_goes_on_exactly(
-    tiny_model: Path, tmp_path: Path, unbroken: dict[float, dict[str, torch.Tensor]], step: int
+    tiny_model: Path, tmp_path: Path, unbroken: dict[float, dict[str, torch.Tensor]], step: int, micro_batch: int
 ) -> None:
     run = Run(tiny_model, tmp_path).change(checkpoint_steps=100)
     run.attempt = 1
     trainer, loop = run.build()
-    asked = AskInMicroBatch(trainer, loop._context.stopping, 2 * step + 1)
+    asked = AskInMicroBatch(trainer, loop._context.stopping, micro_batch)
     with pytest.raises(Interrupted, match=f"step {step} of 8"):
         trainer.train()
-    assert asked.taken == 2 * step + 1
+    assert asked.taken == micro_batch
     assert run.checkpoints.newest_good() == tmp_path / "checkpoints" / f"step-{step:08d}"
     assert same_bits(run.go(), unbroken[0.1])
 
