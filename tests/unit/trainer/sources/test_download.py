@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from finetune_trainer.sources.download import check_names, download_files
 from tests.unit.trainer.sources.conftest import Errands, contents
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from finetune_trainer.sources.base import Choose
@@ -37,7 +36,7 @@ class Shelf:
         self.given = dict.fromkeys(bodies, 0)
         self.breaks_after: int | None = None
         self.gives_ranges = True
-        self.before_chunk: dict[str, threading.Event] = {}
+        self.before_chunk: Callable[[str], None] = lambda _name: None
 
     def files(self, *, proven: bool = True) -> list[RemoteFile]:
         return [
@@ -63,8 +62,7 @@ class Shelf:
             if self.breaks_after is not None and self.given[name] >= self.breaks_after:
                 msg = "broke off"
                 raise Unavailable(msg)
-            if name in self.before_chunk:
-                self.before_chunk[name].wait(30)
+            self.before_chunk(name)
             self.given[name] += len(body[place : place + CHUNK])
             yield body[place : place + CHUNK]
 
@@ -136,12 +134,19 @@ def test_a_file_longer_than_listed_is_refused_as_soon_as_it_is(errands: Errands)
 
 def test_a_request_to_leave_is_heard_between_two_chunks(errands: Errands) -> None:
     shelf = Shelf({"a.jsonl": BODY})
-    go = shelf.before_chunk["a.jsonl"] = threading.Event()
-    errands.context.stopping.set()
-    go.set()
+    shelf.before_chunk = lambda name: errands.context.stopping.set() if shelf.given[name] == 2 * CHUNK else None
     with pytest.raises(Interrupted):
         bring(shelf, errands)
-    assert shelf.given["a.jsonl"] <= CHUNK
+    assert shelf.given == {"a.jsonl": 3 * CHUNK}
+    assert sum(errands.parts("dataset-0").values()) == 2 * CHUNK
+
+
+def test_nothing_is_asked_for_after_a_request_to_leave(errands: Errands) -> None:
+    shelf = Shelf({"a.jsonl": BODY, "b.jsonl": BODY})
+    errands.context.stopping.set()
+    with pytest.raises(Interrupted):
+        bring(shelf, errands)
+    assert shelf.given == {"a.jsonl": 0, "b.jsonl": 0}
 
 
 def test_the_failure_of_one_file_ends_the_others(errands: Errands) -> None:
