@@ -24,7 +24,7 @@ from finetune_trainer.methods import or_default, resolve_base_format
 from finetune_trainer.progress import ResolvedMerge, ResolvedQuantize
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from finetune_trainer.model import ModelFacts
 
@@ -39,25 +39,16 @@ QUANTIZABLE = {
     QuantizeMethod.GPTQ: (
         "LlamaForCausalLM",
         "MistralForCausalLM",
-        "MixtralForCausalLM",
         "Qwen2ForCausalLM",
         "Qwen3ForCausalLM",
-        "Qwen3MoeForCausalLM",
         "Gemma3ForCausalLM",
     ),
-    QuantizeMethod.AWQ: (
-        "LlamaForCausalLM",
-        "MistralForCausalLM",
-        "MixtralForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM",
-        "Qwen3MoeForCausalLM",
-    ),
+    QuantizeMethod.AWQ: ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
 }
 """Classes whose quantized form transformers loads back whole, each of them tested (gptqmodel 7.6, transformers 5.23).
 
-Others are written and then cannot be loaded (GPTBigCode, GPT-2), or are loaded with random experts (OLMoE) or random
-layers (Phi-3), and nothing but a warning tells.
+Others are written and then cannot be loaded (GPTBigCode, GPT-2), or are loaded with random layers (Phi-3) or random
+experts (Mixtral, Qwen3-MoE, OLMoE: fused in transformers, single in the files), and nothing but a warning tells.
 """
 
 
@@ -134,8 +125,8 @@ def _told(shape: tuple[int | None, int | None]) -> str:
 
 def _first_difference(one: dict[str, int], other: dict[str, int]) -> str | None:
     """The word of the lowest id that is not the same in both."""
-    different = set(one.items()) ^ set(other.items())
-    return min(different, key=lambda item: item[1])[0] if different else None
+    different = {(index, word) for word, index in one.items() ^ other.items()}
+    return min(different)[1] if different else None
 
 
 # Quantize
@@ -156,7 +147,7 @@ def _resolve_entry(entry: Quantize, model: ModelFacts) -> ResolvedQuantize:
         method=entry.method.value,
         symmetric=or_default(entry.symmetric, entry.method is QuantizeMethod.GPTQ),
         bits=or_default(entry.bits, DEFAULT_BITS),
-        group_size=_group_size(entry, _columns(model)),
+        group_size=_group_size(entry, set(model.linear_layers.values())),
     )
 
 
@@ -174,19 +165,13 @@ def _check_architecture(entry: Quantize, model: ModelFacts) -> None:
 
 
 def _check_awq_rows(entry: Quantize, model: ModelFacts) -> None:
-    for name, rows in (*model.linear_rows.items(), *_expert_rows(model)):
+    for name, rows in model.linear_rows.items():
         if rows % AWQ_ROWS:
             msg = (
                 f"quantize '{entry.name}': AWQ takes {AWQ_ROWS} outputs of a layer at a time, {name} has {rows:,}. "
                 "Use method GPTQ."
             )
             raise InvalidConfig(msg)
-
-
-def _expert_rows(model: ModelFacts) -> Iterator[tuple[str, int]]:
-    """Outputs of an expert's layers, two of which are held in one piece (gate_up_proj)."""
-    for name, (_, rows, _) in model.experts.items():
-        yield name, rows // 2 if name.endswith("gate_up_proj") else rows
 
 
 def _check_calibration(entry: Quantize, model: ModelFacts) -> None:
@@ -197,11 +182,6 @@ def _check_calibration(entry: Quantize, model: ModelFacts) -> None:
             f"Set it to {limit:,} or less."
         )
         raise InvalidConfig(msg)
-
-
-def _columns(model: ModelFacts) -> set[int]:
-    """Inputs of every layer that is quantized; experts in one piece are [experts, outputs, inputs]."""
-    return {*model.linear_layers.values(), *(shape[-1] for shape in model.experts.values())}
 
 
 def _group_size(entry: Quantize, columns: Iterable[int]) -> int:

@@ -16,6 +16,7 @@ from finetune_trainer.config import LossOn, Training
 from finetune_trainer.fetch import fetch_models, reusable, revision
 from finetune_trainer.manifest import Manifest, Result
 from finetune_trainer.model import describe, load_tokenizer
+from finetune_trainer.outcome import check_original
 from finetune_trainer.render import Renderer
 from finetune_trainer.sources import fetch_source, forget
 
@@ -34,13 +35,15 @@ def run(config: JobConfig, context: Context) -> Manifest:
     """Prepare the job; the manifest of `data/`."""
     datasets, revisions = _open_datasets(config, context)
     firsts = ingest.first_rows(datasets, config)
-    fetched, model_folder = fetch_models(config, context), context.work.model
+    fetched, model_folder, original = fetch_models(config, context), context.work.model, context.work.original
     target = context.goal.with_inputs(**{name: each.digest for name, each in fetched.items()})
     if (found := reusable(target, context)) is not None:
         return found
     context.report.begin("reading the model's config and tokenizer")
     facts, tokenizer = describe(model_folder), load_tokenizer(model_folder)
     resolve.check_early(config, facts)
+    if "original" in fetched:
+        check_original(facts, describe(original), tokenizer.get_vocab(), load_tokenizer(original).get_vocab())
     pack.check_packing(config, facts.architecture)
     added_tokens = tokens.shape_tokenizer(tokenizer, config.model)
     renderer = _build_renderer(config, tokenizer)

@@ -1,0 +1,147 @@
+"""What becomes of the trained weights: how merge and quantize come out, and what is refused before a GPU is held."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from finetune_trainer.errors import InvalidConfig, InvalidModel
+from finetune_trainer.model import ModelFacts
+from finetune_trainer.outcome import check_original, check_outcome, resolve_merge, resolve_quantize
+from finetune_trainer.parsing import parse_config
+from tests.tiny import make_config
+
+LAYERS = {"model.layers.0.self_attn.q_proj": 576, "model.layers.0.mlp.down_proj": 1536}
+LLAMA = ModelFacts("LlamaForCausalLM", 1000, 8192, LAYERS, linear_rows=dict.fromkeys(LAYERS, 576))
+GPTQ = {"method": {"baseWeights": {"format": "GPTQ"}}}
+INT8 = {"method": {"type": "LoRA", "baseWeights": {"format": "Int8"}}}
+ORIGINAL = {"original": {"volume": {"claimName": "models", "path": "original"}}}
+
+
+@pytest.mark.parametrize(
+    ("given", "base"),
+    [
+        pytest.param({}, "Dequantized", id="NF4"),
+        pytest.param({"method": {"baseWeights": {"format": "FP4"}}}, "Dequantized", id="FP4"),
+        pytest.param(GPTQ, "Dequantized", id="GPTQ, widened"),
+        pytest.param(GPTQ | {"merge": ORIGINAL}, "Original", id="GPTQ with its original"),
+        pytest.param(INT8, "Original", id="Int8"),
+        pytest.param(INT8 | {"merge": {"base": "Dequantized"}}, "Dequantized", id="Int8, widened"),
+        pytest.param({"method": {"type": "LoRA"}}, "Original", id="unquantized"),
+        pytest.param({"merge": {"base": "Original"}}, "Original", id="NF4, the 16-bit base"),
+    ],
+)
+def test_the_adapter_goes_into_what_was_trained_on_unless_asked_otherwise(given: dict[str, Any], base: str) -> None:
+    merge = resolve_merge(parse_config(make_config(**given)))
+    assert merge is not None
+    assert (merge.base, merge.dtype, merge.max_shard_size) == (base, "BF16", "5GB")
+
+
+@pytest.mark.parametrize("given", [{"merge": {"policy": "Never"}}, {"method": {"type": "Full"}}], ids=["Never", "Full"])
+def test_nothing_is_merged(given: dict[str, Any]) -> None:
+    assert resolve_merge(parse_config(make_config(**given))) is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "columns", "expected"),
+    [
+        pytest.param({"method": "GPTQ"}, 4096, (128, True), id="GPTQ: symmetric"),
+        pytest.param({"method": "AWQ"}, 4096, (128, False), id="AWQ: zero points"),
+        pytest.param({"method": "AWQ"}, 576, (64, False), id="SmolLM2"),
+        pytest.param({"method": "GPTQ"}, 96, (32, True), id="small layers"),
+        pytest.param({"method": "AWQ", "symmetric": True, "groupSize": 32}, 4096, (32, True), id="as asked for"),
+    ],
+)
+def test_quantized_forms_are_settled(entry: dict[str, Any], columns: int, expected: tuple[int, bool]) -> None:
+    config = parse_config(make_config(quantize=[{"name": "q", **entry}]))
+    (found,) = resolve_quantize(config, replace(LLAMA, linear_layers={"a": columns}))
+    assert (found.group_size, found.symmetric) == expected
+
+
+def quantize(**entry: Any) -> dict[str, Any]:
+    return {"quantize": [{"name": "q", "method": "GPTQ", **entry}]}
+
+
+@pytest.mark.parametrize(
+    ("given", "facts", "words"),
+    [
+        pytest.param(
+            GPTQ | {"merge": {"base": "Original"}},
+            {},
+            r"merge.base Original.*GPTQ.*Set merge.original.*leave merge.base unset.*merge.policy to Never",
+            id="the original of a GPTQ base is not in it",
+        ),
+        pytest.param(
+            {"method": {"type": "LoRA"}, "merge": {"base": "Dequantized"}},
+            {},
+            r"merge.base Dequantized.*held in FP32. Leave merge.base unset",
+            id="nothing to widen",
+        ),
+        pytest.param(
+            quantize(groupSize=128), {}, r"groupSize 128 .*576, 1536 columns\). Use 64 or 32", id="group size"
+        ),
+        pytest.param(
+            quantize(groupSize=48), {}, r"groupSize 48 is none that GPTQ has kernels for", id="odd group size"
+        ),
+        pytest.param(
+            quantize(method="AWQ", groupSize=256), {}, r"groupSize 256 is none that AWQ .*16, 32, 64, 128", id="for AWQ"
+        ),
+        pytest.param(
+            quantize(), {"linear_layers": {"a": 100}}, "none of the group sizes.*leave quantize out", id="none"
+        ),
+        pytest.param(
+            quantize(method="AWQ"),
+            {"linear_rows": {"model.layers.0.self_attn.k_proj": 96}},
+            r"64 outputs of a layer at a time, model.layers.0.self_attn.k_proj has 96. Use method GPTQ",
+            id="few outputs",
+        ),
+        pytest.param(
+            quantize(method="AWQ"),
+            {"architecture": "GPTBigCodeForCausalLM"},
+            r"'q': method AWQ of GPTBigCodeForCausalLM .* cannot be loaded whole. Drop this entry",
+            id="GPTBigCode",
+        ),
+        pytest.param(
+            quantize(), {"architecture": "Qwen3MoeForCausalLM"}, "method GPTQ of Qwen3MoeForCausalLM", id="experts"
+        ),
+        pytest.param(
+            quantize(method="AWQ"), {"architecture": "Gemma3ForCausalLM"}, "Use GPTQ; AWQ is for Llama", id="Gemma 3"
+        ),
+        pytest.param(
+            quantize(calibration={"maxLength": 9000}),
+            {},
+            r"calibration.maxLength is 9,000.*8,192 tokens. Set it to 8,192 or less",
+            id="calibration rows",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_way_out(given: dict[str, Any], facts: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidConfig, match=words):
+        check_outcome(parse_config(make_config(**given)), replace(LLAMA, **facts))
+
+
+WORDS = {"a": 0, "b": 1, "c": 2}
+
+
+@pytest.mark.parametrize(
+    ("facts", "known", "words"),
+    [
+        pytest.param({"gptq": True}, WORDS, "is quantized itself", id="another quantized one"),
+        pytest.param(
+            {"architecture": "Qwen2ForCausalLM"}, WORDS, "is a Qwen2ForCausalLM, the base a Llama", id="class"
+        ),
+        pytest.param({"linear_layers": LAYERS | {next(iter(LAYERS)): 512}}, WORDS, "q_proj is 512 x 576", id="shape"),
+        pytest.param({"linear_layers": {}}, WORDS, "q_proj is absent", id="fewer layers"),
+        pytest.param({"parameters": 1064}, WORDS, "has 1,064 parameters, the base 1,000", id="embeddings"),
+        pytest.param({}, {"a": 0, "b": 2, "c": 1}, "tokenizer differs from the base's, first in 'b'", id="tokenizer"),
+    ],
+)
+def test_another_model_than_the_original_is_refused(facts: dict[str, Any], known: dict[str, int], words: str) -> None:
+    with pytest.raises(InvalidModel, match="merge.original.*" + words):
+        check_original(LLAMA, replace(LLAMA, **facts), WORDS, known)
+
+
+def test_the_original_is_taken() -> None:
+    check_original(replace(LLAMA, gptq=True), LLAMA, WORDS, dict(WORDS))
