@@ -170,6 +170,7 @@ def test_stand_in_hub_a_token_of_the_machine_is_never_sent(
     monkeypatch.setenv("HF_TOKEN", hub.token)
     with pytest.raises(AccessDenied):
         errands.fetch("model", MODEL)
+    assert not any("resolve" in path for path in hub.asked)  # refused at the first question
 
 
 @pytest.mark.parametrize(
