@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+import torch
 
 from finetune_trainer import manifest
 from finetune_trainer.checkpoint import Checkpoints
@@ -13,6 +17,7 @@ from finetune_trainer.errors import NonFiniteLoss
 from finetune_trainer.evaluate import HeldOut
 from finetune_trainer.manifest import Target
 from finetune_trainer.progress import ResolvedEarlyStopping, Stage, TrainFacts
+from tests.tiny import EOS
 from tests.unit.trainer.runs import Run, make_rows, same_bits, weights
 from tests.unit.trainer.test_resume import CrashAfter, CrashError, figures, flip_a_byte
 
@@ -230,3 +235,48 @@ def test_the_stage_tells_that_it_ended_early_and_whose_weights_it_took(
     assert measured == [0, 1, 2, 3, 4]
     lines = (desk.work / "report" / "training.jsonl").read_text().splitlines()
     assert len(lines) == 8
+
+
+# Seeds
+
+
+def test_everything_random_comes_from_the_seed_whatever_the_process_did_before(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    settings = {"total_steps": 2, "neftune_noise_alpha": 5.0}
+    runs = []
+    for name, seed in (("one", 7), ("another", 7), ("other seed", 8)):
+        random.seed(name)
+        np.random.seed(len(name))  # noqa: NPY002 - the generator that libraries use
+        torch.manual_seed(len(name))
+        runs.append(Run(tiny_model, tmp_path / name).change(seed=seed, **settings).go())
+    one, another, other = runs
+    assert same_bits(one, another)
+    assert not same_bits(one, other)
+
+
+# What is published
+
+
+def test_a_model_that_is_trained_whole_is_published_as_one_that_can_be_served(
+    desk: Desk, config: dict[str, Any]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - slow
+
+    config["method"] = {"type": "Full"}
+    config["training"] = {"globalBatchSize": 8, "maxSteps": 3, "learningRate": 0.001}
+    assert desk.run("prepare", config)[0] == 0
+    code, word = desk.run("train", config)
+    assert code == 0
+    assert word is not None
+    assert word.artifact is not None
+    assert (word.artifact.name, word.artifact.type, word.artifact.path) == ("model", "Merged", "merged")
+    assert word.artifact.measured is not None
+    assert word.artifact.measured.eval_loss is not None
+    assert word.training is not None
+    assert word.training.trainable_parameters == word.training.total_parameters
+    model = AutoModelForCausalLM.from_pretrained(desk.work / "merged")
+    assert model.dtype is torch.bfloat16
+    assert AutoTokenizer.from_pretrained(desk.work / "merged").eos_token == EOS
+    layers = json.loads((desk.work / "report" / "layers.json").read_text())
+    assert layers["before"] == layers["after"]

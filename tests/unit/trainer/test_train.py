@@ -16,7 +16,7 @@ from finetune_trainer.errors import NonFiniteLoss, OutOfMemory
 from finetune_trainer.evaluate import IGNORED, TokenRow, batches, compare, measure_loss, pad
 from finetune_trainer.loading import keep_weights_on_cpu, load_base, set_up_torch, usable_cores
 from finetune_trainer.order import RowOrder
-from tests.unit.trainer.runs import CPU, SETTINGS, Run, make_rows, replace_settings
+from tests.unit.trainer.runs import CPU, SETTINGS, Run, make_rows, make_table, replace_settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -127,7 +127,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_moves_a_weight(tiny_mo
     run.attempt = 1
     trainer, _ = run.build()
     trainer.add_callback(Poison(trainer.model, 4))
-    with pytest.raises(NonFiniteLoss, match=r"The loss is nan at step 5. Lower training.learningRate"):
+    with pytest.raises(NonFiniteLoss, match=r"The loss is nan at step 5. Lower training.learningRate; the checkpoint"):
         trainer.train()
     assert run.checkpoints.newest_good() == tmp_path / "checkpoints" / "step-00000004"
 
@@ -146,8 +146,7 @@ def test_gradients_that_are_not_finite_stop_the_run(tiny_model: Path, tmp_path: 
     run.attempt = 1
     trainer, loop = run.build()
     trainer.step_loss = torch.tensor(1.0)
-    parameter = next(tensor for tensor in trainer.model.parameters() if tensor.requires_grad)
-    parameter.grad = torch.full_like(parameter, math.inf)
+    trainer.step_gradient_norm = math.inf
     with pytest.raises(NonFiniteLoss, match="The gradients are not finite at step 1"):
         loop._watch(1)
 
@@ -176,9 +175,9 @@ def test_out_of_memory_names_device_step_and_micro_batch(tiny_model: Path, tmp_p
         raise torch.OutOfMemoryError(msg)
 
     trainer.training_step = no_room
-    rows = train.Rows(make_rows(), [], [])
+    rows = train.Rows(make_table(make_rows()), [], [])
     with pytest.raises(OutOfMemory, match=r"cpu ran out of memory at step 1 with micro-batch 2 .*Tried to allocate"):
-        train._train(trainer, run.settings, rows, run.checkpoints, None, run.context())
+        train._take_steps(trainer, rows, run.checkpoints, None, run.context(), run.followers)
 
 
 def test_rows_of_a_step_stand_together_in_every_epoch_anew() -> None:
