@@ -124,22 +124,21 @@ def copy_companions(base: Path, tokenizer: Path, folder: Path) -> None:
 
 
 def load_quantized(folder: Path, device: torch.device) -> Any:  # noqa: ANN401 - a causal language model
-    """A GPTQ or AWQ model; in fp32 on CPU with the kernels that are written in torch, in fp16 on a GPU.
+    """A GPTQ or AWQ model, in fp32 on CPU and fp16 on a GPU, to be measured.
 
+    With the kernels that are written in torch: others are compiled as they are used, and a pod has no compiler.
     VerificationFailed unless every quantized layer of the files is one of the model.
     """
     import torch  # noqa: PLC0415 - slow
 
-    if device.type == "cpu":
-        model = load_finished(folder, device, torch.float32, quantization_config=_torch_kernels(folder))
-    else:
-        model = load_finished(folder, device, torch.float16)
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    model = load_finished(folder, device, dtype, quantization_config=_torch_kernels(folder))
     verify_layers(model, folder)
     return model
 
 
 def _torch_kernels(folder: Path) -> Any:  # noqa: ANN401 - a config of transformers
-    """The kernels that need no compiler."""
+    """The kernels, in the terms of the method that the folder was quantized with."""
     from transformers import AwqConfig, GPTQConfig  # noqa: PLC0415 - slow
     from transformers.utils.quantization_config import AwqBackend  # noqa: PLC0415 - slow
 

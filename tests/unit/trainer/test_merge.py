@@ -271,6 +271,7 @@ def test_weights_that_fp16_cannot_hold_are_refused_with_the_way_out(tmp_path: Pa
     adapted = merge.load_reference(bench.work.model, bench.work.adapter, bench.resolved, CPU)
     adapted.get_base_model().model.norm.weight.data[0] = 1e6
     (tmp_path / "out").mkdir()
+    assert bench.resolved.merge is not None
     with pytest.raises(VerificationFailed, match=r"norm.weight are not finite in FP16. Set merge.dtype to BF16"):
         merge.write_merged(adapted, tmp_path / "out", bench.work.model, bench.work.tokenizer, bench.resolved.merge)
 

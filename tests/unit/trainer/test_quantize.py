@@ -68,9 +68,9 @@ def make_finished(folder: Path, architecture: str) -> Path:
     make_tokenizer(folder)
     torch.manual_seed(0)
     config = getattr(transformers, name)(**SIZE | settings)
-    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     assert type(model).__name__ == architecture
-    model.save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
