@@ -134,6 +134,7 @@ def test_a_long_text_is_split_and_its_pieces_stay_together(bench: Bench) -> None
     assert prepared.facts.eval_rows > 1
     letters = [{text.split()[0] for text in bench.texts(split)} for split in ("train", "eval")]
     assert letters[0] & letters[1] <= {EOS}
+    assert not any(mask[0] for mask in bench.read()["loss_mask"].to_pylist())
 
 
 def test_max_rows_are_chosen_by_the_seed(bench: Bench) -> None:
@@ -201,7 +202,9 @@ def test_evaluation_is_never_packed(bench: Bench) -> None:
 
 def test_weighted_datasets_share_no_sequence(bench: Bench) -> None:
     weights = [{"weight": 1}, {"weight": 3}]
-    bench.prepare(make_instructions(40), make_instructions(90)[40:], datasets=weights, packs=EVERYBODY_PACKS, **WHOLE)
+    tables = make_instructions(40), make_instructions(90)[40:]
+    bench.prepare(*tables, datasets=weights, packs=EVERYBODY_PACKS, max_length=300, **WHOLE)
+    assert len(bench.read()) < 90
     for sequence, dataset in zip(bench.texts(), bench.read()["dataset"].to_pylist(), strict=True):
         numbers = {int(number) for number in re.findall(r"What is (\d+) plus", sequence)}
         assert all((number >= 40) == bool(dataset) for number in numbers)

@@ -94,8 +94,17 @@ def make_table() -> pa.Table:
 def test_the_order_is_built_from_what_prepare_left() -> None:
     plain = build_order(make_table(), replace_settings(SETTINGS, dataset_weights=()))
     assert sorted(plain) == list(range(10))
-    weighted = build_order(make_table(), replace_settings(SETTINGS, dataset_weights=(0.2, 0.8), packing=True))
+    weighted = build_order(make_table(), replace_settings(SETTINGS, dataset_weights=(0.2, 0.8)))
     assert Counter(LENGTHS[row] > 8 for row in weighted) == {True: 8, False: 2}
+
+
+def test_the_rows_of_packed_sequences_are_shared_not_the_sequences() -> None:
+    lengths = [[1, 1, 1, 1] if index < 5 else [4] for index in range(10)]
+    rows = [{"input_ids": [1] * 4, "dataset": int(len(each) == 1), "lengths": each} for each in lengths]
+    order = build_order(
+        pa.Table.from_pylist(rows), replace_settings(SETTINGS, dataset_weights=(0.5, 0.5), packing=True)
+    )
+    assert Counter(rows[row]["dataset"] for row in order) == {0: 2, 1: 8}
 
 
 def test_rows_are_arrays_when_they_are_asked_for() -> None:
