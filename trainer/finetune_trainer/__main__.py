@@ -203,13 +203,15 @@ def _run_stage(config: JobConfig, arguments: argparse.Namespace, name: str | Non
 @contextmanager
 def _together(config: JobConfig, arguments: argparse.Namespace, stopping: threading.Event) -> Iterator[None]:
     """With the other ranks, if there are any."""
+    device = "cuda" if config.gpus_per_node else "cpu"
     if distributed.world_size() > 1:
+        if device == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or sharded weights would go where a GPU is
         importlib.import_module("finetune_trainer.loading").set_up_torch()  # before anybody imports torch
 
     def leave(error: TrainerError) -> None:
         os._exit(_end_badly(arguments, error))  # the main thread may be stuck in a collective
 
-    device = "cuda" if config.gpus_per_node else "cpu"
     with distributed.joined(device, arguments.attempt, stopping, leave):
         yield
 

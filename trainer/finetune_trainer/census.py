@@ -59,9 +59,14 @@ def _layer(name: str, modules: dict[str, Any]) -> str:
     """The class that a parameter belongs to; for an adapter's the class of the layer that PEFT made."""
     above, found, _ = name.partition(".lora_")
     if found:
-        return f"lora.{type(modules[above]).__name__}"
+        return f"lora.{_class(modules[above])}"
     above, found, _ = name.partition(".trainable_tokens_")
-    return type(modules[above if found else name.rpartition(".")[0]]).__name__
+    return _class(modules[above if found else name.rpartition(".")[0]])
+
+
+def _class(module: Any) -> str:  # noqa: ANN401 - a torch module
+    """The class's name; where torch shards a module it makes a class of its own, FSDPLinear of Linear."""
+    return type(module).__name__.removeprefix("FSDP")
 
 
 def _dtype(module: Any, parameter: Any) -> str:  # noqa: ANN401 - torch's

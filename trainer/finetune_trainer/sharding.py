@@ -78,6 +78,7 @@ def finish(model: Any, resolved: Resolved) -> None:  # noqa: ANN401 - a torch mo
     """Shard what could not be sharded while it was read, and make sure that all of the base is."""
     if resolved.base_format in BITSANDBYTES:
         shard_quantized(model, resolved)
+    model.config.distributed_config = None  # or rank 0, saving what it gathered, would wait for the others to gather
     check_sharded(model)
 
 
@@ -132,9 +133,13 @@ def gather(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: 
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow
 
     reshard(model)
-    found = {}
-    for name, value in model.state_dict().items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
+    found: dict[str, torch.Tensor] = {}
+    seen: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            wanted = dtype if whole.is_floating_point() else whole.dtype
+            seen[id(value)] = whole.detach().to("cpu", wanted) if leads() else whole.new_empty(0)
         if leads():
-            found[name] = whole.to("cpu", dtype if whole.is_floating_point() else None)
+            found[name] = seen[id(value)]
     return found
