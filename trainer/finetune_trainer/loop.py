@@ -21,6 +21,7 @@ from finetune_trainer.course import EVAL_LOSS, Course, Line, best_first, is_due,
 from finetune_trainer.distributed import leads, rank, total, world_size
 from finetune_trainer.errors import Interrupted, NonFiniteLoss
 from finetune_trainer.loading import peak_memory_bytes
+from finetune_trainer.methods import remedy_for_lost_numbers
 from finetune_trainer.progress import Resolved, TrainFacts
 
 if TYPE_CHECKING:
@@ -196,15 +197,12 @@ class Loop(TrainerCallback):
 
     @property
     def _remedy(self) -> str:
-        remedy = "Lower training.learningRate"
-        if self._resolved.compute_dtype != "FP32":
-            remedy += ", or set method.computeDtype to " + ("BF16" if self._trainer.args.fp16 else "FP32")
-        return remedy
+        return remedy_for_lost_numbers(self._resolved, in_fp16=self._trainer.args.fp16)
 
     @property
     def _gradients_are_finite(self) -> bool:
         """With fp16 the scaler skips steps that overflow and goes on smaller: that is no failure."""
-        return self._trainer.args.fp16 or math.isfinite(self._trainer.step_gradient_norm)
+        return bool(self._trainer.args.fp16) or math.isfinite(self._trainer.step_gradient_norm)
 
     def _count(self) -> None:
         tokens = int(total([self._trainer.step_tokens])[0])
@@ -214,7 +212,7 @@ class Loop(TrainerCallback):
 
     @property
     def _tokens_per_second(self) -> float:
-        tokens, seconds = (sum(column) for column in zip(*self._steps, strict=True))
+        tokens, seconds = sum(tokens for tokens, _ in self._steps), sum(seconds for _, seconds in self._steps)
         return round(tokens / max(seconds, 1e-9), 1)
 
     def _report(self) -> None:

@@ -14,9 +14,10 @@ import queue
 import shutil
 import sys
 import threading
+import time
 import uuid
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from finetune_trainer import manifest
 from finetune_trainer.config import MLFLOW_CREDENTIALS, WANDB_KEY_FILE, MLflow, Tracking, Wandb
@@ -277,7 +278,7 @@ class WandbRun:
         shutil.rmtree(self._context.work.report / "wandb", ignore_errors=True)  # all of it is told again
         return self._init(mode="offline", resume=None, api_key=None)
 
-    def _init(self, mode: str, resume: str | None, api_key: str | None) -> Any:  # noqa: ANN401 - a wandb run
+    def _init(self, mode: Literal["online", "offline"], resume: Literal["allow"] | None, api_key: str | None) -> Any:  # noqa: ANN401 - a wandb run
         own_server = {"base_url": self._wandb.base_url} if self._wandb.base_url else {}
         report = self._context.work.report
         report.mkdir(parents=True, exist_ok=True)
@@ -340,9 +341,8 @@ class MLflowRun:
     def add(self, lines: Sequence[Line]) -> None:
         """Tell what the server does not have, in few requests."""
         from mlflow.entities import Metric  # noqa: PLC0415 - only for who asks for it
-        from mlflow.utils.time import get_current_time_millis  # noqa: PLC0415 - likewise
 
-        now = get_current_time_millis()
+        now = time.time_ns() // 1_000_000
         metrics = [
             Metric(name, value, now, int(line["step"]))
             for line in lines

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,10 +55,10 @@ class Saver:
         while True:
             step += 1
             facts = TrainFacts(steps=step, epochs=1, trainable_parameters=1, total_parameters=1)
-            self.checkpoints.save(step, lambda folder, at=step: self.write(folder, at), facts, ranking(step))
+            self.checkpoints.save(step, partial(self.write, step), facts, ranking(step))
             yield step
 
-    def write(self, folder: Path, step: int) -> None:
+    def write(self, step: int, folder: Path) -> None:
         for name in ("weights", "optimizer", "course"):
             (folder / name).write_bytes(content(step, name, self.size))
 

@@ -18,8 +18,8 @@ from finetune_trainer.evaluate import HeldOut
 from finetune_trainer.manifest import Target
 from finetune_trainer.progress import ResolvedEarlyStopping, Stage, TrainFacts
 from tests.tiny import EOS
-from tests.unit.trainer.runs import Run, make_rows, same_bits, weights
-from tests.unit.trainer.test_resume import CrashAfter, CrashError, figures, flip_a_byte
+from tests.unit.trainer.runs import CrashAfter, CrashError, Run, make_rows, same_bits, weights
+from tests.unit.trainer.test_resume import figures, flip_a_byte
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,7 +115,7 @@ def test_figures_are_those_of_the_weights_that_are_published(
 ) -> None:
     from finetune_trainer.sft import SftTrainer  # noqa: PLC0415 - slow
 
-    truly = SftTrainer.measure
+    truly: Any = SftTrainer.measure
 
     def worse_after_step_3(trainer: Any, *rest: Any) -> HeldOut:
         return HeldOut(truly(trainer, *rest).loss + (10.0 if trainer.state.global_step > 3 else 0.0))

@@ -200,7 +200,7 @@ def test_tensorboard_shows_each_step_once_over_attempts(context: Context) -> Non
 
 def records(folder: Path) -> Iterator[Any]:
     """The records of a W&B run on disk: LevelDB's log format, blocks of 32 KiB behind a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record  # noqa: PLC0415 - slow
+    from wandb.proto import wandb_internal_pb2  # noqa: PLC0415 - slow
 
     (path,) = folder.glob("offline-run-*/run-*.wandb")
     data, place, held = path.read_bytes(), 7, b""
@@ -212,13 +212,14 @@ def records(folder: Path) -> Iterator[Any]:
         held += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last part
-            yield Record.FromString(held)
+            yield wandb_internal_pb2.Record.FromString(held)  # type: ignore[attr-defined]  # made at import
             held = b""
 
 
 def shown_by_wandb(folder: Path) -> tuple[list[tuple[int, list[str]]], str, dict[str, Any]]:
     """Steps with the names of their figures, the run's id and its settings."""
-    history, identity, settings = [], "", {}
+    history: list[tuple[int, list[str]]] = []
+    identity, settings = "", dict[str, Any]()
     for record in records(folder):
         if record.HasField("history"):
             names = [item.key or ".".join(item.nested_key) for item in record.history.item]
