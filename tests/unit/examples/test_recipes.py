@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from finetune_operator.api import Spec
+from finetune_trainer.templates import Sandbox
 
 RECIPES = Path(__file__).parents[3] / "examples" / "recipes"
 KEYS = sorted(path.name for path in RECIPES.glob("*.yaml"))
@@ -157,3 +158,19 @@ def test_every_recipe_has_a_twin_and_no_twin_is_without() -> None:
 def test_a_recipe_has_the_settings_that_people_follow(name: str, expected: dict[str, Any]) -> None:
     found = dict(leaves(load(RECIPES / f"{name}.yaml")))
     assert {path: found.get(path) for path in expected} == expected
+
+
+@pytest.mark.parametrize("context", ["", "It is the capital."])
+def test_recipe_5_writes_the_prompt_that_its_notebook_writes(context: str) -> None:
+    (dataset,) = load(RECIPES / "5-llama2-7b-dolly.yaml")["datasets"]
+    row = {"instruction": "Where is it?", "context": context, "response": "In Paris."}
+    text = "".join(Sandbox().from_string(dataset[name]).render(row) for name in ("promptTemplate", "responseTemplate"))
+    blurb = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    parts = [
+        blurb,
+        "### Instruction:\nWhere is it?",
+        f"Input:\n{context}" if context else None,
+        "### Response:\nIn Paris.",
+        "### End",
+    ]
+    assert text == "\n\n".join(part for part in parts if part)
