@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from finetune_trainer.adapters import build_lora, train_in_fp32
-from finetune_trainer.arguments import build_arguments
+from finetune_trainer.adapters import build_lora
+from finetune_trainer.collate import Collator, as_dataset
 from finetune_trainer.errors import NonFiniteLoss, OutOfMemory
 from finetune_trainer.evaluate import IGNORED, TokenRow, batches, compare, measure_loss, pad
 from finetune_trainer.loading import keep_weights_on_cpu, load_base, set_up_torch, usable_cores
@@ -25,63 +25,6 @@ if TYPE_CHECKING:
 
 EOS = 1
 NO_DROPOUT = replace_settings(SETTINGS, lora={"dropout": 0.0})
-"""A new epoch draws a random number for its loader, so with dropout one long epoch is another run than three."""
-
-
-class Losses(TrainerCallback):
-    """The losses of the log lines."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
-        if logs and "loss" in logs:
-            self.values.append(logs["loss"])
-
-
-def plain_losses(model: Path, rows: list[TokenRow], scratch: Path) -> list[float]:
-    """The same training as any tutorial has it: TRL and PEFT called by hand, rows in the same order."""
-    from datasets import Dataset  # noqa: PLC0415 - slow
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: PLC0415 - slow
-    from trl.trainer.sft_trainer import SFTTrainer  # noqa: PLC0415 - slow
-
-    quantization = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, quantization_config=quantization)
-    order = RowOrder([len(row.input_ids) for row in rows], SETTINGS.seed, SETTINGS.global_batch_size)
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": []}
-    for order.epoch in range(3):
-        for index in order:
-            columns["input_ids"].append(list(rows[index].input_ids))
-            columns["labels"].append(list(rows[index].labels))
-    arguments = build_arguments(NO_DROPOUT, torch.float32, CPU, scratch)
-    arguments.train_sampling_strategy = "sequential"
-    losses = Losses()
-    trainer = SFTTrainer(
-        model=base,
-        args=arguments,
-        train_dataset=Dataset.from_dict(columns),
-        processing_class=AutoTokenizer.from_pretrained(model),
-        peft_config=build_lora(NO_DROPOUT.lora),
-        callbacks=[losses],
-    )
-    train_in_fp32(trainer.model)
-    trainer.train()
-    return losses.values
-
-
-def test_losses_are_those_of_plain_trl_and_peft(tiny_model: Path, tmp_path: Path) -> None:
-    # Twelve rows: every step is full, so that the rows of three epochs can stand in one row for plain TRL.
-    losses = Losses()
-    run = Run(tiny_model, tmp_path / "ours", NO_DROPOUT, rows=12)
-    run.go(losses)
-    plain = plain_losses(tiny_model, make_rows(12), tmp_path / "plain")
-    assert len(losses.values) == SETTINGS.total_steps
-    assert losses.values == pytest.approx(plain, abs=1e-5)
 
 
 def test_measuring_before_training_changes_no_gradient(tiny_model: Path) -> None:
@@ -94,7 +37,9 @@ def test_measuring_before_training_changes_no_gradient(tiny_model: Path) -> None
         base = load_base(tiny_model, SETTINGS, CPU, torch.float32)
         if measures:
             measure_loss(base, make_rows())
-        model = get_peft_model(base, build_lora(NO_DROPOUT.lora))
+        lora = build_lora(NO_DROPOUT, base)
+        assert lora is not None
+        model = get_peft_model(base, lora)
         ids, mask, labels = pad(make_rows(3))
         model.train()(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
         gradients.append([tensor.grad for tensor in model.parameters() if tensor.requires_grad])
@@ -151,13 +96,10 @@ def test_gradients_that_are_not_finite_stop_the_run(tiny_model: Path, tmp_path: 
         loop._watch(1)
 
 
-def test_an_end_token_counts_also_where_the_model_pads_with_it(tiny_model: Path, tmp_path: Path) -> None:
-    run = Run(tiny_model, tmp_path)
-    run.attempt = 1
-    trainer, _ = run.build()
-    trainer.data_collator.pad_token_id = EOS
+def test_an_end_token_counts_also_where_the_model_pads_with_it() -> None:
     rows = [TokenRow([5, 6, 7, EOS], [IGNORED, 6, 7, EOS]), TokenRow([8, 9, EOS], [IGNORED, 9, EOS])]
-    batch = trainer.data_collator([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+    dataset = as_dataset(make_table(rows))
+    batch = Collator(SETTINGS)([dataset[index] for index in range(2)])
     assert batch["labels"].tolist() == [[IGNORED, 6, 7, EOS], [IGNORED, 9, EOS, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert pad(rows)[2].tolist() == batch["labels"].tolist()
