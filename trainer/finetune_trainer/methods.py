@@ -26,7 +26,7 @@ from finetune_trainer.config import (
     Optimizer,
 )
 from finetune_trainer.errors import InvalidConfig, InvalidModel
-from finetune_trainer.progress import ResolvedGaLore, ResolvedLora
+from finetune_trainer.progress import Resolved, ResolvedGaLore, ResolvedLora
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -420,3 +420,17 @@ def check_added_tokens(config: JobConfig, model: ModelFacts, added_tokens: tuple
         there = f"has trained {len(set(rows))} new tokens" if rows else "has trained no new tokens"
         msg = f"model.tokens.add has {len(added_tokens)} new tokens, the adapter of model.adapter {there}. "
         raise InvalidConfig(msg + "Add the tokens that it was trained with, or drop model.adapter.")
+
+
+def remedy_for_lost_numbers(resolved: Resolved, *, in_fp16: bool) -> str:
+    """What to change where the loss is no number, or 0. `in_fp16`: so it is computed, also for want of bf16."""
+    remedies = ["Lower training.learningRate"]
+    if resolved.galore is not None:
+        remedies.append("lower method.galore.scale")
+    held_in_16_bits = resolved.base_format in (BaseFormat.BF16, BaseFormat.FP16)
+    fields = "method.baseWeights.format and method.computeDtype" if held_in_16_bits else "method.computeDtype"
+    if in_fp16 and resolved.compute_dtype == ComputeDtype.FP16:
+        remedies.append(f"set {fields} to BF16")
+    elif in_fp16 or resolved.compute_dtype == ComputeDtype.BF16:
+        remedies.append(f"set {fields} to FP32")
+    return ", or ".join(remedies)

@@ -14,13 +14,16 @@ from finetune_trainer.errors import InvalidConfig, InvalidModel, TrainerError
 from finetune_trainer.methods import (
     check_added_tokens,
     check_method,
+    remedy_for_lost_numbers,
     resolve_base_format,
     resolve_compute_dtype,
     resolve_galore,
     resolve_lora,
 )
 from finetune_trainer.model import ModelFacts, check_folder, describe
+from finetune_trainer.progress import ResolvedGaLore
 from tests.tiny import make_config, make_tiny_gptq, make_tiny_model
+from tests.unit.trainer.runs import SETTINGS, replace_settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -319,6 +322,40 @@ def test_a_projection_is_no_larger_than_the_layers(asked: dict[str, Any], rank: 
     galore = resolve_galore(job(method={"type": "GaLore", "galore": asked}), facts())
     assert galore is not None
     assert galore.rank == rank
+
+
+@pytest.mark.parametrize(
+    ("changes", "in_fp16", "remedy"),
+    [
+        pytest.param({}, False, "Lower training.learningRate", id="in fp32"),
+        pytest.param(
+            {"compute_dtype": "FP16"},
+            True,
+            "Lower training.learningRate, or set method.computeDtype to BF16",
+            id="in fp16 as asked for",
+        ),
+        pytest.param(
+            {"compute_dtype": "BF16"},
+            True,
+            "Lower training.learningRate, or set method.computeDtype to FP32",
+            id="in fp16 for want of bf16",
+        ),
+        pytest.param(
+            {"compute_dtype": "BF16", "base_format": "BF16"},
+            False,
+            "Lower training.learningRate, or set method.baseWeights.format and method.computeDtype to FP32",
+            id="held in 16 bits",
+        ),
+        pytest.param(
+            {"galore": ResolvedGaLore(rank=8, update_interval=200, scale=0.25)},
+            False,
+            "Lower training.learningRate, or lower method.galore.scale",
+            id="GaLore",
+        ),
+    ],
+)
+def test_lost_numbers_have_a_remedy_that_the_method_takes(changes: dict[str, Any], in_fp16: bool, remedy: str) -> None:
+    assert remedy_for_lost_numbers(replace_settings(SETTINGS, **changes), in_fp16=in_fp16) == remedy
 
 
 # Folders
