@@ -89,7 +89,7 @@ def test_stand_in_hub_a_script_alone_is_refused_with_the_hubs_own_copy(
 
 
 def test_stand_in_hub_a_killed_download_goes_on_at_the_commit_it_began_with(errands: Errands, hub: StandInHub) -> None:
-    hub.files["model-00001-of-00002.safetensors"] = LARGE
+    hub.files |= {"model-00001-of-00002.safetensors": LARGE, "model-00002-of-00002.safetensors": b"small"}
     relay = Relay(hub.site.port)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", relay.url)

@@ -47,7 +47,7 @@ def test_stand_in_modelscope_a_dataset_is_listed_in_pages(errands: Errands, hub:
 
 
 def test_stand_in_modelscope_a_killed_download_goes_on(errands: Errands, hub: StandInModelScope) -> None:
-    hub.files[WEIGHTS] = LARGE
+    hub.files |= {WEIGHTS: LARGE, "model-00002-of-00002.safetensors": b"small"}
     relay = Relay(hub.site.port)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MODELSCOPE_ENDPOINT", relay.url)
