@@ -40,17 +40,16 @@ EVALUATE = "evaluate"
 
 COMMANDS = {
     Stage.PREPARE.value: "fetch and check the model, read and tokenize the rows, fix every setting that was left open",
-    Stage.TRAIN.value: "train the adapter on the quantized base; goes on from the newest good checkpoint",
-    Stage.MERGE.value: "merge the adapter into the dequantized base",
-    Stage.QUANTIZE.value: "make the quantized forms of the merged model",
+    Stage.TRAIN.value: "train an adapter or the model itself; goes on from the newest good checkpoint",
+    Stage.MERGE.value: "merge the adapter into the base",
+    Stage.QUANTIZE.value: "make the quantized forms of the finished model",
     EVALUATE: "measure every artifact that is there on the held-out rows",
 }
 EPILOG = """\
-Exit codes: 0 done; 10 config, 11 dataset, 12 model wrong; 13 not found; 14 access denied; 15 volume full;
-16 out of GPU memory; 17 loss not finite; 18 a file is not what its manifest says; 19 the pods of the stage did not
-meet; 20 interrupted, to be run again; 21 another pod of the stage was lost; 1 anything else.
+A config of several devices trains in several processes: train starts those of this machine itself.
 
-A config of several devices trains in several processes: train starts those of this machine itself."""
+exit codes:
+""" + "\n".join(f"  {code.value:<3} {code.reason}: {code.meaning}" for code in ExitCode)
 TERMINATION_LOG = Path("/dev/termination-log")
 TRACEBACK_LINES = 3
 

@@ -12,6 +12,7 @@ Imports nothing heavier than pydantic.
 from __future__ import annotations
 
 from enum import IntEnum, StrEnum
+from typing import Self
 
 from pydantic import Field
 
@@ -54,25 +55,31 @@ class Reason(StrEnum):
 
 
 class ExitCode(IntEnum):
-    """The trainer's exit codes; the operator believes them where the last word is lost."""
+    """The trainer's exit codes, each with what it means; the operator believes them where the last word is lost."""
 
-    COMPLETED = 0
-    UNKNOWN = 1
-    INVALID_CONFIG = 10
-    INVALID_DATASET = 11
-    INVALID_MODEL = 12
-    NOT_FOUND = 13
-    ACCESS_DENIED = 14
-    VOLUME_FULL = 15
-    OUT_OF_MEMORY = 16
-    NON_FINITE_LOSS = 17
-    VERIFICATION_FAILED = 18
-    RENDEZVOUS_FAILED = 19
-    """The pods of the stage did not find each other in time."""
-    INTERRUPTED = 20
-    """Saved a checkpoint on SIGTERM and left: nobody's fault."""
-    PEER_LOST = 21
-    """Another pod of the stage ended or fell silent: the reason stands there."""
+    meaning: str
+
+    COMPLETED = 0, "done"
+    UNKNOWN = 1, "anything else"
+    INVALID_CONFIG = 10, "a field of the config, or fields that do not go together"
+    INVALID_DATASET = 11, "a row, a file or a column of a dataset"
+    INVALID_MODEL = 12, "the base model's files"
+    NOT_FOUND = 13, "a file, a claim or a repository is not there"
+    ACCESS_DENIED = 14, "a token or a permission is missing"
+    VOLUME_FULL = 15, "no space left on the work volume"
+    OUT_OF_MEMORY = 16, "the GPU's memory does not suffice"
+    NON_FINITE_LOSS = 17, "the loss became zero, NaN or infinite"
+    VERIFICATION_FAILED = 18, "a file is not what its manifest says"
+    RENDEZVOUS_FAILED = 19, "the pods of the stage did not meet in time"
+    INTERRUPTED = 20, "saved and left on request, to be run again"
+    PEER_LOST = 21, "another pod of the stage was lost: the reason stands there"
+
+    def __new__(cls, code: int, meaning: str) -> Self:
+        """A number that knows what it means."""
+        made = int.__new__(cls, code)
+        made._value_ = code
+        made.meaning = meaning
+        return made
 
     @property
     def reason(self) -> Reason:

@@ -1,0 +1,38 @@
+"""What the docs say of the contract is what the contract says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetune_trainer.config import FORMATS, Columns, DatasetFormat, MethodType
+from finetune_trainer.progress import ExitCode
+
+PAGE = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("code", ExitCode)
+def test_every_exit_code_is_told(code: ExitCode) -> None:
+    assert f"| {code.value} | {code.reason} | {code.meaning} |" in PAGE
+
+
+def test_no_exit_code_is_told_that_is_none() -> None:
+    table = PAGE.partition("| exit code |")[2]
+    assert table.count("\n| ") == len(ExitCode)
+
+
+@pytest.mark.parametrize("method", FORMATS)
+def test_every_method_is_told_with_the_formats_it_takes(method: MethodType) -> None:
+    (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| {method} ")]
+    assert all(held in line for held in FORMATS[method])
+
+
+def test_every_format_of_rows_is_told() -> None:
+    for each in DatasetFormat:
+        assert each in PAGE
+
+
+def test_every_column_that_can_be_renamed_is_told() -> None:
+    for column in Columns.model_fields:
+        assert f"`{column}`" in PAGE
