@@ -1,0 +1,95 @@
+"""A training of two pods: they meet by DNS, share a volume, are one attempt, and start again together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cluster.addons import SHARED_CLASS
+from tests.e2e.jobs import Jobs, eventually, in_cluster
+from tests.e2e.test_faults import adapter_digest, step_of
+
+TWO_PODS: dict[str, Any] = {
+    "parallelism": {"numNodes": 2, "gpusPerNode": 0},
+    "output": {
+        "volume": {"create": {"size": "1Gi", "storageClassName": SHARED_CLASS, "accessModes": ["ReadWriteMany"]}}
+    },
+    "training": {
+        "maxSteps": 40,
+        "globalBatchSize": 4,
+        "perDeviceTrainBatchSize": 1,
+        "maxLength": 64,
+        "learningRate": 0.001,
+        "checkpoint": {"everySteps": 5},
+        "eval": {"everySteps": 20},
+    },
+    "method": {"lora": {"r": 4, "dropout": 0.1}},
+}
+
+
+def pod_of(jobs: Jobs, name: str, index: int) -> str:
+    """The running train pod with this index, once there is one."""
+
+    def running() -> str | None:
+        for pod in jobs.pods(name, "train"):
+            labels = pod["metadata"]["labels"]
+            of_index = labels.get("batch.kubernetes.io/job-completion-index") == str(index)
+            if of_index and pod["status"]["phase"] == "Running":
+                return str(pod["metadata"]["name"])
+        return None
+
+    return eventually(f"{name}'s train pod {index} runs", running)
+
+
+def test_a_killed_peer_restarts_both_pods_which_end_with_the_same_weights(jobs: Jobs) -> None:
+    jobs.apply("pair", **TWO_PODS)
+    assert jobs.finish("pair", 600)["phase"] == "Succeeded", jobs.tell("pair")
+    assert "pair-train-2" not in jobs.stage_jobs("pair")
+
+    jobs.apply("hurt", **TWO_PODS)
+    first, peer = pod_of(jobs, "hurt", 0), pod_of(jobs, "hurt", 1)
+    eventually("a checkpoint in mid-run", lambda: step_of(jobs, first) >= 10)
+    kill_trainer(jobs, peer)
+    eventually("the next attempt", lambda: "hurt-train-2" in jobs.stage_jobs("hurt"))
+    left = {pod["metadata"]["name"] for pod in jobs.pods("hurt", "train") if pod["status"]["phase"] == "Running"}
+    assert not left & {first, peer}, "a pod of the failed attempt is still at work"
+    status = jobs.finish("hurt", 600)
+    assert status["phase"] == "Succeeded", jobs.tell("hurt")
+    assert status["training"]["resumedFromStep"] >= 10
+    assert jobs.stage_jobs("hurt") == ["hurt-merge-2", "hurt-prepare-1", "hurt-train-1", "hurt-train-2"]
+    assert adapter_digest(jobs, "hurt") == adapter_digest(jobs, "pair")
+
+
+def kill_trainer(jobs: Jobs, pod: str) -> None:
+    """SIGKILL all processes of a pod's container but its launcher, whose word tells what happened."""
+    uid = jobs.target.get("pod", pod, jobs.namespace)["metadata"]["uid"]
+    pattern = f"-e {uid} -e {uid.replace('-', '_')}"  # as the kubelet's cgroup driver writes it
+    found = in_cluster("sh", "-c", f"grep -l {pattern} /proc/[0-9]*/cgroup 2>/dev/null || true").split()
+    numbers = [int(path.split("/")[2]) for path in found]
+    ranks = [number for number in numbers if "RANK=" in environment(number)]
+    assert ranks, f"no rank of {pod} was found among {numbers}"
+    in_cluster("kill", "-KILL", *map(str, ranks))
+
+
+def environment(process: int) -> str:
+    return in_cluster("sh", "-c", f"tr '\\0' '\\n' < /proc/{process}/environ 2>/dev/null || true")
+
+
+@pytest.mark.parametrize("sharding", ["Full", "GradOp"])
+def test_a_model_trained_whole_by_two_pods_is_sharded_and_published_whole(jobs: Jobs, sharding: str) -> None:
+    jobs.apply(
+        "whole",
+        **TWO_PODS
+        | {
+            "method": {"type": "Full"},
+            "parallelism": {"numNodes": 2, "gpusPerNode": 0, "strategy": "FSDP", "fsdp": {"sharding": sharding}},
+            "training": TWO_PODS["training"] | {"maxSteps": 6},
+        },
+    )
+    status = jobs.finish("whole", 600)
+    assert status["phase"] == "Succeeded", jobs.tell("whole")
+    assert status["resolved"]["parallelism"]["strategy"] == "FSDP"
+    (made,) = status["artifacts"]
+    assert (made["name"], made["type"]) == ("model", "Merged")
+    assert float(made["measured"]["evalLoss"]) < float(made["measured"]["evalLossBase"])
