@@ -71,6 +71,13 @@ def follow(tracking: Tracking, context: Context, told: Sequence[Line], end: type
         assert end is Interrupted
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine under load is slow, and what is tested is not its speed."""
+    monkeypatch.setattr("finetune_trainer.tracking.LEAVE_SECONDS", SECONDS)
+    monkeypatch.setattr("finetune_trainer.tracking.CLOSE_SECONDS", SECONDS)
+
+
 # Followers
 
 
