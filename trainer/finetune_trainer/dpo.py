@@ -7,18 +7,19 @@ from, or, for a model that is trained whole, the base held once more.
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from finetune_trainer.data import INPUT_IDS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK
-from finetune_trainer.distributed import total
+from finetune_trainer.distributed import total, world_size
 from finetune_trainer.evaluate import IGNORED, HeldOut, PairRow, evaluating, pad, polled, token_row
 from finetune_trainer.exact import Exact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ class DpoTrainer(Exact, DPOTrainer):
 
     zero_loss_is_failure: ClassVar[bool] = False
     """A hinge is exactly 0 where all pairs are told apart, and a sigmoid rounds to it."""
+    loss_is_scaled_for_ga = True
+    """By `compute_loss`: each pair of a step weighs the same, also where ranks or micro-batches have unequally many."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:  # noqa: ANN401 - TRL's signature
         return dataset  # tokenized by prepare; TRL would do it from text
@@ -40,13 +43,31 @@ class DpoTrainer(Exact, DPOTrainer):
         if REFERENCE in getattr(self.model, "peft_config", ()):
             copy_start_to_reference(self.model)
 
+    def compute_loss(
+        self,
+        model: Any,  # noqa: ANN401 - Trainer's signature
+        inputs: Any,  # noqa: ANN401 - Trainer's signature
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,  # noqa: ANN401 - Trainer's signature
+    ) -> Any:  # noqa: ANN401 - Trainer's signature
+        """Mean loss of the pairs; in training their share of the mean of the whole step's pairs."""
+        with _figures_of_one_rank(self.accelerator):
+            found = super().compute_loss(model, inputs, return_outputs)  # type: ignore[no-untyped-call]
+        if num_items_in_batch is None:
+            return found
+        return found * (_pairs(inputs) / num_items_in_batch * world_size())  # of all ranks, which are averaged
+
+    def _get_num_items_in_batch(self, batch_samples: Sequence[Any], _: torch.device) -> int:
+        """Pairs of the step, over all ranks."""
+        return int(total([sum(map(_pairs, batch_samples))])[0])
+
     def measure(self, rows: Sequence[PairRow], poll: Callable[[int, int], None] | None = None) -> HeldOut:
         """Loss, accuracy and margin over pairs, in TRL's own terms; batches are the same each time."""
         figures = ("rewards/accuracies", "rewards/margins")
         sums, count = [0.0] * 3, 0
         with evaluating(self.model):
             for batch, counts in polled(rows, poll):
-                loss = self.compute_loss(self.model, self._prepare_inputs(collate(batch)))  # type: ignore[no-untyped-call]
+                loss = self.compute_loss(self.model, self._prepare_inputs(collate(batch)))
                 told = (float(loss), *(self._metrics["eval"][name][-1] for name in figures))
                 sums = [known + counts * value * len(batch) for known, value in zip(sums, told, strict=True)]
                 count += counts * len(batch)
@@ -54,6 +75,22 @@ class DpoTrainer(Exact, DPOTrainer):
         *sums, pairs = total([*sums, count])
         loss, accuracy, margin = (known / max(pairs, 1) for known in sums)
         return HeldOut(loss, accuracy, margin)
+
+
+def _pairs(inputs: Mapping[str, torch.Tensor]) -> int:
+    """Pairs of which a token counts; a rank that has none left keeps the others company with one that has none."""
+    counts = inputs["completion_mask"].any(dim=1)
+    return int(counts[: len(counts) // 2].sum())
+
+
+@contextmanager
+def _figures_of_one_rank(accelerator: Any) -> Iterator[None]:  # noqa: ANN401 - accelerate's
+    """Let TRL (1.16) tell the figures of a rank's own batch: to gather them, batches would have to be all alike."""
+    accelerator.gather = accelerator.gather_for_metrics = lambda figure: figure
+    try:
+        yield
+    finally:
+        del accelerator.gather, accelerator.gather_for_metrics
 
 
 def collate_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

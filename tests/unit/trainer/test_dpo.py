@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,10 +23,11 @@ from finetune_trainer.evaluate import IGNORED, TokenRow
 from finetune_trainer.loading import load_base
 from finetune_trainer.model import ModelFacts, load_tokenizer
 from finetune_trainer.parsing import parse_config
-from finetune_trainer.progress import ResolvedDpo
+from finetune_trainer.progress import Resolved, ResolvedDpo
 from finetune_trainer.resolve import check_early, resolve_dpo
 from finetune_trainer.trainers import build_trainer
 from tests.tiny import make_config, make_jsonl
+from tests.unit.trainer.gang import Gang
 from tests.unit.trainer.runs import (
     CPU,
     LINEAR,
@@ -41,9 +43,8 @@ from tests.unit.trainer.runs import (
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
-    from finetune_trainer.progress import Resolved
     from tests.unit.trainer.conftest import Desk
 
 FACTS = ModelFacts("LlamaForCausalLM", 1000, 512, {"model.layers.0.self_attn.q_proj": 64})
@@ -263,3 +264,44 @@ def test_after_a_crash_the_weights_are_those_of_an_unbroken_run(
         run.go(CrashAfter(3))
     assert run.checkpoints.newest_good() == tmp_path / "broken" / "checkpoints" / "step-00000002"
     assert same_bits(run.go(), unbroken)
+
+
+def train_together(model: str, root: str, settings: dict[str, Any], rows: int) -> dict[str, Any]:
+    """What each rank does: train; losses, figures and whether weights are spread over the ranks."""
+    run = Run(Path(model), Path(root), Resolved.model_validate(settings), rows)
+    run.go()
+    trainer: Any = run.loop._trainer
+    lines = run.loop._course.lines
+    return {
+        "losses": [line["loss"] for line in lines if "loss" in line],
+        "measured": asdict(trainer.measure(make_pairs(7, seed=3))),
+        "kinds": {type(value.data).__name__ for value in trainer.model.parameters()},
+    }
+
+
+@pytest.fixture(scope="module")
+def gang(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gang]:
+    gang = Gang(2, tmp_path_factory.mktemp("gang")).start()
+    yield gang
+    gang.stop()
+
+
+@pytest.mark.parametrize(
+    ("settings", "strategy", "rows"),
+    [
+        pytest.param(DPO, "DDP", 9, id="adapter; at an epoch's end a process has no pair"),
+        pytest.param(WHOLE, "FSDP", 11, id="all weights; at an epoch's end a process has fewer pairs"),
+    ],
+)
+def test_two_processes_train_and_measure_as_one(
+    settings: Resolved, strategy: str, rows: int, gang: Gang, tiny_model: Path, tmp_path: Path
+) -> None:
+    settings = replace_settings(settings, total_steps=6)
+    alone: dict[str, Any] = {"settings": settings.model_dump(by_alias=True), "root": str(tmp_path / "one")}
+    shared = replace_settings(settings, parallelism={"strategy": strategy, "world_size": 2, "sharding": "Full"})
+    together: dict[str, Any] = {"settings": shared.model_dump(by_alias=True), "root": str(tmp_path / "two")}
+    one = train_together(str(tiny_model), **alone, rows=rows)
+    first, second = gang.call(f"{__name__}:train_together", model=str(tiny_model), **together, rows=rows)
+    assert first["losses"] == second["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert first["measured"] == second["measured"] == pytest.approx(one["measured"], rel=1e-4)
+    assert ("DTensor" in first["kinds"]) == (strategy == "FSDP")
