@@ -18,17 +18,14 @@ from finetune_trainer.config import (
     Dpo,
     DpoLossType,
     Every,
-    Fsdp,
     JobConfig,
     LrScheduler,
     Method,
     MethodType,
     ObjectiveType,
-    Parallelism,
-    Sharding,
-    Strategy,
     Training,
 )
+from finetune_trainer.devices import resolve_parallelism
 from finetune_trainer.errors import InvalidConfig
 from finetune_trainer.methods import (
     check_added_tokens,
@@ -48,7 +45,6 @@ from finetune_trainer.progress import (
     Resolved,
     ResolvedDpo,
     ResolvedEarlyStopping,
-    ResolvedParallelism,
 )
 
 if TYPE_CHECKING:
@@ -159,6 +155,7 @@ def check_early(config: JobConfig, model: ModelFacts) -> None:
     check_outcome(config, model)
     resolve_batch(config)
     resolve_dpo(config)
+    resolve_parallelism(config)
 
 
 def resolve_max_length(config: JobConfig, model: ModelFacts) -> int:
@@ -264,25 +261,6 @@ def resolve_early_stopping(training: Training) -> ResolvedEarlyStopping | None:
     if asked is None:
         return None
     return ResolvedEarlyStopping(patience=asked.patience, threshold=_or(asked.threshold, 0.0))
-
-
-def resolve_parallelism(config: JobConfig) -> ResolvedParallelism:
-    """How devices share the work: FSDP where all weights are trained on several of them, else DDP."""
-    asked = config.parallelism or Parallelism()
-    strategy = _or(asked.strategy, Strategy.AUTO)
-    if strategy is Strategy.AUTO:
-        shards = config.method_type is MethodType.FULL or asked.fsdp is not None
-        strategy = Strategy.FSDP if shards else Strategy.DDP
-    fsdp = asked.fsdp or Fsdp()
-    sharded = strategy is Strategy.FSDP and asked.world_size > 1
-    return ResolvedParallelism(
-        num_nodes=config.num_nodes,
-        gpus_per_node=config.gpus_per_node,
-        world_size=asked.world_size,
-        strategy=strategy.value if asked.world_size > 1 else "Single",
-        sharding=_or(fsdp.sharding, Sharding.FULL).value if sharded else None,
-        cpu_offload=sharded and _or(fsdp.cpu_offload, False),
-    )
 
 
 def resolve_length(training: Training, rows: int, global_batch: int) -> tuple[int, float]:

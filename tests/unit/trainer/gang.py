@@ -87,7 +87,7 @@ class Gang:
             process.stdin.close()
         for process in self.ranks:
             try:
-                process.wait(timeout=20)
+                process.wait(timeout=PATIENCE_SECONDS)
             finally:
                 process.kill()
                 process.wait()

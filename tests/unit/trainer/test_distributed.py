@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from tests.unit.trainer.gang import Gang
-from tests.unit.trainer.runs import SETTINGS, Run, replace_settings, same_bits
+from finetune_trainer.errors import InvalidConfig
+from tests.unit.trainer.gang import ROOT, Gang, environment, free_port
+from tests.unit.trainer.runs import SETTINGS, CrashAfter, CrashError, Run, replace_settings, same_bits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 HERE = "tests.unit.trainer.test_distributed"
 FSDP = {"strategy": "FSDP", "sharding": "Full", "world_size": 2}
+GRAD_OP = {**FSDP, "sharding": "GradOp"}
 DDP = {"strategy": "DDP", "world_size": 2}
 FULL = {"method": "Full", "base_format": "FP32", "lora": None, "double_quantization": False, "learning_rate": 0.003}
 LORA = {"method": "LoRA", "base_format": "FP32", "double_quantization": False}
@@ -40,7 +44,6 @@ def train(
 ) -> dict[str, Any]:
     """Train to the end, or to a crash; whole weights, losses and what kind of tensors they were held as."""
     from finetune_trainer.state import trained  # noqa: PLC0415 - in a rank
-    from tests.unit.trainer.test_resume import CrashAfter, CrashError  # noqa: PLC0415
 
     run = Run(Path(model), Path(root), settings(*changes))
     run.attempt = attempt - 1
@@ -58,6 +61,24 @@ def train(
         "held_out": [line["eval_loss"] for line in course.measurements],
         "kinds": kinds,
     }
+
+
+def train_unsharded(model: str, root: str, changes: list[dict[str, Any]]) -> None:
+    """Train with a base of which one weight is whole, as where a library falls back to DDP without a word."""
+    from finetune_trainer import sharding  # noqa: PLC0415 - in a rank
+
+    check = sharding.check_sharded
+
+    def spoil(model: Any) -> None:
+        norm = model.model.norm
+        norm.weight = torch.nn.Parameter(norm.weight.full_tensor())
+        check(model)
+
+    sharding.check_sharded = spoil
+    try:
+        train(model, root, changes)
+    finally:
+        sharding.check_sharded = check
 
 
 # The tests
@@ -82,19 +103,23 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 
 @pytest.mark.parametrize("method", [EXACT, {**LORA, **EXACT}, FULL], ids=["QLoRA", "LoRA", "Full"])
-@pytest.mark.parametrize("sharing", [DDP, FSDP], ids=["DDP", "FSDP"])
+@pytest.mark.parametrize("sharing", [DDP, FSDP, GRAD_OP], ids=["DDP", "FSDP", "FSDP GradOp"])
 def test_two_processes_end_with_the_weights_of_one(
     pair: Gang, tiny_model: Path, tmp_path: Path, method: dict[str, Any], sharing: dict[str, Any]
 ) -> None:
     one = alone(tiny_model, tmp_path / "one", method)
-    arguments = {"model": str(tiny_model), "root": str(tmp_path / "two"), "changes": [method, {"parallelism": sharing}]}
+    arguments: dict[str, Any] = {
+        "model": str(tiny_model),
+        "root": str(tmp_path / "two"),
+        "changes": [method, {"parallelism": sharing}],
+    }
     first, second = pair.call(f"{HERE}:train", **arguments)
     assert first["losses"] == second["losses"]
     assert first["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert first["held_out"] == pytest.approx(one["held_out"], rel=1e-4)
     assert distance(first["weights"], one["weights"]) < NOISE
     assert first["losses"][-1] < first["losses"][0]
-    assert ("DTensor" in first["kinds"]) == (sharing is FSDP)
+    assert ("DTensor" in first["kinds"]) == (sharing is not DDP)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +145,7 @@ def test_another_number_of_processes_goes_on_with_the_same_rows(
     pair: Gang, tiny_model: Path, tmp_path: Path, method: dict[str, Any], sharing: dict[str, Any], first: str
 ) -> None:
     unbroken = alone(tiny_model, tmp_path / "unbroken", method)
-    one = {"model": str(tiny_model), "root": str(tmp_path / "work"), "changes": [method]}
+    one: dict[str, Any] = {"model": str(tiny_model), "root": str(tmp_path / "work"), "changes": [method]}
     two = {**one, "changes": [method, {"parallelism": sharing}]}
     if first == "one":
         train(**one, crash_after=5)
@@ -130,3 +155,68 @@ def test_another_number_of_processes_goes_on_with_the_same_rows(
         resumed = train(**one, attempt=2)
     assert resumed["losses"] == pytest.approx(unbroken["losses"], rel=1e-4)
     assert distance(resumed["weights"], unbroken["weights"]) < NOISE
+
+
+def test_a_base_that_is_not_sharded_is_not_trained_as_if_it_were(pair: Gang, tiny_model: Path, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {
+        "model": str(tiny_model),
+        "root": str(tmp_path),
+        "changes": [FULL, {"parallelism": FSDP}],
+    }
+    for error in pair.call(f"{HERE}:train_unsharded", **arguments):
+        assert str(error) == "parallelism.strategy is FSDP, but model.norm.weight is not sharded"
+
+
+def test_a_batch_that_the_processes_do_not_share_evenly_is_refused(
+    pair: Gang, tiny_model: Path, tmp_path: Path
+) -> None:
+    changes = [{"parallelism": DDP, "global_batch_size": 6}]
+    for error in pair.call(f"{HERE}:train", model=str(tiny_model), root=str(tmp_path), changes=changes):
+        assert isinstance(error, InvalidConfig)
+        assert "globalBatchSize is 6, which 2 processes with perDeviceTrainBatchSize 2" in str(error)
+
+
+# Failing together
+
+FAIL = """
+import os, sys, threading
+from finetune_trainer import distributed
+from finetune_trainer.errors import TrainerError, VolumeFull
+
+def leave(error):
+    print("LEFT", error.reason, error, flush=True)
+    os._exit(0)
+
+try:
+    with distributed.joined("cpu", 1, threading.Event(), leave):
+        if distributed.rank() == 1:
+            raise VolumeFull("No room.")
+        {waits}
+except TrainerError as error:
+    print("RAISED", error.reason, error, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("waits", "told"),
+    [
+        ("distributed.barrier()", "VolumeFull Rank 1: No room."),
+        ("threading.Event().wait()", "LEFT VolumeFull Rank 1: No room."),
+    ],
+    ids=["in an exchange", "where nothing tells"],
+)
+def test_what_one_rank_fails_for_ends_the_others_with_its_reason(waits: str, told: str) -> None:
+    port = free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAIL.format(waits=waits)],
+            cwd=ROOT,
+            env=environment(rank, 2, port),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=90)[0] for rank in ranks]
+    assert told in said[0]
+    assert "RAISED VolumeFull No room." in said[1]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_trainer.collate import as_dataset, build_order
-from finetune_trainer.order import RowOrder, share_out
+from finetune_trainer.order import FILLER, RowOrder, Share, share_out
 from tests.unit.trainer.runs import SETTINGS, replace_settings
 
 LENGTHS = [5, 9, 2, 7, 1, 8, 3, 6, 4, 10]
@@ -111,3 +111,20 @@ def test_rows_are_arrays_when_they_are_asked_for() -> None:
     row = as_dataset(make_table())[1]
     assert row["input_ids"].tolist() == [1] * 9
     assert row["loss_mask"].dtype == np.bool_
+
+
+@given(
+    rows=st.integers(1, 60), micro_batch=st.integers(1, 4), accumulation=st.integers(1, 4), world_size=st.integers(1, 5)
+)
+def test_any_number_of_ranks_takes_the_same_rows_in_each_step(
+    rows: int, micro_batch: int, accumulation: int, world_size: int
+) -> None:
+    batch = micro_batch * accumulation * world_size
+    order = RowOrder(list(range(1, rows + 1)), 7, batch)
+    shares = [list(Share(order, micro_batch, batch, rank, world_size)) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {len(Share(order, micro_batch, batch, 0, world_size))}
+    alone = list(order)
+    for step in range(0, len(shares[0]), accumulation):
+        taken = [row for share in shares for part in share[step : step + accumulation] for row in part]
+        wanted = alone[step // accumulation * batch :][:batch]
+        assert sorted(row for row in taken if row != FILLER) == sorted(wanted)
