@@ -6,19 +6,21 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
-from finetune_trainer.evaluate import evaluating
+from finetune_trainer.evaluate import PairRow, evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from finetune_trainer.evaluate import PairRow, TokenRow
+    from finetune_trainer.evaluate import TokenRow
 
 log = logging.getLogger(__name__)
 
 SAMPLES = 2
 NEW_TOKENS = 32
 SHOWN_CHARACTERS = 400
+BEGINNING, BEGINNING_TOKENS = 3, 64
+"""Of a text without a prompt: a third of it, at most so many tokens."""
 
 
 def generate(
@@ -59,11 +61,15 @@ def generate(
 
 
 def choose_prompts(rows: Sequence[TokenRow | PairRow], count: int = SAMPLES) -> list[list[int]]:
-    """Prompts of held-out rows, spread over them; rows that begin with their answer have none."""
-    prompts = [list(row.prompt) for row in rows]
-    prompts = [prompt for prompt in prompts if prompt]
-    step = max(1, len(prompts) // count)
-    return prompts[::step][:count]
+    """Prompts of held-out rows, spread over them; of a text that is learned whole, its beginning."""
+    step = max(1, len(rows) // count)
+    return [_prompt(row) for row in rows[::step][:count]]
+
+
+def _prompt(row: TokenRow | PairRow) -> list[int]:
+    if isinstance(row, PairRow) or len(row.prompt) > 1:
+        return list(row.prompt)
+    return list(row.input_ids[: max(1, min(len(row.input_ids) // BEGINNING, BEGINNING_TOKENS))])
 
 
 def write(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from finetune_trainer import samples
 from finetune_trainer.adapters import build_lora
 from finetune_trainer.collate import Collator, as_dataset
 from finetune_trainer.errors import NonFiniteLoss, OutOfMemory
@@ -189,3 +190,9 @@ def test_cores_are_those_of_the_control_group(tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def _torch_set_up() -> None:
     set_up_torch()
+
+
+def test_a_text_that_is_learned_whole_is_sampled_from_its_beginning() -> None:
+    ids = list(range(3, 33))
+    whole, asked = TokenRow(ids, [IGNORED, *ids[1:]]), TokenRow(ids, [IGNORED] * 12 + ids[12:])
+    assert [len(prompt) for prompt in samples.choose_prompts([whole, asked])] == [10, 12]
