@@ -214,6 +214,7 @@ METRICS = {
     "epoch": "Passes over the rows so far.",
     "loss": "Mean training loss since the last log line, in nats a token.",
     "eval_loss": "Held-out loss, in nats a token.",
+    "best_eval_loss": "Lowest held-out loss so far, in nats a token.",
     "tokens_per_second": "Tokens trained on each second.",
     "eta_seconds": "Seconds left, as far as is known.",
     "peak_memory_bytes": "Most memory of the accelerator held so far.",
