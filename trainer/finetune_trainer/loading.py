@@ -206,7 +206,8 @@ def _supports_flash_attention(folder: Path) -> bool:
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - slow
 
     known: Any = AutoModelForCausalLM._model_mapping  # noqa: SLF001 - there is no public way to ask
-    return bool(known[type(AutoConfig.from_pretrained(folder))]._supports_flash_attn)  # noqa: SLF001 - likewise
+    kind = type(AutoConfig.from_pretrained(folder, trust_remote_code=trusts_code(folder)))
+    return kind in known and bool(known[kind]._supports_flash_attn)  # noqa: SLF001 - likewise
 
 
 def extend_embeddings(model: Any, added_tokens: Sequence[int]) -> None:  # noqa: ANN401 - a transformers model

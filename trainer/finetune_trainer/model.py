@@ -17,7 +17,7 @@ from finetune_trainer.config import REMOTE_CODE_VARIABLE
 from finetune_trainer.errors import InvalidModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 log = logging.getLogger(__name__)
 
@@ -307,12 +307,14 @@ def describe(folder: Path) -> ModelFacts:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     linear = {name: module for module, name in names.items() if module is not head and _is_linear(module)}
     experts = dict(_experts(model))
+    columns = {name: _input_columns(module) for name, module in linear.items()}
+    rows = {name: module.weight.numel() // columns[name] for name, module in linear.items()}
     return ModelFacts(
         architecture=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         max_positions=getattr(config.get_text_config(), "max_position_embeddings", None),
-        linear_layers={name: _input_columns(module) for name, module in linear.items()},
-        linear_rows={name: module.weight.numel() // _input_columns(module) for name, module in linear.items()},
+        linear_layers=columns,
+        linear_rows=rows,
         gptq=getattr(config, "quantization_config", None) is not None,
         experts=experts,
         taken_for_experts=_taken_for_experts(config.model_type) if experts else (),
@@ -321,7 +323,7 @@ def describe(folder: Path) -> ModelFacts:
         embeddings=names[embeddings],
         head=names.get(head),
         tied=head is not None and head.weight is embeddings.weight,
-        adapter=read_adapter(folder / ADAPTER_FOLDER, "model.adapter") if (folder / ADAPTER_FOLDER).is_dir() else None,
+        adapter=_fitting_adapter(folder / ADAPTER_FOLDER, columns, rows, experts),
     )
 
 
@@ -354,6 +356,26 @@ def read_adapter(folder: Path, where: str) -> dict[str, Any]:
     if settings.get("peft_type") != "LORA":
         msg = f"{where} is of type {settings.get('peft_type')} ({ADAPTER_CONFIG}), only LORA can be gone on from. "
         raise InvalidModel(msg + "Give a LoRA adapter, or drop model.adapter to begin a new one.")
+    return settings
+
+
+def _fitting_adapter(
+    folder: Path, columns: dict[str, int], rows: dict[str, int], experts: Iterable[str]
+) -> dict[str, Any] | None:
+    """The settings of the adapter, if there is one, each part of which is for a layer of the model. InvalidModel."""
+    if not folder.is_dir():
+        return None
+    settings = read_adapter(folder, "model.adapter")
+    holders = {name.rpartition(".")[0] for name in experts}
+    for name, shape in shapes_in(folder / ADAPTER_WEIGHTS).items():
+        found = re.fullmatch(r"base_model\.model\.(.+?)(?:\.base_layer)*\.lora_([AB])\.weight", name)
+        if found is None or found[1] in holders:
+            continue
+        layer, sizes, place = found[1], *((columns, 1) if found[2] == "A" else (rows, 0))
+        if layer not in sizes or shape[place] != sizes[layer]:
+            what = f"has {shape[place]:,} where it has {sizes[layer]:,}" if layer in sizes else "is none of its layers"
+            msg = f"model.adapter is not for this model: {layer} {what}. "
+            raise InvalidModel(msg + "Give the base model that the adapter was trained on, or drop model.adapter.")
     return settings
 
 

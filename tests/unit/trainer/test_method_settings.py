@@ -7,6 +7,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from finetune_trainer.config import JobConfig
@@ -449,4 +450,23 @@ def test_an_adapter_of_another_kind_is_refused(tiny_model: Path, tmp_path: Path)
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
     shutil.copy(tiny_model / "model.safetensors", folder / "adapter" / "adapter_model.safetensors")
     with pytest.raises(InvalidModel, match=r"of type IA3 .*, only LORA can be gone on from"):
+        describe(folder)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "words"),
+    [
+        pytest.param("layers.0.mlp.up_proj", (4, 65), "layers.0.mlp.up_proj has 65 where it has 64", id="its size"),
+        pytest.param("layers.7.mlp.up_proj", (4, 64), "layers.7.mlp.up_proj is none of its layers", id="its layers"),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused(
+    tiny_model: Path, tmp_path: Path, layer: str, shape: tuple[int, int], words: str
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(ADAPTER))
+    weights = {f"base_model.model.model.{layer}.lora_A.weight": torch.zeros(shape)}
+    save_file(weights, folder / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(InvalidModel, match=f"not for this model: model.{words}.*Give the base model that the adapter"):
         describe(folder)
