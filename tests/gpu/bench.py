@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finetune_trainer.__main__ import main
 from tests.tiny import make_config, make_jsonl, make_tokenizer
@@ -39,12 +39,13 @@ LLAMA_8B: dict[str, Any] = {
 }
 """Llama-3-8B."""
 STEPS = 20
+WARM_UP_STEPS = 3
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training took. Speed is that of the last steps, memory the most that tensors held."""
+    """What a training took. Memory is the most that tensors held."""
 
     name: str
     first_loss: float
@@ -52,12 +53,35 @@ class Outcome:
     tokens_per_second: float
     peak_bytes: float
 
+    @classmethod
+    def of(cls, name: str, work: Path, resumed: int = 0) -> Outcome:
+        """What the log of a training in that folder says, which went on from step `resumed`; memory is rank 0's."""
+        lines = [json.loads(line) for line in (work / "report" / "training.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if "loss" in line]
+        latest = [line for line in steps if line["step"] > resumed]
+        return cls(
+            name,
+            steps[0]["loss"],
+            steps[-1]["loss"],
+            steady([line["tokens_per_second"] for line in latest]),
+            max(line["peak_memory_bytes"] for line in latest),
+        )
+
     def __str__(self) -> str:
         """A line for people."""
         return (
             f"{self.name:<28} {self.tokens_per_second:>9,.0f} tokens/s {self.peak_bytes / GIB:>7.2f} GiB "
             f"({self.peak_bytes / 1e9:.1f} GB)   loss {self.first_loss:.3f} -> {self.last_loss:.3f}"
         )
+
+
+def steady(rates: list[float]) -> float:
+    """Tokens a second without the first steps, which wait for kernels.
+
+    `rates`: of each step, the average since the first; all steps have as many tokens.
+    """
+    count = len(rates)
+    return (count - WARM_UP_STEPS) / (count / rates[-1] - WARM_UP_STEPS / rates[WARM_UP_STEPS - 1])
 
 
 @dataclass(frozen=True)
@@ -74,7 +98,9 @@ class Bench:
         """A Llama with random weights in bf16, made on the device: 16 GB are on the disk within half a minute."""
         make_tokenizer(self.models / name)
         with torch.device(device):
-            model = LlamaForCausalLM(LlamaConfig(**shape, **TOKENIZER, dtype="bfloat16"))
+            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                LlamaConfig(**shape, **TOKENIZER), dtype=torch.bfloat16
+            )
         model.save_pretrained(self.models / name, max_shard_size="5GB")
         del model
         forget()
@@ -89,17 +115,9 @@ class Bench:
             for stage in ("prepare", "train"):
                 code = main([stage, *options, "--termination-log", str(self.root / "last-word")])
                 assert code == 0, (self.root / "last-word").read_text()
-            lines = [json.loads(line) for line in (work / "report" / "training.jsonl").read_text().splitlines()]
+            return Outcome.of(name, work)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        steps = [line for line in lines if "loss" in line]
-        return Outcome(
-            name,
-            steps[0]["loss"],
-            steps[-1]["loss"],
-            steps[-1]["tokens_per_second"],
-            max(line["peak_memory_bytes"] for line in steps),
-        )
 
 
 def forget() -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 RECIPE = Path(__file__).parents[2] / "examples" / "recipes" / "1-llama3-8b-qlora.yaml"
 RECIPE_GIB = 16.6
-STEPS = 10
+STEPS = 12
 
 
 def volume(claim: str, path: str) -> dict[str, Any]:

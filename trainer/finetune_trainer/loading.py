@@ -28,6 +28,13 @@ GPU_SLACK_BYTES = 4 * 2**30
 DTYPES = {"BF16": "bfloat16", "FP16": "float16", "FP32": "float32"}
 """Names of torch's dtypes."""
 ATTENTIONS = {"SDPA": "sdpa", "FlashAttention2": "flash_attention_2", "Eager": "eager"}
+NOISY = (
+    "torch.utils._pytree",
+    "bitsandbytes.autograd._functions",  # a line for each product of each 8-bit layer
+    "bitsandbytes.backends.cpu.ops",
+    "transformers.tokenization_utils_base",
+)
+"""Loggers that warn of what is meant to be."""
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -52,7 +59,7 @@ def set_up_torch() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a cost, and nothing here reads such memory
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    for noisy in ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "transformers.tokenization_utils_base"):
+    for noisy in NOISY:
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
