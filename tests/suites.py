@@ -30,7 +30,15 @@ SUITES: dict[str, list[Command]] = {
     "lint": [
         tool("ruff", "check", "."),
         tool("ruff", "format", "--check", "."),
-        tool("mypy", "operator/finetune_operator", "trainer/finetune_trainer", "cluster", "examples", "benchmarks", "tests"),
+        tool(
+            "mypy",
+            "operator/finetune_operator",
+            "trainer/finetune_trainer",
+            "cluster",
+            "examples",
+            "benchmarks",
+            "tests",
+        ),
         tool("lint-imports"),
     ],
     "unit": [

@@ -6,7 +6,14 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from finetune_trainer.progress import LAST_WORD_LIMIT_BYTES, MESSAGE_LIMIT_CHARACTERS, LastWord, Reason
+from finetune_trainer.progress import (
+    LAST_WORD_LIMIT_BYTES,
+    MESSAGE_LIMIT_CHARACTERS,
+    DataFacts,
+    LastWord,
+    Reason,
+    TrainFacts,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,10 +45,21 @@ def fitted(word: LastWord) -> bytes:
 
 
 def _smaller_and_smaller(word: LastWord) -> list[LastWord]:
-    candidates = [word, word.model_copy(update={"message": shortened(word.message, SHORT_MESSAGE_CHARACTERS)})]
+    candidates = [word, word.model_copy(update=_without_lists(word))]
+    candidates.append(candidates[-1].model_copy(update={"message": shortened(word.message, SHORT_MESSAGE_CHARACTERS)}))
     for name in DROPPED_IN_ORDER:
         candidates.append(candidates[-1].model_copy(update={name: None}))
     return candidates
+
+
+def _without_lists(word: LastWord) -> dict[str, TrainFacts | DataFacts]:
+    """The facts without what is listed layer by layer and dataset by dataset."""
+    smaller: dict[str, TrainFacts | DataFacts] = {}
+    if word.training is not None:
+        smaller["training"] = word.training.model_copy(update={"layers": ()})
+    if word.data is not None:
+        smaller["data"] = word.data.model_copy(update={"datasets": ()})
+    return smaller
 
 
 def shortened(message: str, limit: int = MESSAGE_LIMIT_CHARACTERS) -> str:

@@ -106,15 +106,28 @@ def test_a_last_word_fits_its_limit(desk: Desk, config: dict[str, Any], message:
     _, word = desk.run("prepare", config)
     assert word is not None
     assert word.resolved is not None
+    assert word.resolved.lora is not None
     many = tuple(f"model.layers.{index}.self_attn.q_proj" for index in range(64))
-    large = word.model_copy(
-        update={"message": message, "resolved": word.resolved.model_copy(update={"target_modules": many})}
-    )
+    lora = word.resolved.lora.model_copy(update={"target_modules": many})
+    large = word.model_copy(update={"message": message, "resolved": word.resolved.model_copy(update={"lora": lora})})
     data = fitted(large)
     assert len(data) <= LAST_WORD_LIMIT_BYTES
     kept = LastWord.model_validate_json(data)
     assert (kept.succeeded, kept.manifest_digest) == (True, word.manifest_digest)
     assert isinstance(kept.data, DataFacts)
+
+
+def test_what_is_listed_gives_way_before_the_settings(desk: Desk, config: dict[str, Any]) -> None:
+    _, word = desk.run("prepare", config)
+    assert word is not None
+    assert word.data is not None
+    many = tuple(word.data.datasets[0].model_copy(update={"name": f"dataset-{index}"}) for index in range(40))
+    large = word.model_copy(update={"data": word.data.model_copy(update={"datasets": many})})
+    assert len(large.to_json().encode()) > LAST_WORD_LIMIT_BYTES
+    kept = LastWord.model_validate_json(fitted(large))
+    assert kept.resolved == word.resolved
+    assert kept.data is not None
+    assert kept.data.train_rows == word.data.train_rows
 
 
 def test_a_long_message_keeps_both_ends() -> None:
