@@ -1,4 +1,4 @@
-"""No rank holds a model that is to be sharded, rank 0 included: memory beside the shard does not grow with the model."""
+"""No rank holds a model that is to be sharded: what it needs beside its shard does not grow with the model."""
 
 from pathlib import Path
 
