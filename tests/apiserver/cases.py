@@ -267,11 +267,15 @@ BAD: dict[str, tuple[JSON, str]] = {
     ),
     "Full on 8 bits": (
         spec(method={"type": "Full", "baseWeights": {"format": "Int8"}}),
-        "method.baseWeights.format: Full takes BF16, FP16, FP32",
+        "method.baseWeights.format: Full takes BF16, FP32",
+    ),
+    "Full in half precision": (
+        spec(method={"type": "Full", "baseWeights": {"format": "FP16"}}),
+        "method.baseWeights.format: Full takes BF16, FP32",
     ),
     "GaLore on 4 bits": (
         spec(method={"type": "GaLore", "baseWeights": {"format": "GPTQ"}}),
-        "method.baseWeights.format: GaLore takes BF16, FP16, FP32",
+        "method.baseWeights.format: GaLore takes BF16, FP32",
     ),
     "double quantization of GPTQ": (
         spec(method={"baseWeights": {"format": "GPTQ", "doubleQuantization": True}}),

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune_trainer.config import (
-    ADAPTER_METHODS,
     FLOATING,
     FORMATS,
     Attention,
@@ -91,12 +90,6 @@ def resolve_base_format(config: JobConfig) -> BaseFormat:
     asked = weights.format if weights else None
     if asked is BaseFormat.FP16 and config.gpus_per_node == 0:
         msg = "method.baseWeights.format FP16 needs a GPU, parallelism.gpusPerNode is 0. Set it to FP32 or BF16."
-        raise InvalidConfig(msg)
-    if asked is BaseFormat.FP16 and kind not in ADAPTER_METHODS:
-        msg = (
-            f"method.baseWeights.format FP16 cannot be trained whole: the gradients of {kind} would vanish in it. "
-            "Set it to FP32 and computeDtype to FP16, or set both to BF16."
-        )
         raise InvalidConfig(msg)
     if asked is not None:
         return asked

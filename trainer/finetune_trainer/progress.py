@@ -270,7 +270,7 @@ class Measured(Model):
     )
     eval_loss: float | None = Field(default=None, description="Nats a token.")
     perplexity: float | None = None
-    eval_loss_base: float | None = Field(default=None, description="Of the base model before training, nats a token.")
+    eval_loss_base: float | None = Field(default=None, description="Before training, nats a token.")
     kl_divergence: float | None = Field(
         default=None, description="From the model it was made from, nats a token, mean over held-out loss tokens."
     )

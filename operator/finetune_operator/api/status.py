@@ -120,7 +120,7 @@ class MeasuredStatus(Model):
     )
     eval_loss: Number | None = Field(default=None, description="Nats a token.")
     perplexity: Number | None = Field(default=None, description="exp of the loss.")
-    eval_loss_base: Number | None = Field(default=None, description="Of the base model before training, nats a token.")
+    eval_loss_base: Number | None = Field(default=None, description="Before training, nats a token.")
     kl_divergence: Number | None = Field(default=None, description="From the model it was made from, nats a token.")
     top1_agreement: Number | None = Field(default=None, description="Share of tokens with the same first choice.")
     perplexity_increase_percent: Number | None = Field(default=None, description="Against the model it was made from.")

@@ -185,9 +185,6 @@ WITH_EXPERTS = {"experts": EXPERTS, "taken_for_experts": ("gate_proj", "down_pro
             held("LoRA", "FP16") | {"gpus": 0}, {}, "format FP16 needs a GPU.* Set it to FP32 or BF16", id="FP16 on CPU"
         ),
         pytest.param(
-            held("Full", "FP16"), {}, "FP16 cannot be trained whole.* FP32 and computeDtype to FP16", id="Full in FP16"
-        ),
-        pytest.param(
             held("LoRA", "BF16", computeDtype="FP32"),
             {},
             "computeDtype FP32 does not go with a base that is held in BF16.*baseWeights.format to FP32 as well",

@@ -64,7 +64,7 @@ class Dataset(DatasetSource):
         gt=0,
         le=1_000_000,
         description="Share of the rows drawn for an epoch, relative to the other datasets; an epoch is as long as the "
-        "rows kept in all. Default: every row once.",
+        "rows kept in all. Default 1 beside datasets with a weight; where none has one, every row once.",
     )
     max_rows: int | None = Field(
         default=None, ge=1, le=ROWS_LIMIT, description="At most so many rows, chosen by the seed. Default all."

@@ -34,13 +34,15 @@ class BaseFormat(StrEnum):
 FOUR_BIT = (BaseFormat.NF4, BaseFormat.FP4, BaseFormat.GPTQ)
 BITSANDBYTES = (BaseFormat.NF4, BaseFormat.FP4)
 FLOATING = (BaseFormat.BF16, BaseFormat.FP16, BaseFormat.FP32)
+TRAINED_WHOLE = (BaseFormat.BF16, BaseFormat.FP32)
+"""Formats whose weights can train themselves: in FP16 their gradients would vanish."""
 FORMATS = {
     MethodType.QLORA: FOUR_BIT,
     MethodType.LORA: (BaseFormat.INT8, *FLOATING),
-    MethodType.FULL: FLOATING,
-    MethodType.GALORE: FLOATING,
+    MethodType.FULL: TRAINED_WHOLE,
+    MethodType.GALORE: TRAINED_WHOLE,
 }
-"""Which formats of the base a method takes. The first is not always the default: see finetune_trainer.resolve."""
+"""Which formats of the base a method takes. The first is not always the default: see finetune_trainer.methods."""
 ADAPTER_METHODS = (MethodType.QLORA, MethodType.LORA)
 
 
@@ -123,8 +125,8 @@ class BaseWeights(Model):
 
     format: BaseFormat | None = Field(
         default=None,
-        description="QLoRA: NF4, FP4 or GPTQ (the model's own). LoRA: Int8, BF16, FP16 or FP32. Full, GaLore: BF16, "
-        "FP16 or FP32. Default NF4 for QLoRA, BF16 for LoRA and GaLore, FP32 for Full; FP32 on CPU.",
+        description="QLoRA: NF4, FP4 or GPTQ (the model's own). LoRA: Int8, BF16, FP16 or FP32. Full, GaLore: BF16 "
+        "or FP32. Default NF4 for QLoRA, FP32 for Full; BF16 for LoRA and GaLore, on CPU FP32.",
     )
     double_quantization: bool | None = Field(
         default=None, description="NF4, FP4: quantize the scales as well (0.37 bits a weight less). Default true."
@@ -143,7 +145,9 @@ class Method(Model):
     galore: GaLore | None = Field(default=None, description="Settings of GaLore.")
     base_weights: BaseWeights | None = Field(default=None, description="Settings of the base.")
     compute_dtype: ComputeDtype | None = Field(
-        default=None, description="Auto: BF16 where the GPU has it, else FP16; FP32 on CPU. Default Auto."
+        default=None,
+        description="Auto: the format of a base of 16 bits; else BF16, on CPU FP32. A GPU without BF16 takes FP16 in "
+        "its place. Default Auto.",
     )
 
     @model_validator(mode="after")

@@ -226,7 +226,7 @@ class Parallelism(Model):
         default=None, ge=0, le=16, description="GPUs a pod, or 0 to try out on CPU. Default 1."
     )
     strategy: Strategy | None = Field(
-        default=None, description="Auto: FSDP for Full on several devices, else DDP. Default Auto."
+        default=None, description="Auto: on several devices FSDP for Full or with fsdp, else DDP. Default Auto."
     )
     fsdp: Fsdp | None = Field(default=None, description="Settings of FSDP.")
 
