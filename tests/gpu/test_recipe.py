@@ -42,6 +42,6 @@ def test_recipe_1_at_its_real_size_stays_within_its_memory(bench: Bench, told: C
     make_texts(datasets / "long.jsonl", range(rows), tokens=1200)
     make_texts(datasets / "test.jsonl", range(rows, rows + 8), tokens=1200)
     bench.make_model("8b", LLAMA_8B)
-    outcome = told(bench.train(f"recipe 1, 8B ({RECIPE_GIB} GB by hand)", recipe()))
+    outcome = told(bench.train(f"recipe 1, 8B ({RECIPE_GIB} GiB by hand)", recipe()))
     assert outcome.last_loss < outcome.first_loss
     assert outcome.peak_bytes < RECIPE_GIB * GIB

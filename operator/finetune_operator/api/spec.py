@@ -78,7 +78,7 @@ class OutputVolume(Model):
     existing: ExistingClaim | None = Field(default=None, description="Use a claim of the job's namespace.")
 
     @model_validator(mode="after")
-    def _at_most_one(self) -> Self:
+    def _exactly_one(self) -> Self:
         if (self.create is None) == (self.existing is None):
             msg = "output.volume: exactly one is needed: create or existing"
             raise ValueError(msg)
