@@ -210,8 +210,9 @@ def test_plain_peft_reads_the_adapter_and_gives_the_same_logits(models: Path, tm
     start = logits(trainer.model)
     trainer.train()
     save_adapter(trainer.model, tmp_path / "adapter")
-    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert sum(tensor.numel() for tensor in saved.values()) == census.totals(census.count_layers(trainer.model))[0]
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()
+    distinct = {tensor.numpy().tobytes(): tensor.numel() for tensor in saved}  # PEFT writes a tied head twice
+    assert sum(distinct.values()) == census.totals(census.count_layers(trainer.model))[0]
     base = load_base(run.model, run.settings, CPU, torch.bfloat16 if name == "LoRA BF16" else torch.float32)
     read = import_peft().PeftModel.from_pretrained(base, tmp_path / "adapter")
     expected = logits(unwrapped(trainer))
@@ -392,7 +393,7 @@ def test_a_schedule_takes_its_course(models: Path, tmp_path: Path, scheduler: st
     assert course(0) == 0.0
 
 
-class CountingProducts(TorchDispatchMode):
+class CountingProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is half typed
     """Counts the products that are computed: not those that selective checkpointing has kept."""
 
     count = 0
@@ -407,7 +408,7 @@ def test_selective_checkpointing_computes_no_product_again(models: Path, tmp_pat
     for kind in ("Off", "Selective", "Full"):
         run = prepare("Full", models, tmp_path / kind, total_steps=2, gradient_checkpointing=kind)
         trainer, _ = run.build()
-        with CountingProducts() as counting:
+        with CountingProducts() as counting:  # type: ignore[no-untyped-call]
             trainer.train()
         counts[kind], told[kind] = counting.count, losses(trainer)
     assert counts["Off"] == counts["Selective"] < counts["Full"]
