@@ -123,7 +123,9 @@ def test_two_processes_end_with_the_weights_of_one(
 
 
 @pytest.mark.parametrize(
-    ("method", "sharing"), [({}, DDP), (FULL, FSDP)], ids=["QLoRA with dropout, DDP", "Full, FSDP"]
+    ("method", "sharing"),
+    [({}, DDP), ({**LORA, "packing": True}, FSDP), (FULL, FSDP)],
+    ids=["QLoRA with dropout, DDP", "LoRA with dropout on packed rows, FSDP", "Full, FSDP"],
 )
 def test_as_many_processes_go_on_exactly(
     pair: Gang, tiny_model: Path, tmp_path: Path, method: dict[str, Any], sharing: dict[str, Any]
