@@ -107,7 +107,7 @@ def data_status(facts: DataFacts) -> DataStatus:
 
 
 def resolved_status(resolved: Resolved) -> JSON:
-    """The settings; fractions as text, so that they come back as they were written."""
+    """The settings; fractions as text of 6 digits: as numbers they would come back otherwise than they were written."""
     return {name: _plain(value) for name, value in resolved.model_dump(by_alias=True, exclude_none=True).items()}
 
 

@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel
 from transformers.pytorch_utils import Conv1D
 
 from finetune_trainer import state
+from finetune_trainer.methods import BIASES, STARTS
 from finetune_trainer.model import ADAPTER_FOLDER
 
 if TYPE_CHECKING:
@@ -17,10 +18,8 @@ if TYPE_CHECKING:
 
     from finetune_trainer.progress import Resolved
 
-ADAPTER_NAME = "default"
+TRAINED = "default"
 """PEFT's name of the adapter that trains."""
-BIASES: dict[str, Any] = {"None": "none", "All": "all", "LoraOnly": "lora_only"}
-STARTS: dict[str, Any] = {"Default": True, "Gaussian": "gaussian", "Orthogonal": "orthogonal"}
 
 
 def go_on_from(base: Any, model_folder: Path) -> Any:  # noqa: ANN401 - transformers' and PEFT's models
@@ -93,4 +92,4 @@ def save_adapter(model: Any, folder: Path) -> None:  # noqa: ANN401 - a PEFT mod
 
     Where tokens were added PEFT (0.21) writes all embeddings besides, or asks the hub: their rows will do.
     """
-    model.save_pretrained(folder, selected_adapters=[ADAPTER_NAME], save_embedding_layers=False)
+    model.save_pretrained(folder, selected_adapters=[TRAINED], save_embedding_layers=False)

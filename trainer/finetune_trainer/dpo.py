@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from finetune_trainer.adapters import TRAINED
 from finetune_trainer.data import INPUT_IDS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK
 from finetune_trainer.distributed import total, world_size
 from finetune_trainer.evaluate import IGNORED, HeldOut, PairRow, evaluating, pad, polled, token_row
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-START, REFERENCE = "default", "ref"
-"""PEFT's name of the adapter that trains, and TRL's of the copy of what it began with."""
+REFERENCE = "ref"
+"""TRL's name of the copy of what an adapter began with."""
 
 
 class DpoTrainer(Exact, DPOTrainer):
@@ -124,6 +125,6 @@ def copy_start_to_reference(model: Any) -> None:  # noqa: ANN401 - a PEFT model
     tensors = dict(model.named_parameters())
     for name, tensor in tensors.items():
         parts = name.split(".")
-        if START in parts:
-            reference = tensors[".".join(REFERENCE if part == START else part for part in parts)]
+        if TRAINED in parts:
+            reference = tensors[".".join(REFERENCE if part == TRAINED else part for part in parts)]
             reference.data = tensor.detach().clone()

@@ -38,15 +38,21 @@ ALL_LINEAR = "all-linear"
 DEFAULT_RANK = 16
 DEFAULT_GALORE_RANK = 256
 NAMES_SHOWN = 16
-PLAIN_STARTS = (True, "gaussian", "orthogonal")
-"""How an adapter may have begun that is gone on from: others change the base's weights, which are not in its files."""
+STARTS: dict[str, Any] = {
+    LoraInit.DEFAULT: True,
+    LoraInit.GAUSSIAN: "gaussian",
+    LoraInit.ORTHOGONAL: "orthogonal",
+}
+"""PEFT's words for how an adapter begins. One that is gone on from must have begun so: other ways change the base's
+weights, which are not in its files."""
 KINDS = {
     "targetModules": "linear layer",
     "excludeModules": "linear layer",
     "modulesToSave": "module",
     "targetParameters": "parameter of fused experts",
 }
-BIASES = {"none": "None", "all": "All", "lora_only": "LoraOnly"}
+BIASES: dict[str, Any] = {LoraBias.NONE: "none", LoraBias.ALL: "all", LoraBias.LORA_ONLY: "lora_only"}
+"""PEFT's words for the biases that train."""
 
 
 def or_default(value: T | None, default: T) -> T:
@@ -218,7 +224,7 @@ def _new_adapter(asked: Lora, model: ModelFacts) -> ResolvedLora:
 
 def _known_adapter(asked: Lora, settings: dict[str, Any]) -> ResolvedLora:
     """The settings of the adapter that is gone on from. InvalidConfig where method.lora says otherwise."""
-    if (start := settings.get("init_lora_weights", True)) not in PLAIN_STARTS:
+    if (start := settings.get("init_lora_weights", True)) not in STARTS.values():
         msg = (
             f"model.adapter began as '{start}' (adapter_config.json), which changed weights of the base that are not "
             "in its files. Convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion) first."
@@ -232,7 +238,7 @@ def _known_adapter(asked: Lora, settings: dict[str, Any]) -> ResolvedLora:
         target_parameters=_names(settings.get("target_parameters")),
         exclude_modules=_names(settings.get("exclude_modules")),
         modules_to_save=_names(settings.get("modules_to_save")),
-        bias=BIASES[settings.get("bias") or "none"],
+        bias=next(ours for ours, peft in BIASES.items() if peft == (settings.get("bias") or "none")),
         use_rslora=bool(settings.get("use_rslora")),
         use_dora=bool(settings.get("use_dora")),
     )

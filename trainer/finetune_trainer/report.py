@@ -217,7 +217,7 @@ METRICS = {
     "best_eval_loss": "Lowest held-out loss so far, in nats a token.",
     "tokens_per_second": "Tokens trained on each second.",
     "eta_seconds": "Seconds left, as far as is known.",
-    "peak_memory_bytes": "Most memory of the accelerator held so far.",
+    "peak_memory_bytes": "Most memory held so far, of the accelerator or, on CPU, of the process.",
     "checkpoint_step": "Step of the newest verified checkpoint.",
 }
 

@@ -25,7 +25,7 @@ def test_the_models_refuse_what_the_api_server_refuses(case: str) -> None:
 VALIDATORS = {
     "_alternatives": "warm-up twice",
     "_an_adapter_continues_an_adapter": "an adapter for Full",
-    "_at_most_one": "two volumes",
+    "_exactly_one": "two volumes",
     "_batch_is_shared_evenly": "a batch that does not divide",
     "_code_is_pinned": "code of a branch",
     "_datasets_have_names_of_their_own": "two datasets of one name",
