@@ -63,7 +63,11 @@ def _without_lists(word: LastWord) -> dict[str, TrainFacts | DataFacts]:
 
 
 def shortened(message: str, limit: int = MESSAGE_LIMIT_CHARACTERS) -> str:
-    """The message, or its beginning and its end: both carry the sense, what and the way out."""
+    """The message, or its beginning and its end: both carry the sense, what and the way out.
+
+    Halves of surrogate pairs, which JSON can quote and UTF-8 cannot write, stand escaped.
+    """
+    message = message.encode(errors="backslashreplace").decode()
     if len(message) <= limit:
         return message
     end = limit // 3

@@ -63,6 +63,7 @@ class Kept:
     lengths: array[int] = field(default_factory=lambda: array("i"))
     loss_tokens: array[int] = field(default_factory=lambda: array("i"))
     datasets: array[int] = field(default_factory=lambda: array("b"))
+    highest_token: int = -1
 
     def __len__(self) -> int:
         """Rows kept."""
@@ -74,6 +75,8 @@ class Kept:
         self.lengths.append(max(len(row.tokens.input_ids), 0 if row.rejected is None else len(row.rejected.input_ids)))
         self.loss_tokens.append(int(row.tokens.loss_mask.sum()))
         self.datasets.append(row.dataset)
+        sides = (row.tokens,) if row.rejected is None else (row.tokens, row.rejected)
+        self.highest_token = max(self.highest_token, *(int(side.input_ids.max()) for side in sides))
 
     def of_dataset(self, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
         """How many of the chosen rows each dataset has."""
@@ -100,6 +103,8 @@ class PreparedData:
     facts: DataFacts
     remarks: tuple[str, ...]
     """Sentences on what a user may not expect."""
+    highest_token: int = -1
+    """The highest id in the rows: the model must have embeddings for it."""
 
 
 def named_datasets(config: JobConfig) -> dict[str, tuple[str, Dataset]]:
@@ -165,7 +170,8 @@ def prepare_data(  # noqa: PLR0913 - what rows depend on
     aside.unlink()
     others_aside.unlink(missing_ok=True)
     facts = _facts(rows, ~held_out, measured, chosen, leaked, windows)
-    return PreparedData(facts, _remarks(rows, others, leaked, facts, evaluation, renderer))
+    highest = max(rows.highest_token, -1 if others is None else others.highest_token)
+    return PreparedData(facts, _remarks(rows, others, leaked, facts, evaluation, renderer), highest)
 
 
 def _write_train(  # noqa: PLR0913 - what the file of rows depends on
@@ -338,7 +344,7 @@ def _require_rows(rows: int, counts: Counts, name: str, max_length: int) -> None
     if counts.too_long:
         reasons.append(f"{counts.too_long:,} are longer than training.maxLength ({max_length:,} tokens)")
     if counts.nothing_to_learn:
-        reasons.append(f"{counts.nothing_to_learn:,} have no answer to learn from")
+        reasons.append(f"{counts.nothing_to_learn:,} have no answer to learn from (or, of a pair, twice the same)")
     msg = f"dataset '{name}': no row is left of {counts.dropped:,}: {' and '.join(reasons)}. "
     raise InvalidDataset(msg + "Raise training.maxLength, or give rows with shorter prompts and with answers.")
 
@@ -421,5 +427,9 @@ def _remarks(  # noqa: PLR0913 - what may be told
             "(datasets[].specialTokens takes them for such)."
         )
     if not facts.eval_rows and settings_of(evaluation)[0]:
-        remarks.append("Nothing is held out: all rows are one group (identical, or pieces of one text).")
+        remarks.append(
+            "Nothing is held out: rows of one group (identical ones, pieces of one text, pairs of one prompt) stay "
+            "together, and no group is small enough to be held out. Raise evaluation.percent, or give "
+            "evaluation.datasets."
+        )
     return tuple(remarks)

@@ -82,6 +82,8 @@ class ModelFacts:
     """Full names of the modules that hold weights of their own."""
     has_biases: bool = True
     embeddings: str = "model.embed_tokens"
+    vocabulary: int | None = None
+    """Rows of the embeddings; None: not known."""
     head: str | None = "lm_head"
     tied: bool = False
     """Whether the head is the embeddings."""
@@ -321,6 +323,7 @@ def describe(folder: Path) -> ModelFacts:
         modules=tuple(name for module, name in names.items() if any(True for _ in module.parameters(recurse=False))),
         has_biases=any(name.endswith(".bias") for name, _ in model.named_parameters()),
         embeddings=names[embeddings],
+        vocabulary=embeddings.weight.shape[0],
         head=names.get(head),
         tied=head is not None and head.weight is embeddings.weight,
         adapter=_fitting_adapter(folder / ADAPTER_FOLDER, columns, rows, experts),
@@ -394,9 +397,10 @@ def _load_config(folder: Path) -> Any:  # noqa: ANN401 - any of transformers' co
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusts_code(folder))
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])  # a heading alone says nothing
         msg = f"{CONFIG} (model_type '{model_type}') is not understood by transformers {__version__}: {reason}"
-        raise InvalidModel(msg + " Use a model that this version knows.") from error
+        raise InvalidModel(msg + f" Correct {CONFIG}, or use a model that this version knows.") from error
     brings_class = AutoModelForCausalLM.__name__ in (getattr(config, AUTO_MAP, None) or {})
     if not brings_class and type(config) not in AutoModelForCausalLM._model_mapping:  # noqa: SLF001 - not to be asked otherwise
         msg = f"Models of type '{model_type}' ({CONFIG}) write no text from left to right. "

@@ -44,10 +44,17 @@ def parse_config(value: object) -> JobConfig:
         return JobConfig.model_validate(value)
     except ValidationError as error:
         problems = error.errors(include_url=False)
-        sentences = list(dict.fromkeys(_sentence(problem) for problem in problems))
+        sentences = list(dict.fromkeys(_sentence(problem) for problem in problems if not _follows(problem, problems)))
         more = len(sentences) - ERRORS_SHOWN
         tail = [f"And {more} more."] if more > 0 else []
         raise InvalidConfig(" ".join(sentences[:ERRORS_SHOWN] + tail)) from None
+
+
+def _follows(problem: ErrorDetails, problems: Sequence[ErrorDetails]) -> bool:
+    """Whether a list is told to be too short only because its items are refused."""
+    at = problem["loc"]
+    inside = (each["loc"] for each in problems if len(each["loc"]) > len(at))
+    return problem["type"] == "too_short" and any(loc[: len(at)] == at for loc in inside)
 
 
 def _sentence(problem: ErrorDetails) -> str:

@@ -154,6 +154,17 @@ def template_kwargs(values: Mapping[str, str] | None) -> dict[str, Any]:
     return {name: words.get(value, value) for name, value in (values or {}).items()}
 
 
+def check_embedded(tokenizer: Any, highest: int, vocabulary: int | None, added: Sequence[int]) -> None:  # noqa: ANN401 - any of transformers' tokenizers
+    """InvalidModel if the rows hold a token beyond the embeddings. `highest`: the highest id in the rows."""
+    if vocabulary is None or highest < max(vocabulary, *(index + 1 for index in added), 0):
+        return
+    msg = (
+        f"The tokenizer writes '{tokenizer.convert_ids_to_tokens(highest)}' as token {highest:,}, but the model has "
+        f"embeddings for {vocabulary:,} tokens only. "
+    )
+    raise InvalidModel(msg + "Copy the tokenizer's files and the model's from the same place.")
+
+
 # Tokens that were never trained
 
 

@@ -73,6 +73,12 @@ def test_a_bug_is_told_with_type_text_and_place(
         pytest.param("{", ExitCode.INVALID_CONFIG, "is not JSON", id="no JSON"),
         pytest.param("[]", ExitCode.INVALID_CONFIG, "must be a JSON object", id="a list"),
         pytest.param("{}", ExitCode.INVALID_CONFIG, "model is needed and not set. datasets is needed", id="empty"),
+        pytest.param(
+            '{"merge": {"dtype": "\\ud800"}}',
+            ExitCode.INVALID_CONFIG,
+            'cannot be "\\ud800"',
+            id="half a surrogate pair",
+        ),
     ],
 )
 def test_a_config_that_is_none_is_told(

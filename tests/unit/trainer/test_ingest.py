@@ -137,6 +137,12 @@ def test_a_long_text_is_split_and_its_pieces_stay_together(bench: Bench) -> None
     assert not any(mask[0] for mask in bench.read()["loss_mask"].to_pylist())
 
 
+def test_nothing_held_out_is_told_with_its_reason(bench: Bench) -> None:
+    prepared = bench.prepare(make_instructions(3) * 10, evaluation={"percent": 5})
+    assert prepared.facts.eval_rows == 0
+    assert "no group is small enough to be held out. Raise evaluation.percent" in " ".join(prepared.remarks)
+
+
 def test_max_rows_are_chosen_by_the_seed(bench: Bench) -> None:
     chosen = []
     for seed in (1, 1, 2):

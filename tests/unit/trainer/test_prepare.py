@@ -203,6 +203,8 @@ REFUSED: list[tuple[str, Callable[[Desk], dict[str, Any]], Reason, str]] = [
     ("two sources", lambda _: make_config() | {"model": {}}, Reason.INVALID_CONFIG, "exactly one source is needed"),
     ("out of bounds", lambda _: make_config(training={"seed": -1}), Reason.INVALID_CONFIG,
      "training.seed cannot be -1: input"),
+    ("a part of a dataset", lambda _: make_config() | {"datasets": [{**make_config()["datasets"][0], "weight": 0}]},
+     Reason.INVALID_CONFIG, r"^datasets\[0\].weight cannot be 0: input should be greater than 0\.$"),
     ("long texts that fail", lambda _: make_config(training={"maxLength": 16, "longRows": "Fail"}),
      Reason.INVALID_DATASET, r"line 1: \d+ tokens, training.maxLength is 16 and longRows is Fail. Raise maxLength"),
     ("packing in the files' order", lambda _: make_config(training={"packing": "On", "shuffle": False}),
@@ -292,6 +294,17 @@ def without(name: str) -> Callable[[Path], object]:
     return apply
 
 
+def fewer_embeddings(folder: Path) -> None:
+    """A whole model of 40 tokens, with the tokenizer of another one."""
+    path = folder / "model.safetensors"
+    save_file(
+        {name: each[:40] if "embed" in name else each for name, each in load_file(path).items()},
+        path,
+        metadata={"format": "pt"},
+    )
+    edit(CONFIG, vocab_size=40)(folder)
+
+
 CONFIG = "config.json"
 MODELS: list[tuple[str, Callable[[Path], object], str]] = [
     ("no config", lambda f: (f / CONFIG).unlink(), "is no model: config.json is missing .*Give a folder"),
@@ -313,6 +326,9 @@ MODELS: list[tuple[str, Callable[[Path], object], str]] = [
     ("encoder", edit(CONFIG, architectures=["BertForMaskedLM"], model_type="bert"), "is an encoder"),
     ("classifier", edit(CONFIG, architectures=["LlamaForSequenceClassification"]), "is a classifier"),
     ("encoder-decoder", edit(CONFIG, is_encoder_decoder=True), "is an encoder-decoder"),
+    ("a bad number", edit(CONFIG, hidden_size="128"), r"understood by .*hidden_size.*expected int.*Correct"),
+    ("a tokenizer of more tokens", fewer_embeddings,
+     r"writes '.+' as token [\d,]+, but the model has embeddings for 40 tokens only"),
     ("unknown type", edit(CONFIG, model_type="llamma"), "'llamma'.* not understood by transformers"),
     ("no type", edit(CONFIG, model_type=None), "has no model_type"),
     ("another model's config", edit(CONFIG, hidden_size=32), "are of different models"),
