@@ -1,9 +1,9 @@
-"""python -m benchmarks.rank0_loading [--sizes 300 900]: host memory of each rank while a model is loaded for FSDP.
+"""python -m benchmarks.rank0_loading [--sizes 300 900] [--device cuda]: host memory while a model is loaded for FSDP.
 
 Recipe 2's table: on 2 GPUs a 7B took 32,744 MB of host memory on rank 0 and 1,506 MB on the other. Printed is, for
-random Llamas of so many million parameters in fp32 and two ranks (CPU, gloo), what each rank held at most while it
-loaded, over what it held before, and less its own shard, which on a GPU would not be in host memory at all. Beside it
-the same for a rank that reads the whole model, as transformers does without being told of the others.
+random Llamas of so many million parameters in fp32 and two ranks, what each rank held at most while it loaded, over
+what it held before, and less its own shard, which is in host memory on CPU (gloo) and not with a GPU a rank (NCCL).
+Beside it the same for ranks that each read the whole model into host memory, as they do who are not told of the others.
 
 The peak is of anonymous memory, sampled each millisecond: pages of the file that are mapped are the kernel's to drop.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -43,7 +44,7 @@ class Found:
     parameters: int
     """Of the model."""
     held: int
-    """Weights of this rank when all is loaded."""
+    """Weights of this rank in host memory when all is loaded."""
     peak: int
     """Most anonymous memory while it loaded, over what there was before."""
 
@@ -57,10 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[300, 900], help="millions of parameters")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU a rank")
     parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.rank:
-        measure(Path(arguments.rank[0]), arguments.rank[1])
+        measure(Path(arguments.rank[0]), arguments.rank[1], arguments.device)
         return
     print(
         f"{'million':>8} {'model':>9} {'loaded':>8} {'rank':>5} {'shard':>9} {'peak':>9} {'besides the shard':>18}  MiB"
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             model = make_model(Path(folder), size)
             for how in ("sharded", "whole"):
-                for found in run_ranks(model, how):
+                for found in run_ranks(model, how, arguments.device if how == "sharded" else "cpu"):
                     print(describe(found, how), flush=True)
 
 
@@ -93,10 +95,10 @@ def make_model(folder: Path, millions: int) -> Path:
     return folder
 
 
-def run_ranks(model: Path, how: str) -> list[Found]:
+def run_ranks(model: Path, how: str, device: str = "cpu") -> list[Found]:
     """What each rank measured."""
     port = free_port()
-    command = [sys.executable, "-m", "benchmarks.rank0_loading", "--rank", str(model), how]
+    command = [sys.executable, "-m", "benchmarks.rank0_loading", "--rank", str(model), how, "--device", device]
     ranks = [
         subprocess.Popen(  # noqa: S603 - ourselves
             command, cwd=ROOT, env=environment(rank, RANKS, port), stdout=subprocess.PIPE, text=True
@@ -156,8 +158,10 @@ def describe(found: Found, how: str) -> str:
     return f"{found.parameters / MILLION:>8,.0f} {found.parameters * 4 / MIB:>9,.0f} {how:>8} {found.rank:>5} {figures}"
 
 
-def measure(model: Path, how: str) -> None:
-    """In a rank: load, and print what it took."""
+def measure(model: Path, how: str, kind: str) -> None:
+    """In a rank: load, and print what it took. `kind` of device: cpu or cuda."""
+    if kind == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or shards would go where a GPU is
     import torch  # noqa: PLC0415 - only in a rank
 
     from finetune_trainer import distributed, sharding  # noqa: PLC0415 - after the environment is set
@@ -165,12 +169,15 @@ def measure(model: Path, how: str) -> None:
 
     set_up_torch()
     settings = build_settings("FSDP" if how == "sharded" else "DDP")
-    with distributed.joined("cpu", 1, threading.Event(), lambda error: sys.exit(str(error))):
+    device = torch.device("cuda", distributed.local_rank()) if kind == "cuda" else torch.device("cpu")
+    with distributed.joined(kind, 1, threading.Event(), lambda error: sys.exit(str(error))):
         sharding.build_plan(model, settings)  # brings the model's code, which is not its weights
+        torch.distributed.all_reduce(torch.ones(1, device=device))  # brings CUDA and NCCL, which are not either
         before = anonymous_bytes()
         with Peak() as peak:
-            loaded = load_base(model, settings, torch.device("cpu"), torch.float32)
-        held = sum(getattr(tensor, "_local_tensor", tensor).nbytes for tensor in loaded.parameters())
+            loaded = load_base(model, settings, device, torch.float32)
+        shards = [getattr(tensor, "_local_tensor", tensor) for tensor in loaded.parameters()]
+        held = sum(shard.nbytes for shard in shards if shard.device.type == "cpu")
         parameters = sum(tensor.numel() for tensor in loaded.parameters())
         distributed.barrier()
     print(json.dumps({"rank": distributed.rank(), "parameters": parameters, "held": held, "peak": peak.bytes - before}))

@@ -36,7 +36,7 @@ def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'trainer'}",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "trainer"), os.environ.get("PYTHONPATH")])),
     }
 
 
