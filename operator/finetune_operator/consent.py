@@ -14,7 +14,7 @@ from finetune_trainer.config import OciSource, S3Source
 
 PUBLIC_S3 = "https://s3.amazonaws.com"
 PUBLIC_WANDB = "https://api.wandb.ai"
-"""Where data goes, or comes from, if the spec names no address."""
+"""Where data goes, or comes from, if the spec names no address; S3 in any of its regions."""
 
 NEW_NAME = "then apply the job under a new name."
 

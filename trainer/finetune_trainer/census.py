@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.progress import LayerFacts
+from finetune_trainer.work import write_report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -103,8 +104,4 @@ def write(path: Path, before: Sequence[LayerFacts], after: Sequence[LayerFacts])
         name: [layer.model_dump(by_alias=True) for layer in layers]
         for name, layers in (("before", before), ("after", after))
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-    aside.chmod(0o644)
-    aside.replace(path)
+    write_report(path, json.dumps(plain, indent=1) + "\n")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from finetune_trainer import distributed, manifest
-from finetune_trainer.errors import Interrupted, VerificationFailed
+from finetune_trainer.errors import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,8 +66,4 @@ class Context:
     @property
     def resolved(self) -> Resolved:
         """The settings that prepare fixed."""
-        resolved = manifest.read(self.work.data).result.resolved
-        if resolved is None:
-            msg = f"{self.work.data} holds no settings. Delete it and run prepare again."
-            raise VerificationFailed(msg)
-        return resolved
+        return manifest.settings_in(self.work.data)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
+from finetune_trainer.work import write_report
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
@@ -185,13 +187,8 @@ def write_preview(folder: Path, tokenizer: Any, path: Path) -> None:  # noqa: AN
 
     with parquet.ParquetFile(folder / f"{TRAIN}.parquet") as file:
         rows = next(file.iter_batches(batch_size=PREVIEW_ROWS)).to_pylist()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
     records = [record for index, row in enumerate(rows) for record in _previewed(row, index, tokenizer)]
-    with aside.open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records[:PREVIEW_ROWS])
-    aside.chmod(0o644)
-    aside.replace(path)
+    write_report(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records[:PREVIEW_ROWS]))
 
 
 def _previewed(row: dict[str, Any], index: int, tokenizer: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - any of transformers' tokenizers

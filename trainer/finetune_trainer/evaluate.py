@@ -36,6 +36,7 @@ from finetune_trainer.loading import (
 )
 from finetune_trainer.progress import Measured, Resolved
 from finetune_trainer.sharding import reshard
+from finetune_trainer.work import write_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -331,9 +332,8 @@ def run(config: JobConfig, context: Context) -> None:
         )
         raise NotFound(msg)
     measured = dict(_measure_all(config, context, rows))
-    context.work.report.mkdir(parents=True, exist_ok=True)
-    path = context.work.report / "evaluation.json"
-    path.write_text(json.dumps({name: _plain(each) for name, each in measured.items()}, indent=1) + "\n")
+    told = json.dumps({name: _plain(each) for name, each in measured.items()}, indent=1) + "\n"
+    write_report(context.work.report / "evaluation.json", told)
     print(table(measured))  # noqa: T201 - the command's outcome
 
 

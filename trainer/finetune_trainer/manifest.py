@@ -169,6 +169,14 @@ def read(folder: Path) -> Manifest:
     return manifest
 
 
+def settings_in(data: Path) -> Resolved:
+    """The settings that prepare fixed, in its folder's manifest. VerificationFailed if there are none."""
+    if (found := read(data).result.resolved) is None:
+        msg = f"{data} holds no settings. Delete it and run prepare again."
+        raise VerificationFailed(msg)
+    return found
+
+
 def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> Manifest:
     """Read every file of an artifact again; `progress(bytes done, bytes in all)`. VerificationFailed names the file."""
     manifest = read(folder)

@@ -238,7 +238,7 @@ def _known_adapter(asked: Lora, settings: dict[str, Any]) -> ResolvedLora:
         target_parameters=_names(settings.get("target_parameters")),
         exclude_modules=_names(settings.get("exclude_modules")),
         modules_to_save=_names(settings.get("modules_to_save")),
-        bias=next(ours for ours, peft in BIASES.items() if peft == (settings.get("bias") or "none")),
+        bias=next(str(ours) for ours, peft in BIASES.items() if peft == (settings.get("bias") or "none")),
         use_rslora=bool(settings.get("use_rslora")),
         use_dora=bool(settings.get("use_dora")),
     )

@@ -1,7 +1,7 @@
 """The prepare stage: the model fetched and checked, the rows tokenized, every open setting fixed.
 
-Leaves `model/`, `data/` (whose manifest is the stage's proof) and `report/preview.jsonl`. Later stages read these and
-never go back to the sources.
+Leaves `model/`, maybe `original/` (merge.original), `data/` (whose manifest is the stage's proof) and
+`report/preview.jsonl`. Later stages read these and never go back to the sources.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.evaluate import PairRow, evaluating
+from finetune_trainer.work import write_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -84,11 +85,7 @@ def write(
         {"prompt": tokenizer.decode(list(prompt), skip_special_tokens=True).strip(), "before": was, "after": now}
         for prompt, was, now in zip(prompts, before, after, strict=True)
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    aside.chmod(0o644)
-    aside.replace(path)
+    write_report(path, json.dumps(records, ensure_ascii=False, indent=1) + "\n")
     for record in records:
         for name, text in record.items():
             log.info("%-6s %s", name, text[:SHOWN_CHARACTERS].replace("\n", " "))

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from finetune_trainer.config import JobConfig, Model
-    from finetune_trainer.progress import Resolved
     from finetune_trainer.work import WorkFolder
 
 
@@ -105,7 +104,7 @@ def _prepare_target(config: JobConfig, work: WorkFolder) -> Target:
 def _train_target(config: JobConfig, work: WorkFolder) -> Target:
     """The adapter, or the model itself: named by what it is, the same for all that comes after."""
     data = _required(_prepare_target(config, work))
-    settings = _plain(_resolved(data, work))
+    settings = _plain(manifest.settings_in(work.data))
     for later in ("merge", "quantize"):
         settings.pop(later, None)
     folder, path = (work.adapter, "adapter") if config.trains_adapter else (work.merged, "merged")
@@ -122,7 +121,7 @@ def _merge_target(config: JobConfig, work: WorkFolder) -> Target:
         msg = "merge.policy is Never: the job ends with the adapter. Leave merge.policy unset to merge."
         raise InvalidConfig(msg)
     adapter, data = _required(_train_target(config, work)), _required(_prepare_target(config, work))
-    settings = _resolved(data, work).merge
+    settings = manifest.settings_in(work.data).merge
     digest = digest_of({"merge": None if settings is None else _plain(settings)})
     return Target(Stage.MERGE, work.merged, "merged", digest).with_inputs(
         **{name: data.inputs[name] for name in fetched_targets(config, work)}, data=data.digest, adapter=adapter.digest
@@ -138,19 +137,11 @@ def _quantize_target(config: JobConfig, work: WorkFolder, name: str | None) -> T
     data = _required(_prepare_target(config, work))
     finish = _merge_target if config.trains_adapter else _train_target
     merged = _required(finish(config, work))
-    settings = [_plain(entry) for entry in _resolved(data, work).quantize if entry.name == name]
+    settings = [_plain(entry) for entry in manifest.settings_in(work.data).quantize if entry.name == name]
     digest = digest_of({"quantize": _plain(entries[name]), "resolved": settings})
     return Target(Stage.QUANTIZE, work.quantized(name), f"quantized/{name}", digest).with_inputs(
         merged=merged.digest, data=data.digest
     )
-
-
-def _resolved(data: Manifest, work: WorkFolder) -> Resolved:
-    """The settings that prepare fixed."""
-    if data.result.resolved is None:
-        msg = f"{work.data} holds no settings. Delete it and run prepare again."
-        raise NotFound(msg)
-    return data.result.resolved
 
 
 def _required(target: Target) -> Manifest:

@@ -118,6 +118,15 @@ def _what_is_there(root: Path, path: Path) -> str:
     return f" (folder '{inside}' has {shown}). Correct volume.path."
 
 
+def write_report(path: Path, text: str) -> None:
+    """Leave a file for people, whole, for any user to read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.chmod(0o644)
+    aside.replace(path)
+
+
 def read_secret(secrets: Path, slot: str, name: str) -> str | None:
     """The text of `<secrets>/<slot>/<name>`, without the line's end; None if there is no such file or it is empty.
 

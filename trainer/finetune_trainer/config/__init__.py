@@ -7,7 +7,7 @@ the model or the data is resolved by the prepare stage (`finetune_trainer.resolv
 
     job         JobConfig: the blocks together
     model       the base model            data      datasets, columns, evaluation
-    sources     hub, volume, S3, OCI      method    QLoRA, LoRA, Full, GaLore; SFT, DPO
+    sources     hubs, volume, S3, OCI     method    QLoRA, LoRA, Full, GaLore; SFT, DPO
     training    hyperparameters, devices  outcome   merge, quantize
     tracking    W&B, MLflow, TensorBoard  base      what all of them are made of
     environment what a pod is told by variables
