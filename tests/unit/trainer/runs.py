@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 from transformers import TrainerCallback
 
-from finetune_trainer import manifest, state
+from finetune_trainer import distributed, manifest, state
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.context import Context
 from finetune_trainer.data import INPUT_IDS, LENGTHS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK
@@ -157,7 +157,8 @@ class Run:
     def context(self) -> Context:
         work, report = WorkFolder(self.root), Report(Stage.TRAIN, self.attempt, bar=False)
         prepared = Target(Stage.PREPARE, work.data, "data", "sha256:0")
-        manifest.publish(prepared, self.attempt, lambda _: Result(message="prepared", resolved=self.settings))
+        result = Result(message="prepared", resolved=self.settings)
+        distributed.lead(lambda: manifest.publish(prepared, self.attempt, lambda _: result))
         return Context(work, self.root, self.root, self.attempt, report, self.checkpoints.run)
 
     def build(self) -> tuple[Any, Loop]:
