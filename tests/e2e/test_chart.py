@@ -223,6 +223,7 @@ OPERATOR_MAY = {
     "pods": "list watch",
     "configmaps": "get create",
     "persistentvolumeclaims": "get create",
+    "services": "get create",
     "events": "list create",
 }
 OPERATOR_MUST_NOT = [
@@ -239,7 +240,6 @@ OPERATOR_MUST_NOT = [
     "pods/eviction",
     "pods/ephemeralcontainers",
     "persistentvolumes",
-    "services",
     "services/proxy",
     "endpoints",
     "serviceaccounts",
