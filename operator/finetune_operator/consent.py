@@ -12,7 +12,6 @@ from finetune_operator.failures import Failure, Reason, waiting
 from finetune_operator.settings import Settings
 from finetune_trainer.config import OciSource, S3Source
 
-PUBLIC_S3 = "https://s3.amazonaws.com"
 PUBLIC_WANDB = "https://api.wandb.ai"
 """Where data goes, or comes from, if the spec names no address; S3 in any of its regions."""
 
@@ -50,7 +49,7 @@ def addresses(spec: Spec) -> Iterator[tuple[str, str]]:
     for _, field, source in spec.sources():
         kind = source.kind
         if isinstance(kind, S3Source):
-            yield f"{field}.s3.endpoint", kind.endpoint or PUBLIC_S3
+            yield f"{field}.s3.endpoint", kind.address
         if isinstance(kind, OciSource):
             yield f"{field}.oci.reference", f"{'http' if kind.plain_http else 'https'}://{kind.reference}"
     tracking = spec.tracking

@@ -135,6 +135,10 @@ class HeldOut:
     """DPO: mean of beta x (gain of the better answer - gain of the other), in nats."""
 
 
+LARGEST_LOSS = 700.0
+"""Nats a token: exp of more is infinite in float64."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A candidate against a reference, on the same tokens."""
@@ -146,10 +150,10 @@ class Comparison:
 
     def measured(self) -> Measured:
         """The figures of the candidate."""
-        increase = (math.exp(self.loss - self.reference_loss) - 1) * 100
+        increase = math.expm1(min(self.loss - self.reference_loss, LARGEST_LOSS)) * 100
         return Measured(
             eval_loss=rounded(self.loss),
-            perplexity=rounded(math.exp(self.loss)),
+            perplexity=perplexity(self.loss),
             kl_divergence=rounded(max(self.kl, 0.0)),
             top1_agreement=rounded(self.top1),
             perplexity_increase_percent=rounded(increase),
@@ -159,6 +163,11 @@ class Comparison:
 def rounded(value: float) -> float:
     """Six digits: what a measure is worth, and the same text for the same figure."""
     return float(f"{value:.6g}")
+
+
+def perplexity(loss: float) -> float:
+    """Exp of a loss in nats a token; of a model that is far off at most e^700, which is still a number."""
+    return rounded(math.exp(min(loss, LARGEST_LOSS)))
 
 
 def read_token_rows(data: Path, split: str = EVAL) -> Sequence[TokenRow]:
@@ -347,7 +356,7 @@ def _measure_all(config: JobConfig, context: Context, rows: Sequence[TokenRow]) 
         context.report.begin(f"measuring {name}", len(rows), "rows")
         model = load()
         loss = measure_loss(model, rows, context.polled)
-        yield name, Measured(eval_loss=rounded(loss), perplexity=rounded(math.exp(loss)))
+        yield name, Measured(eval_loss=rounded(loss), perplexity=perplexity(loss))
         del model
         gc.collect()
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_trainer.config import BITSANDBYTES, Sharding, Strategy
 from finetune_trainer.distributed import leads, world_size
 from finetune_trainer.errors import InvalidModel
+from finetune_trainer.model import trusts_code
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,8 +58,9 @@ def build_plan(folder: Path, resolved: Resolved) -> dict[str, str]:
     from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard  # noqa: PLC0415 - slow
 
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        code = trusts_code(folder)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=code)  # type: ignore[no-untyped-call]
     blocks = {replace_layer_number_by_wildcard(name) for name, _ in blocks_of(model)}
     if not blocks:
         msg = f"{type(model).__name__} does not say what its blocks are, so it cannot be sharded. "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.course import EVAL_ACCURACY, EVAL_LOSS, Line
 from finetune_trainer.data import TRAIN, read_rows
 from finetune_trainer.errors import InvalidDataset, OutOfMemory
-from finetune_trainer.evaluate import read_pair_rows, read_token_rows, rounded
+from finetune_trainer.evaluate import perplexity, read_pair_rows, read_token_rows, rounded
 from finetune_trainer.finished import write_finished
 from finetune_trainer.loading import compute_dtype, load_base, set_up_torch, torch_out_of_memory, training_device
 from finetune_trainer.manifest import Made, Manifest, Result
@@ -44,8 +43,6 @@ log = logging.getLogger(__name__)
 
 BEFORE_NAME = "before.json"
 LAYERS_NAME = "layers.json"
-LARGEST_LOSS = 700.0
-"""Of which exp is a number that JSON can hold."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +253,7 @@ def _measured(published: Line | None, before: Before, resolved: Resolved) -> Mea
     return Measured(
         eval_loss=rounded(loss),
         eval_loss_base=rounded(before.eval_loss),
-        perplexity=rounded(math.exp(loss)) if resolved.dpo is None and loss < LARGEST_LOSS else None,
+        perplexity=perplexity(loss) if resolved.dpo is None else None,
         preference_accuracy=None if accuracy is None else rounded(accuracy),
     )
 

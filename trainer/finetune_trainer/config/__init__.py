@@ -83,6 +83,7 @@ from finetune_trainer.config.outcome import (
 )
 from finetune_trainer.config.sources import (
     COMMIT_PATTERN,
+    DEFAULT_REGION,
     DOCKER_CONFIG_FILE,
     S3_CREDENTIALS,
     SOURCE_FIELDS,
@@ -118,6 +119,7 @@ __all__ = [
     "ADAPTER_METHODS",
     "BITSANDBYTES",
     "COMMIT_PATTERN",
+    "DEFAULT_REGION",
     "DOCKER_CONFIG_FILE",
     "FLOATING",
     "FORMATS",

@@ -15,6 +15,7 @@ DOCKER_CONFIG_FILE = ".dockerconfigjson"
 S3_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 """Keys of the Secret with S3 credentials, and files below the source's folder of secrets. The last is optional."""
 
+DEFAULT_REGION = "us-east-1"
 SOURCE_FIELDS = ("huggingFace", "modelScope", "volume", "s3", "oci")
 COMMIT_PATTERN = r"^[0-9a-f]{40}$"
 
@@ -65,6 +66,11 @@ class S3Source(Model):
         description="Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if used, AWS_SESSION_TOKEN. "
         "Default: none, the bucket is public.",
     )
+
+    @property
+    def address(self) -> str:
+        """URL of the service: the endpoint, or AWS's in the region."""
+        return (self.endpoint or f"https://s3.{self.region or DEFAULT_REGION}.amazonaws.com").rstrip("/")
 
 
 class OciSource(Model):

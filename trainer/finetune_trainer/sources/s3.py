@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote_plus, urlsplit
 from xml.etree import ElementTree as ET
 
-from finetune_trainer.config import S3_CREDENTIALS
+from finetune_trainer.config import DEFAULT_REGION, S3_CREDENTIALS
 from finetune_trainer.errors import AccessDenied, InvalidConfig, NotFound, TrainerError
 from finetune_trainer.sources import http
 from finetune_trainer.sources.base import Algorithm, Body, Changed, Digest, Listing, RemoteFile, Unavailable
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from finetune_trainer.config import S3Source
     from finetune_trainer.sources.base import Choose
 
-DEFAULT_REGION = "us-east-1"
 NAMES_SHOWN = 12
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 MD5_ETAG, PARTS_ETAG = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{32}-\d+")
@@ -76,7 +75,7 @@ class S3:
         self.where = f"{field}: '{source.uri}'"
         self._field = f"{field}.s3"
         self._region = source.region or DEFAULT_REGION
-        self._endpoint = (source.endpoint or f"https://s3.{self._region}.amazonaws.com").rstrip("/")
+        self._endpoint = source.address
         self._credentials = credentials
         self._bucket, _, self._key = source.uri.removeprefix("s3://").partition("/")
         self._client = http.build_client(follow_redirects=False)  # a redirect would need a signature of its own
