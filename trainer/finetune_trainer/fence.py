@@ -13,7 +13,7 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from finetune_trainer.errors import Interrupted
+from finetune_trainer.errors import Interrupted, NotFound
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,8 +26,14 @@ LOCK_NAME = ".commit-lock"
 
 
 def enter(root: Path, attempt: int) -> None:
-    """Make this the live attempt of the work folder. Interrupted if a newer one has started already."""
-    root.mkdir(parents=True, exist_ok=True)
+    """Make this the live attempt of the work folder. Interrupted if a newer one has started already; NotFound."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        msg = (
+            f"--work {root} is not a folder, or lies below what is none. Give a folder; it is made if it is not there."
+        )
+        raise NotFound(msg) from None
     with _lock(root):
         _refuse_if_fenced(root, attempt)
         aside = root / f"{LIVE_NAME}.{attempt}"

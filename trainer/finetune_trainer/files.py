@@ -160,9 +160,10 @@ def _decoded(line: bytes, place: Place) -> str:
 
 def _object(text: str, place: Place) -> Record:
     try:
-        value = json.loads(text)
+        value = json.loads(text.rstrip("\r\n"))  # or what is cut off seems to be missing at column 1
     except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", None) or type(error).__name__
+        too_deep = "it is nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
+        reason = getattr(error, "msg", None) or too_deep
         column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         remedy = "Each line must be one JSON object."
         if text.lstrip().startswith("["):

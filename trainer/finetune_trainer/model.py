@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+WHOLE_NUMBERS = ("I", "U")
+"""How safetensors' names of integer types begin."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 COMPANIONS = (
     CONFIG,
@@ -420,11 +422,17 @@ def _input_columns(module: Any) -> int:  # noqa: ANN401 - a torch module
 def _check_shapes(folder: Path, model: Any) -> None:  # noqa: ANN401 - a torch module
     """Config and weights must be of the same model: where names agree, shapes must too."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    numbers = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     agreed = 0
     for path in sorted(folder.glob("*.safetensors")):
+        kinds = {name: entry["dtype"] for name, entry in _tensors_in(path).items()}
         for name, shape in shapes_in(path).items():
-            wanted = expected.get(name) or expected.get(f"{model.base_model_prefix}.{name}")
+            full = name if name in expected else f"{model.base_model_prefix}.{name}"
+            wanted = expected.get(full)
             agreed += wanted is not None
+            if wanted == shape and full in numbers and kinds[name][0] in WHOLE_NUMBERS:
+                msg = f"{path.name}: {name} is of type {kinds[name]}, and {CONFIG} names no quantization. "
+                raise InvalidModel(msg + "Give the original model.")
             if wanted is not None and wanted != shape:
                 msg = f"{path.name}: {name} is {list(shape)}, {CONFIG} asks for {list(wanted)}. "
                 raise InvalidModel(msg + f"{CONFIG} and weights are of different models: copy both from the same one.")
@@ -496,9 +504,13 @@ def _without_warnings(name: str) -> Iterator[None]:
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of a safetensors file, from its header."""
+    return {name: tuple(entry["shape"]) for name, entry in _tensors_in(path).items()}
+
+
+def _tensors_in(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - any of transformers' tokenizers

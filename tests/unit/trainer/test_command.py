@@ -90,6 +90,17 @@ def test_a_config_that_is_none_is_told(
     assert words in capsys.readouterr().err
 
 
+def test_a_work_folder_that_is_a_file_is_told(
+    desk: Desk, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    desk.work.write_text("a file")
+    code, word = desk.run("prepare", config)
+    assert code == ExitCode.NOT_FOUND
+    assert word is not None
+    assert f"--work {desk.work} is not a folder" in word.message
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_later_stages_say_what_is_missing(desk: Desk, config: dict[str, Any]) -> None:
     code, word = desk.run("train", config)
     assert code == ExitCode.NOT_FOUND

@@ -294,6 +294,13 @@ def without(name: str) -> Callable[[Path], object]:
     return apply
 
 
+def in_whole_numbers(folder: Path) -> None:
+    """Quantized layers, of which the config does not speak."""
+    path = folder / "model.safetensors"
+    tensors = {name: each.to(torch.int8) if "proj" in name else each for name, each in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def fewer_embeddings(folder: Path) -> None:
     """A whole model of 40 tokens, with the tokenizer of another one."""
     path = folder / "model.safetensors"
@@ -327,6 +334,7 @@ MODELS: list[tuple[str, Callable[[Path], object], str]] = [
     ("classifier", edit(CONFIG, architectures=["LlamaForSequenceClassification"]), "is a classifier"),
     ("encoder-decoder", edit(CONFIG, is_encoder_decoder=True), "is an encoder-decoder"),
     ("a bad number", edit(CONFIG, hidden_size="128"), r"understood by .*hidden_size.*expected int.*Correct"),
+    ("whole numbers", in_whole_numbers, r"proj.weight is of type I8, and config.json names no quantization. Give the original"),
     ("a tokenizer of more tokens", fewer_embeddings,
      r"writes '.+' as token [\d,]+, but the model has embeddings for 40 tokens only"),
     ("unknown type", edit(CONFIG, model_type="llamma"), "'llamma'.* not understood by transformers"),

@@ -212,7 +212,9 @@ BAD = [
      {"promptTemplate": "x", "responseTemplate": "x"}, "responseTemplate is not for Preference"),
     ("no template", "{}", {"promptTemplate": "{% if %}", "responseTemplate": "x"},
      "dataset 'dolly': promptTemplate, line 1: Expected an expression.*Correct the template"),
-    ("too deep", "[" * 100_000, {}, "not JSON"),
+    ("too deep", "[" * 100_000, {}, "not JSON .it is nested too deeply"),
+    ("too many digits", '{"text": ' + "9" * 10_000 + "}", {}, "not JSON .a number has too many digits"),
+    ("cut off", '{"text": "x"\n', {}, "line 1: not JSON .*at column 13"),
 ]  # fmt: skip
 
 
