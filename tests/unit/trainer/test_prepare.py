@@ -334,7 +334,7 @@ MODELS: list[tuple[str, Callable[[Path], object], str]] = [
     ("classifier", edit(CONFIG, architectures=["LlamaForSequenceClassification"]), "is a classifier"),
     ("encoder-decoder", edit(CONFIG, is_encoder_decoder=True), "is an encoder-decoder"),
     ("a bad number", edit(CONFIG, hidden_size="128"), r"understood by .*hidden_size.*expected int.*Correct"),
-    ("whole numbers", in_whole_numbers, r"proj.weight is of type I8, and config.json names no quantization. Give the original"),
+    ("whole numbers", in_whole_numbers, r"proj.weight is of type I8, and config.json names no quantization. Give"),
     ("a tokenizer of more tokens", fewer_embeddings,
      r"writes '.+' as token [\d,]+, but the model has embeddings for 40 tokens only"),
     ("unknown type", edit(CONFIG, model_type="llamma"), "'llamma'.* not understood by transformers"),
