@@ -12,7 +12,8 @@
     ├── VerificationFailed       a file is not what its manifest says
     ├── RendezvousFailed         the pods of the stage did not find each other
     ├── PeerLost                 another pod of the stage ended or fell silent
-    └── Interrupted              left on request, to be continued
+    ├── Interrupted              left on request, to be continued
+    └── Unavailable              a server that does not answer: Unknown, which is tried again
 
 Stages raise these. What libraries raise is translated once, at the edge, by `translate`.
 """
@@ -106,6 +107,10 @@ class Interrupted(TrainerError):
     """Asked to leave (SIGTERM); what was done is kept and the next attempt goes on from it."""
 
     reason = Reason.INTERRUPTED
+
+
+class Unavailable(TrainerError):
+    """The other side does not answer, or broke off: worth another try, as what is Unknown gets."""
 
 
 NO_SPACE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})

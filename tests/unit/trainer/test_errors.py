@@ -69,5 +69,5 @@ def test_a_bug_stays_a_bug() -> None:
 
 def test_every_reason_has_an_exception_and_an_exit_code() -> None:
     reasons = {kind.reason for kind in errors.TrainerError.__subclasses__()}
-    assert reasons == set(Reason) - {Reason.COMPLETED, Reason.UNKNOWN}
+    assert reasons == set(Reason) - {Reason.COMPLETED}
     assert {exit_code(reason) for reason in Reason} == set(ExitCode)

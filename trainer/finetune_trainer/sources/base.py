@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from finetune_trainer.config import Model
-from finetune_trainer.errors import NotFound, TrainerError
+from finetune_trainer.errors import NotFound
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 
 
 RepoType = Literal["model", "dataset"]
-
-
-class Unavailable(TrainerError):  # noqa: N818 - as in `errors`
-    """The other side does not answer, or broke off: worth another try."""
 
 
 class Changed(NotFound):

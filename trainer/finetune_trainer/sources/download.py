@@ -24,8 +24,8 @@ from pydantic import ValidationError
 
 from finetune_trainer import manifest
 from finetune_trainer.config import Model
-from finetune_trainer.errors import InvalidConfig, VerificationFailed
-from finetune_trainer.sources.base import Listing, RemoteFile, Unavailable
+from finetune_trainer.errors import InvalidConfig, Unavailable, VerificationFailed
+from finetune_trainer.sources.base import Listing, RemoteFile
 from finetune_trainer.work import require_space
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import httpx2
 
-from finetune_trainer.errors import TrainerError
-from finetune_trainer.sources.base import Body, Unavailable
+from finetune_trainer.errors import TrainerError, Unavailable
+from finetune_trainer.sources.base import Body
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

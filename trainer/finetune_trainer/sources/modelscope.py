@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from finetune_trainer.errors import AccessDenied, NotFound, TrainerError
+from finetune_trainer.errors import AccessDenied, NotFound, TrainerError, Unavailable
 from finetune_trainer.sources import http
-from finetune_trainer.sources.base import Algorithm, Body, Changed, Digest, Listing, RemoteFile, Unavailable
+from finetune_trainer.sources.base import Algorithm, Body, Changed, Digest, Listing, RemoteFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
