@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import importlib
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -78,8 +81,18 @@ class Gang:
         assert process.stdout is not None
         ready, _, _ = select.select([process.stdout], [], [], PATIENCE_SECONDS)
         line = process.stdout.readline() if ready else ""
-        assert line, f"no answer; exit code {process.poll()}"
+        if not line:
+            self._give_up()
+            raise AssertionError(f"no answer within {PATIENCE_SECONDS} s; exit code {process.poll()}")
         return line.strip()
+
+    def _give_up(self) -> None:
+        """Show where each rank is, and end them: what they would answer now is nobody's question any more."""
+        for process in self.ranks:
+            process.send_signal(signal.SIGUSR1)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=1)
+            process.kill()
 
     def stop(self) -> None:
         for process in self.ranks:
@@ -102,6 +115,7 @@ def serve(folder: Path) -> None:
 
     answers, number = os.fdopen(os.dup(1), "w"), 0
     os.dup2(2, 1)  # whatever else is printed
+    faulthandler.register(signal.SIGUSR1)
     set_up_torch()
     import torch  # noqa: PLC0415
 

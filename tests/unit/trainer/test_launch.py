@@ -51,9 +51,9 @@ class Started:
         found = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return int(found.split()[0])
 
-    def end(self) -> tuple[ExitCode, LastWord]:
+    def end(self) -> tuple[int, LastWord]:
         self.process.communicate(timeout=120)
-        return ExitCode(self.process.returncode), LastWord.model_validate_json(self.word_file.read_bytes())
+        return self.process.returncode, LastWord.model_validate_json(self.word_file.read_bytes())
 
 
 @dataclass
@@ -203,7 +203,8 @@ def test_a_node_says_what_says_most(
 
 def ended(words: Path, number: int, code: int, message: str | None) -> Rank:
     if message is not None:
-        word = LastWord(stage=Stage.TRAIN, attempt=1, reason=ExitCode(code).reason, message=message)
+        reason = next(each.reason for each in ExitCode if each == code)
+        word = LastWord(stage=Stage.TRAIN, attempt=1, reason=reason, message=message)
         word_path(words, number).write_text(word.to_json())
     return Rank(number, None, words, code)  # type: ignore[arg-type]  # it has ended
 
