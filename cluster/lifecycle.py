@@ -97,7 +97,7 @@ def _start_components(live: Namespace, *, after_a_crash: bool) -> None:
         live.start(component)
     addons.apply(live, api)
     live.start(addons.local_path_provisioner(state, layout))
-    _wait_until_usable(state, api)
+    _wait_until_usable(live, api)
     shutil.copy2(layout.kubeconfig("admin"), state.kubeconfig)
 
 
@@ -110,8 +110,16 @@ def _wait_for_containerd(live: Namespace) -> None:
     wait_until(answers, "containerd", READY_SECONDS, live.state.logs / "containerd.log")
 
 
-def _wait_until_usable(state: State, api: Api) -> None:
-    """Wait for a Ready node, and for the account without which no pod is admitted."""
+def _wait_until_usable(live: Namespace, api: Api) -> None:
+    """Wait for parts that are well, a Ready node, and the account without which no pod is admitted."""
+    state = live.state
+
+    def well() -> bool:
+        parts = live.ask("list", health=True).values()
+        return not any(str(part.get("health", "")).startswith("unhealthy") for part in parts if not part["ended"])
+
+    # A node is Ready for a while after its kubelet has ended: a new one may not listen yet.
+    wait_until(well, "A healthy kubelet", READY_SECONDS, state.logs / "kubelet.log")
     wait_until(lambda: node_ready(state, api), "A Ready node", READY_SECONDS, state.logs / "kubelet.log")
 
     def account() -> bool:
