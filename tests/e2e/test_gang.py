@@ -42,6 +42,7 @@ def pod_of(jobs: Jobs, name: str, index: int) -> str:
     return eventually(f"{name}'s train pod {index} runs", running)
 
 
+@pytest.mark.timeout(1200)
 def test_a_killed_peer_restarts_both_pods_which_end_with_the_same_weights(jobs: Jobs) -> None:
     jobs.apply("pair", **TWO_PODS)
     assert jobs.finish("pair", 600)["phase"] == "Succeeded", jobs.tell("pair")
