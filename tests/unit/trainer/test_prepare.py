@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune_trainer import data, fetch, manifest, work
 from finetune_trainer.model import load_tokenizer
-from finetune_trainer.progress import ExitCode, Reason
+from finetune_trainer.progress import ExitCode, Reason, exit_code
 from tests.tiny import make_config, make_instructions, make_jsonl, make_tiny_model, make_tokenizer
 from tests.unit.trainer.conftest import Desk
 
@@ -224,7 +224,7 @@ def test_a_refusal_is_a_sentence_with_its_exit_code(
 ) -> None:
     code, word = desk.run("prepare", make(desk))
     assert word is not None
-    assert (word.reason, ExitCode(code).reason) == (reason, reason)
+    assert (word.reason, code) == (reason, exit_code(reason))
     assert re.search(words, word.message)
     assert not (desk.work / "data").exists()
     assert "Traceback" not in capsys.readouterr().err

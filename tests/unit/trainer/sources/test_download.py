@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from finetune_trainer.errors import Interrupted, InvalidConfig, TrainerError, VerificationFailed, VolumeFull
-from finetune_trainer.sources.base import Algorithm, Body, Digest, Listing, PartsHasher, RemoteFile, Unavailable
+from finetune_trainer.errors import (
+    Interrupted,
+    InvalidConfig,
+    TrainerError,
+    Unavailable,
+    VerificationFailed,
+    VolumeFull,
+)
+from finetune_trainer.sources.base import Algorithm, Body, Digest, Listing, PartsHasher, RemoteFile
 from finetune_trainer.sources.download import check_names, download_files
 from tests.unit.trainer.sources.conftest import Errands, contents
 
