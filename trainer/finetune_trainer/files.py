@@ -25,12 +25,12 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 import ijson
 
 from finetune_trainer.errors import InvalidDataset
+from finetune_trainer.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 Record = dict[str, Any]
-NAMES_SHOWN = 12
 PARQUET_BATCH_ROWS = 256
 JSON_REMEDY = "Give an array of objects, an object with one such array, or jsonl: one JSON object a line."
 JSON_ERRORS = (ijson.JSONError, ValueError, RecursionError, OverflowError)
@@ -73,7 +73,7 @@ def find_files(path: Path, dataset: str) -> list[Path]:
         kinds.pop(".txt", None)  # a licence or a note beside the rows
     where = f"dataset '{dataset}': folder {path.name}"
     if not kinds:
-        there = ", ".join(child.relative_to(path).as_posix() for child in found[:NAMES_SHOWN]) or "nothing"
+        there = first_of(child.relative_to(path).as_posix() for child in found) or "nothing"
         msg = f"{where} has no file of rows (has {there}). "
         if any(child.suffix == ".arrow" for child in found):
             msg += "It was made by save_to_disk: write the rows with to_parquet or to_json instead. "
@@ -226,7 +226,7 @@ def _path_of_the_array(file: IO[bytes], place: Place) -> str | None:
         return f"{arrays[0]}.item"
     if not values:
         return None
-    what = f"{len(arrays)} arrays ({', '.join(arrays[:NAMES_SHOWN])})" if arrays else "no array"
+    what = f"{len(arrays)} arrays ({first_of(arrays)})" if arrays else "no array"
     return place.refuse(f"the file is one value with {what}, so the rows cannot be told", JSON_REMEDY)
 
 

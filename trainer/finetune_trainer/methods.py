@@ -26,6 +26,7 @@ from finetune_trainer.config import (
 )
 from finetune_trainer.errors import InvalidConfig, InvalidModel
 from finetune_trainer.progress import Resolved, ResolvedGaLore, ResolvedLora
+from finetune_trainer.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -37,7 +38,8 @@ T = TypeVar("T")
 ALL_LINEAR = "all-linear"
 DEFAULT_RANK = 16
 DEFAULT_GALORE_RANK = 256
-NAMES_SHOWN = 16
+LAYER_NAMES_SHOWN = 16
+"""A block of experts has more of them than a list of names usually shows."""
 STARTS: dict[str, Any] = {
     LoraInit.DEFAULT: True,
     LoraInit.GAUSSIAN: "gaussian",
@@ -313,7 +315,7 @@ def _known_names(field: str, names: tuple[str, ...], there: Iterable[str], model
     known = tuple(there)
     ends = tuple(dict.fromkeys(full.rpartition(".")[2] for full in known))
     shown = model.expert_names if field == "targetParameters" else ends
-    choice = ", ".join(shown[:NAMES_SHOWN]) + (", ..." if len(shown) > NAMES_SHOWN else "")
+    choice = first_of(shown, LAYER_NAMES_SHOWN)
     way_out = f"Use some of {choice}, or leave {field} unset." if shown else f"Leave {field} unset."
     for name in names:
         if not _matches_any(known, name):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.config import REMOTE_CODE_VARIABLE
 from finetune_trainer.errors import InvalidModel
+from finetune_trainer.wording import first_of, what_is_there
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -47,7 +48,6 @@ AUTO_MAP = "auto_map"
 """In a config: which classes of the model's own Python files transformers is to load."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HEADER_LIMIT_BYTES = 100_000_000
-NAMES_SHOWN = 12
 
 GPTQ = "gptq"
 GPTQ_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
@@ -133,7 +133,7 @@ def _check_is_a_model(names: set[str], where: str) -> None:
     if "adapter_config.json" in names:
         msg = f"{where} is an adapter, not a model: {CONFIG} is missing. Give the base model that it was trained on."
         raise InvalidModel(msg)
-    msg = f"{where} is no model: {CONFIG} is missing ({_listed(names)}). "
+    msg = f"{where} is no model: {CONFIG} is missing ({what_is_there(names)}). "
     raise InvalidModel(msg + "Give a folder with config, tokenizer and weights.")
 
 
@@ -155,10 +155,8 @@ def _weight_files(folder: Path, names: set[str], where: str) -> list[str]:
     if others := sorted(name for name in names if name.endswith(".safetensors")):
         msg = f"{where} has {others[0]}, but neither {WEIGHTS} nor {INDEX}. Rename the file, or copy the missing index."
         raise InvalidModel(msg)
-    msg = (
-        f"{where} has no weights: {WEIGHTS} is missing ({_listed(names)}). Copy the safetensors files beside {CONFIG}."
-    )
-    raise InvalidModel(msg)
+    msg = f"{where} has no weights: {WEIGHTS} is missing ({what_is_there(names)}). "
+    raise InvalidModel(msg + f"Copy the safetensors files beside {CONFIG}.")
 
 
 def _shards(index: dict[str, Any], where: str) -> set[str]:
@@ -279,13 +277,6 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
         msg = f"{where}: {path.name} is not a JSON object. Copy the file again."
         raise InvalidModel(msg)
     return value
-
-
-def _listed(names: set[str]) -> str:
-    if not names:
-        return "it is empty"
-    shown = sorted(names)[:NAMES_SHOWN]
-    return "has " + ", ".join(shown) + (", ..." if len(names) > len(shown) else "")
 
 
 # What is to be known
@@ -472,8 +463,7 @@ def _check_complete(folder: Path, config: Any) -> None:  # noqa: ANN401 - any of
         msg = f"The model has no {missing[0]} ({len(missing):,} of the weights that {CONFIG} asks for are missing). "
         raise InvalidModel(msg + "Copy the model again, all of it.")
     if unknown := sorted(name for name in found["unexpected_keys"] if name.rpartition(".")[0] not in packed):
-        shown = ", ".join(unknown[:NAMES_SHOWN]) + (", ..." if len(unknown) > NAMES_SHOWN else "")
-        log.warning("%d weights are left out, which the model does not know: %s", len(unknown), shown)
+        log.warning("%d weights are left out, which the model does not know: %s", len(unknown), first_of(unknown))
 
 
 def _packed_layers(folder: Path) -> set[str]:

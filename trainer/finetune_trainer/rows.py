@@ -24,12 +24,12 @@ from finetune_trainer.config import Columns, Dataset, DatasetFormat
 from finetune_trainer.errors import InvalidConfig, InvalidDataset
 from finetune_trainer.files import Place, Record, find_files, kind_of, read_records
 from finetune_trainer.templates import RowTemplate
+from finetune_trainer.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-FIELDS_SHOWN = 12
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 USUAL_NAMES: dict[str, tuple[str, ...]] = {
@@ -481,7 +481,4 @@ def _tools(fields: Fields) -> tuple[dict[str, Any], ...]:
 
 
 def _listed(row: Sequence[Any] | dict[Any, Any]) -> str:
-    if not row:
-        return "has none"
-    names = [f"'{str(name)[:40]}'" for name in row][:FIELDS_SHOWN]
-    return "has " + ", ".join(names) + (", ..." if len(row) > len(names) else "")
+    return "has " + (first_of(f"'{str(name)[:40]}'" for name in row) or "none")

@@ -18,6 +18,7 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, Undefine
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from finetune_trainer.errors import InvalidConfig
+from finetune_trainer.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -30,7 +31,6 @@ RENDER_SECONDS = 2.0
 """CPU time that a row's rendering may take; a usual one takes a tenth of a millisecond."""
 RENDER_CHARACTERS = 10_000_000
 RANGE_LIMIT = 10_000
-FIELDS_SHOWN = 12
 RENDER_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError)
 """What templates raise besides their own errors: they call Python's functions on whatever a row holds."""
 
@@ -117,7 +117,7 @@ class RowTemplate:
             with bounded_time():
                 return self._joined(record)
         except UndefinedError as error:
-            names = ", ".join(f"'{name}'" for name in list(record)[:FIELDS_SHOWN])
+            names = first_of(f"'{name}'" for name in record)
             remedy = "Correct the template, or write {% if name is defined %} around what rows may lack."
             place.refuse(f"{self._field}: {error.message} (the row has {names})", remedy, error)
         except (*RENDER_ERRORS, RecursionError, MemoryError) as error:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetune_trainer.errors import AccessDenied, InvalidConfig, NotFound, VolumeFull
+from finetune_trainer.wording import first_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from finetune_trainer.config import VolumeSource
 
-NAMES_SHOWN = 12
 SPARE_BYTES = 64 << 20
 """Kept free beside what is written, for the rows and the manifests."""
 
@@ -114,8 +114,7 @@ def _what_is_there(root: Path, path: Path) -> str:
     names = sorted(child.name + ("/" if child.is_dir() else "") for child in folder.iterdir())
     if not names:
         return f" (folder '{inside}' is empty). Copy the files there, or correct volume.path."
-    shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
-    return f" (folder '{inside}' has {shown}). Correct volume.path."
+    return f" (folder '{inside}' has {first_of(names)}). Correct volume.path."
 
 
 def write_report(path: Path, text: str) -> None:

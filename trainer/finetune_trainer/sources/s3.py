@@ -24,6 +24,7 @@ from finetune_trainer.config import DEFAULT_REGION, S3_CREDENTIALS
 from finetune_trainer.errors import AccessDenied, InvalidConfig, NotFound, TrainerError, Unavailable
 from finetune_trainer.sources import http
 from finetune_trainer.sources.base import Algorithm, Body, Changed, Digest, Listing, RemoteFile
+from finetune_trainer.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from finetune_trainer.config import S3Source
     from finetune_trainer.sources.base import Choose
 
-NAMES_SHOWN = 12
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 MD5_ETAG, PARTS_ETAG = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{32}-\d+")
 REFUSED_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "XAdminUserNotFound"}
@@ -132,8 +132,7 @@ class S3:
         folder = self._key.rstrip("/").rpartition("/")[0]
         prefix = f"{folder}/" if folder else ""
         names = {key.removeprefix(prefix).partition("/")[0] for key, _ in self._keys(prefix, most=1000)}
-        shown = sorted(names)[:NAMES_SHOWN]
-        return f" ('{prefix or self._bucket}' has {', '.join(shown) or 'nothing'})"
+        return f" ('{prefix or self._bucket}' has {first_of(sorted(names)) or 'nothing'})"
 
     def _described(self, file: RemoteFile) -> RemoteFile:
         """The same file with what proves it."""

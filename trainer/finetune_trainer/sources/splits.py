@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.config import HuggingFaceDataset
 from finetune_trainer.errors import InvalidConfig, InvalidDataset, NotFound
-from finetune_trainer.sources.choose import DATA_SUFFIXES, is_data, listed
+from finetune_trainer.sources.choose import DATA_SUFFIXES, is_data
+from finetune_trainer.wording import what_is_there
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -41,7 +42,7 @@ def split_names(
         msg = f"{where} has no split '{wanted}' (has {', '.join(sorted(splits)) or 'none'}). "
         raise InvalidConfig(msg + f"Set {field}.split to one of them, or {field}.files.")
     if not (found := sorted(name for name in splits[wanted] if is_data(name))):
-        msg = f"{where}: split '{wanted}' has no {', '.join(DATA_SUFFIXES)} file ({listed(splits[wanted])}). "
+        msg = f"{where}: split '{wanted}' has no {', '.join(DATA_SUFFIXES)} file ({what_is_there(splits[wanted])}). "
         raise InvalidDataset(msg + f"Set {field}.revision: {PARQUET_BRANCH}, or {field}.files.")
     return found
 
@@ -50,7 +51,7 @@ def _given(patterns: Sequence[str], names: Collection[str], where: str, field: s
     found: set[str] = set()
     for pattern in patterns:
         if not (matched := set(_matching(pattern, names))):
-            msg = f"{where} has no file '{pattern}' ({listed(names)}). Correct {field}.files."
+            msg = f"{where} has no file '{pattern}' ({what_is_there(names)}). Correct {field}.files."
             raise NotFound(msg)
         found |= matched
     return sorted(found)
@@ -148,7 +149,7 @@ def _usual_splits_below(config: str, names: Collection[str], where: str, field: 
     """Without metadata, a configuration can only be a folder."""
     inside = [name for name in names if name.startswith(f"{config}/")]
     if not inside:
-        msg = f"{where} describes no configurations and has no folder '{config}' ({listed(names)}). "
+        msg = f"{where} describes no configurations and has no folder '{config}' ({what_is_there(names)}). "
         raise InvalidConfig(msg + f"Drop {field}.config, or set {field}.files.")
     return _usual_splits(inside)
 
