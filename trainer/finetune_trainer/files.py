@@ -64,7 +64,7 @@ def find_files(path: Path, dataset: str) -> list[Path]:
     if path.is_file():
         _kind_of(path, dataset)
         return [path]
-    found = [child for child in sorted(path.rglob("*")) if child.is_file() and not _is_hidden(child, path)]
+    found = [child for child in sorted(path.rglob("*")) if child.is_file() and not is_hidden(_below(path, child))]
     kinds: dict[str, list[Path]] = {}
     for child in found:
         if (kind := _suffix(child)) in READERS and child.name not in IGNORED_NAMES:
@@ -73,7 +73,7 @@ def find_files(path: Path, dataset: str) -> list[Path]:
         kinds.pop(".txt", None)  # a licence or a note beside the rows
     where = f"dataset '{dataset}': folder {path.name}"
     if not kinds:
-        there = first_of(child.relative_to(path).as_posix() for child in found) or "nothing"
+        there = first_of(_below(path, child) for child in found) or "nothing"
         msg = f"{where} has no file of rows (has {there}). "
         if any(child.suffix == ".arrow" for child in found):
             msg += "It was made by save_to_disk: write the rows with to_parquet or to_json instead. "
@@ -90,8 +90,13 @@ def read_records(path: Path, dataset: str) -> Iterator[tuple[Place, Record, int]
     return READERS[_kind_of(path, dataset)](path, dataset)
 
 
-def _is_hidden(child: Path, folder: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in child.relative_to(folder).parts)
+def is_hidden(name: str) -> bool:
+    """Whether a file's path, relative to where one looks, holds a name that begins with a dot or an underscore."""
+    return any(part.startswith((".", "_")) for part in name.split("/"))
+
+
+def _below(folder: Path, child: Path) -> str:
+    return child.relative_to(folder).as_posix()
 
 
 def _suffix(path: Path) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from finetune_trainer import model
 from finetune_trainer.errors import InvalidDataset, InvalidModel
-from finetune_trainer.files import READERS
+from finetune_trainer.files import READERS, is_hidden
 from finetune_trainer.wording import what_is_there
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def adapter_names(names: Collection[str], where: str) -> list[str]:
 
 def data_names(names: Collection[str], where: str) -> list[str]:
     """The files with rows, hidden ones left out. InvalidDataset if there are none."""
-    found = sorted(name for name in names if is_data(name) and not _is_hidden(name))
+    found = sorted(name for name in names if is_data(name) and not is_hidden(name))
     if not found:
         msg = f"{where} has no {', '.join(DATA_SUFFIXES)} file ({what_is_there(names)}). "
         raise InvalidDataset(msg + "Give files of one of these kinds.")
@@ -71,7 +71,3 @@ def _only_gguf(names: set[str], where: str) -> str:
 
 def _is_shard(name: str) -> bool:
     return name.startswith("model-") and name.endswith(".safetensors")
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith((".", "_")) for part in name.split("/"))
