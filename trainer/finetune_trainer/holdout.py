@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from finetune_trainer.config import DEFAULT_SEED
 from finetune_trainer.errors import InvalidDataset
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     Choice = NDArray[np.bool_]
 
 DIGEST_BYTES = 16
-DEFAULT_PERCENT, DEFAULT_MAX_ROWS, DEFAULT_SEED = 5.0, 500, 42
+DEFAULT_PERCENT, DEFAULT_MAX_ROWS = 5.0, 500
 
 
 def digest_of(*parts: bytes) -> bytes:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from finetune_trainer.config import LongRows, ObjectiveType
+from finetune_trainer.config import DEFAULT_SEED, LongRows, ObjectiveType
 from finetune_trainer.data import EVAL, TRAIN, RowWriter, TokenizedRow, copy_chosen, copy_packed
 from finetune_trainer.errors import InvalidConfig, InvalidDataset
 from finetune_trainer.holdout import as_digests, choose_unseen, digest_of, hold_out, settings_of
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 4_000_000
-DEFAULT_SEED = 42
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from finetune_trainer.config import (
     BITSANDBYTES,
+    DEFAULT_SEED,
     SORTING_LOSSES,
     BaseWeights,
     Checkpoint,
@@ -135,7 +136,7 @@ def resolve(
         added_tokens=added_tokens,
         dataset_weights=resolve_dataset_weights(config),
         shuffle=_or(training.shuffle, True),
-        seed=_or(training.seed, 42),
+        seed=_or(training.seed, DEFAULT_SEED),
         logging_steps=_or(training.logging_steps, 1),
         eval_steps=resolve_interval("eval", training.eval or Every(), total_steps),
         checkpoint_steps=resolve_checkpoint_steps(checkpoint, total_steps, sequences, global_batch),

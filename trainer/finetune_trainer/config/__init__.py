@@ -16,6 +16,7 @@ Imports nothing heavier than pydantic.
 """
 
 from finetune_trainer.config.base import (
+    DEFAULT_SEED,
     NAME_PATTERN,
     RELATIVE_PATH_PATTERN,
     SEED_LIMIT,
@@ -120,6 +121,7 @@ __all__ = [
     "BITSANDBYTES",
     "COMMIT_PATTERN",
     "DEFAULT_REGION",
+    "DEFAULT_SEED",
     "DOCKER_CONFIG_FILE",
     "FLOATING",
     "FORMATS",

@@ -17,6 +17,7 @@ RELATIVE_PATH_PATTERN = r"^[^/\x00].*$"
 
 STEPS_LIMIT = 100_000_000
 SEED_LIMIT = 2**32 - 1
+DEFAULT_SEED = 42
 
 
 class Model(BaseModel):

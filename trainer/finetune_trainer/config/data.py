@@ -7,7 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from finetune_trainer.config.base import SEED_LIMIT, Model, ShortName
+from finetune_trainer.config.base import DEFAULT_SEED, SEED_LIMIT, Model, ShortName
 from finetune_trainer.config.sources import DatasetSource
 
 ROWS_LIMIT = 1_000_000_000
@@ -108,7 +108,9 @@ class Evaluation(Model):
         default=None, min_length=1, max_length=16, description="Rows that are never trained on."
     )
     max_rows: int | None = Field(default=None, ge=1, le=10_000_000, description="At most so many rows. Default 500.")
-    seed: int | None = Field(default=None, ge=0, le=SEED_LIMIT, description="Seed of the choice of rows. Default 42.")
+    seed: int | None = Field(
+        default=None, ge=0, le=SEED_LIMIT, description=f"Seed of the choice of rows. Default {DEFAULT_SEED}."
+    )
 
     @model_validator(mode="after")
     def _measured_rows_have_no_weight(self) -> Self:

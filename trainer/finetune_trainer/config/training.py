@@ -7,7 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from finetune_trainer.config.base import SEED_LIMIT, STEPS_LIMIT, Model
+from finetune_trainer.config.base import DEFAULT_SEED, SEED_LIMIT, STEPS_LIMIT, Model
 
 
 class LrScheduler(StrEnum):
@@ -168,7 +168,9 @@ class Training(Model):
         default=None, gt=0, le=1000, description="Noise on embeddings while training (NEFTune). Default none."
     )
     shuffle: bool | None = Field(default=None, description="Take rows in another order each epoch. Default true.")
-    seed: int | None = Field(default=None, ge=0, le=SEED_LIMIT, description="Seed of everything random. Default 42.")
+    seed: int | None = Field(
+        default=None, ge=0, le=SEED_LIMIT, description=f"Seed of everything random. Default {DEFAULT_SEED}."
+    )
     logging_steps: int | None = Field(
         default=None, ge=1, le=STEPS_LIMIT, description="Steps between two lines of the log. Default 1."
     )
