@@ -92,10 +92,13 @@ PARTS = (
     Part("pause"),
     Part("registry", "github.com/distribution/distribution/v3"),
     Part("versitygw", "github.com/versity/versitygw"),
+    Part("kwok", "sigs.k8s.io/kwok"),
 )
 CONTROL_PLANE_PARTS = ("kubernetes", "etcd")
 SERVER_PARTS = ("registry", "versitygw")
 """No part of the cluster: servers that tests of the trainer's sources start by themselves."""
+FAKE_NODE_PARTS = ("kwok",)
+"""No part of the cluster either: nodes without machines, for the operator's benchmark."""
 
 
 def command(name: str) -> Path:
@@ -111,7 +114,7 @@ def build_all() -> None:
     requirements.require_root()
     requirements.require_kernel()
     packages = requirements.missing_packages()
-    parts = [part for part in PARTS if part.name not in SERVER_PARTS and not part.built.exists()]
+    parts = [part for part in PARTS if part.name not in SERVER_PARTS + FAKE_NODE_PARTS and not part.built.exists()]
     base_missing = not base_image.archive().exists()
     progress = Progress("build", bool(packages) + len(parts) + base_missing)
     if packages:
@@ -125,13 +128,21 @@ def build_all() -> None:
 
 def build_control_plane() -> None:
     """Build only what an API server of its own needs; any user may."""
-    parts = [part for part in PARTS if part.name in CONTROL_PLANE_PARTS and not part.built.exists()]
-    build_parts(parts, Progress("build", len(parts)))
+    _build_missing(CONTROL_PLANE_PARTS)
 
 
 def build_servers() -> None:
     """Build only the servers that tests start by themselves; any user may."""
-    parts = [part for part in PARTS if part.name in SERVER_PARTS and not part.built.exists()]
+    _build_missing(SERVER_PARTS)
+
+
+def build_fake_nodes() -> None:
+    """Build only what plays nodes and kubelets; any user may."""
+    _build_missing(FAKE_NODE_PARTS)
+
+
+def _build_missing(names: tuple[str, ...]) -> None:
+    parts = [part for part in PARTS if part.name in names and not part.built.exists()]
     build_parts(parts, Progress("build", len(parts)))
 
 
