@@ -41,8 +41,12 @@ WORDS_VARIABLE = "FINETUNE_RANK_WORDS"
 LOOK_EVERY_SECONDS = 0.2
 LEAVE_SECONDS = 15.0
 """For the other ranks of a node to end after one failed: they hear of it within a second or two."""
-LATE_REASONS = (Reason.INTERRUPTED, Reason.PEER_LOST)
-"""What ranks end for because another one did; its own reason says more."""
+FOLLOWING_REASONS = (Reason.INTERRUPTED, Reason.PEER_LOST)
+"""What ranks end for because another one did; its own reason says more.
+
+Fewer than the operator's `failures.LATE_REASONS`: the parent sees in which order its ranks end, so an Unknown or
+RendezvousFailed that came first is believed here; of pods only the times that kubelets note are known.
+"""
 
 
 @dataclass(frozen=True)
@@ -225,8 +229,12 @@ def _last_word(node: Node, ranks: Sequence[Rank], attempt: int) -> LastWord:
     """Rank 0's word where all went well; else that of the first that failed, and for a reason of its own."""
     words = [rank.word(attempt) for rank in ranks if rank.failed]
     if words:
-        return min(words, key=lambda word: LATE_REASONS.index(word.reason) + 1 if word.reason in LATE_REASONS else 0)
+        return min(words, key=_distance_from_cause)
     if node.index == 0:
         return next(rank for rank in ranks if rank.number == 0).word(attempt)
     message = f"Node {node.index} of {node.count} did its part; the result is told by node 0."
     return LastWord(stage=Stage.TRAIN, attempt=attempt, reason=Reason.COMPLETED, message=message)
+
+
+def _distance_from_cause(word: LastWord) -> int:
+    return FOLLOWING_REASONS.index(word.reason) + 1 if word.reason in FOLLOWING_REASONS else 0

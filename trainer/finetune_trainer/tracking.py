@@ -20,7 +20,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from finetune_trainer import manifest
-from finetune_trainer.config import MLFLOW_CREDENTIALS, WANDB_KEY_FILE, MLflow, Tracking, Wandb
+from finetune_trainer.config import (
+    MLFLOW_CREDENTIALS,
+    MLFLOW_SLOT,
+    WANDB_KEY_FILE,
+    WANDB_SLOT,
+    MLflow,
+    Tracking,
+    Wandb,
+)
 from finetune_trainer.course import EVAL_LOSS, Line
 from finetune_trainer.distributed import leads
 from finetune_trainer.errors import Interrupted
@@ -35,6 +43,8 @@ log = logging.getLogger(__name__)
 
 LINES_NAME = "training.jsonl"
 RUN_ID_NAME = "run-id"
+WANDB_FOLDER = "wandb"
+"""As its client names it, in report/."""
 EXPERIMENT = "finetune"
 RUN_TAG = "finetune.run"
 """MLflow's tag that a run is found again by: its server chooses the run's own id."""
@@ -261,7 +271,7 @@ class WandbRun:
         import wandb as client  # noqa: PLC0415 - only for who asks for it
 
         self._client, self._wandb, self._context, self._settings = client, wandb, context, settings
-        key = context.secrets / "wandb" / WANDB_KEY_FILE
+        key = context.secrets / WANDB_SLOT / WANDB_KEY_FILE
         self._run = self._offline() if not key.is_file() else self._online(key.read_text(encoding="utf-8").strip())
         self._first = self._run.starting_step
 
@@ -270,12 +280,12 @@ class WandbRun:
             return self._init(mode="online", resume="allow", api_key=key)
         except self._client.Error as error:
             self._client.teardown()
-            reason, folder = str(error).splitlines()[0], self._context.work.report / "wandb"
+            reason, folder = str(error).splitlines()[0], self._context.work.report / WANDB_FOLDER
             log.warning("W&B does not answer (%s): the run is in %s, for `wandb sync`", reason, folder)
             return self._offline()
 
     def _offline(self) -> Any:  # noqa: ANN401 - a wandb run
-        shutil.rmtree(self._context.work.report / "wandb", ignore_errors=True)  # all of it is told again
+        shutil.rmtree(self._context.work.report / WANDB_FOLDER, ignore_errors=True)  # all of it is told again
         return self._init(mode="offline", resume=None, api_key=None)
 
     def _init(self, mode: Literal["online", "offline"], resume: Literal["allow"] | None, api_key: str | None) -> Any:  # noqa: ANN401 - a wandb run
@@ -361,7 +371,7 @@ class MLflowRun:
 
 def read_mlflow_credentials(secrets: Path) -> dict[str, str]:
     """The server's credentials, by the variables in which its client looks for them."""
-    paths = {name: secrets / "mlflow" / name for name in MLFLOW_CREDENTIALS}
+    paths = {name: secrets / MLFLOW_SLOT / name for name in MLFLOW_CREDENTIALS}
     return {name: path.read_text(encoding="utf-8").strip() for name, path in paths.items() if path.is_file()}
 
 

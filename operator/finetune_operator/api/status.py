@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from finetune_operator.api.words import ATTEMPTS_KEPT, DATASETS_KEPT, JSON, MESSAGE_LIMIT_CHARACTERS
+from finetune_operator.api.words import ATTEMPTS_KEPT, DATASETS_KEPT, JSON
 from finetune_trainer.config import Model
+from finetune_trainer.progress import MESSAGE_LIMIT_CHARACTERS
 
 
 class Phase(StrEnum):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+from finetune_trainer.progress import MESSAGE_LIMIT_CHARACTERS
+
 GROUP = "finetune.dev"
 VERSION = "v1alpha1"
 KIND = "FineTuneJob"
@@ -14,7 +16,6 @@ MANAGER = "finetune-operator"
 """Field manager, value of the managed-by label, and reporter of events."""
 
 NAME_LIMIT_CHARACTERS = 40
-MESSAGE_LIMIT_CHARACTERS = 1024
 ATTEMPTS_KEPT = 10
 DATASETS_KEPT = 32
 """16 to train on and 16 to measure on."""

@@ -8,8 +8,10 @@ from finetune_operator import names
 from finetune_operator.api import JSON, FineTuneJob, Spec
 from finetune_operator.names import Step
 from finetune_trainer.config import (
+    MLFLOW_SLOT,
     TOKEN_FILE,
     WANDB_KEY_FILE,
+    WANDB_SLOT,
     HuggingFaceSource,
     ModelScopeSource,
     SecretKeyRef,
@@ -85,9 +87,9 @@ def _secret_of(source: Source) -> SecretKeyRef | SecretRef | None:
 def _tracker_secrets(spec: Spec) -> Iterator[Mounted]:
     tracking = spec.tracking or Tracking()
     if tracking.wandb is not None:
-        yield from _secret("wandb", tracking.wandb.api_key_secret_ref, WANDB_KEY_FILE)
+        yield from _secret(WANDB_SLOT, tracking.wandb.api_key_secret_ref, WANDB_KEY_FILE)
     if tracking.mlflow is not None:
-        yield from _secret("mlflow", tracking.mlflow.credentials_secret_ref)
+        yield from _secret(MLFLOW_SLOT, tracking.mlflow.credentials_secret_ref)
 
 
 def _secret(slot: str, reference: SecretKeyRef | SecretRef | None, file: str = "") -> Iterator[Mounted]:

@@ -99,7 +99,15 @@ from finetune_trainer.config.sources import (
     Source,
     VolumeSource,
 )
-from finetune_trainer.config.tracking import MLFLOW_CREDENTIALS, WANDB_KEY_FILE, MLflow, Tracking, Wandb
+from finetune_trainer.config.tracking import (
+    MLFLOW_CREDENTIALS,
+    MLFLOW_SLOT,
+    WANDB_KEY_FILE,
+    WANDB_SLOT,
+    MLflow,
+    Tracking,
+    Wandb,
+)
 from finetune_trainer.config.training import (
     Checkpoint,
     EarlyStopping,
@@ -127,6 +135,7 @@ __all__ = [
     "FORMATS",
     "FOUR_BIT",
     "MLFLOW_CREDENTIALS",
+    "MLFLOW_SLOT",
     "NAME_PATTERN",
     "NODE_RANK_VARIABLE",
     "RELATIVE_PATH_PATTERN",
@@ -144,6 +153,7 @@ __all__ = [
     "SUBDOMAIN_PATTERN",
     "TOKEN_FILE",
     "WANDB_KEY_FILE",
+    "WANDB_SLOT",
     "Attention",
     "BaseFormat",
     "BaseModelSource",

@@ -6,10 +6,12 @@ from pydantic import Field
 
 from finetune_trainer.config.base import Model, SecretKeyRef, SecretRef, Url
 
+WANDB_SLOT, MLFLOW_SLOT = "wandb", "mlflow"
+"""Folders of the trackers' secrets, beside those of the sources (`JobConfig.sources`)."""
 WANDB_KEY_FILE = "key"
-"""Below the folder of secrets `wandb`: the API key."""
+"""In the folder of W&B's secrets: the API key."""
 MLFLOW_CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-"""Keys of the Secret with MLflow's credentials, and files below the folder of secrets `mlflow`. All are optional."""
+"""Keys of the Secret with MLflow's credentials, and files in the folder of its secrets. All are optional."""
 
 
 class Wandb(Model):
