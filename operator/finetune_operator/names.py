@@ -60,7 +60,10 @@ class Step:
 
 def line(spec: Spec) -> tuple[Step, ...]:
     """The steps of a job, in their order. A method that trains the model itself leaves nothing to merge."""
-    steps = [_step(Stage.PREPARE), _step(Stage.TRAIN, pods=spec.num_nodes)]
+    steps = [_step(Stage.PREPARE)]
+    if spec.stops_after_prepare:
+        return tuple(steps)
+    steps.append(_step(Stage.TRAIN, pods=spec.num_nodes))
     if spec.merges:
         steps.append(_step(Stage.MERGE))
     for index, entry in enumerate(spec.quantize or ()):

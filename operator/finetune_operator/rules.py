@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune_operator.api import GPU_RESOURCE, NAME_LIMIT_CHARACTERS, Spec
+from finetune_operator.api import (
+    DRILL_ENV_PREFIX,
+    GPU_RESOURCE,
+    NAME_LIMIT_CHARACTERS,
+    RESERVED_ENV_PATTERN,
+    RunPolicy,
+    Spec,
+)
 from finetune_trainer.config import (
     ADAPTER_METHODS,
     COMMIT_PATTERN,
@@ -224,6 +231,12 @@ BLOCKS: dict[str, tuple[Rule, ...]] = {
             "pod.resources: GPUs are counted by parallelism.gpusPerNode, drop them here",
         ),
     ),
+    "pod.env.[]": (
+        Rule(
+            f"!self.name.matches('{RESERVED_ENV_PATTERN}') || self.name.startsWith('{DRILL_ENV_PREFIX}')",
+            "pod.env: this variable is set by the operator or changes what code runs, drop it",
+        ),
+    ),
 }
 """By path below spec: what the fields of one block mean together."""
 
@@ -300,21 +313,53 @@ def _joined(*parts: dict[str, tuple[Rule, ...]]) -> dict[str, tuple[Rule, ...]]:
 RULES = _joined(_sources(), BLOCKS, {"": WHOLE})
 """By path below spec; the empty path is spec itself."""
 
-LIST_KEYS = {"quantize": ("name",), "pod.imagePullSecrets": ("name",)}
+LIST_KEYS = {"quantize": ("name",), "pod.imagePullSecrets": ("name",), "pod.env": ("name",)}
 """Lists of named entries; all other lists are replaced as a whole."""
 
 
-def immutable(field: str, *, required: bool) -> Rule:
+MUTABLE = frozenset({"suspend", "cancel"})
+MUTABLE_POLICIES = frozenset({"ttlSecondsAfterFinished"})
+"""Of runPolicy."""
+
+CANCELLED_FOR_GOOD = Rule(
+    "self.?cancel.orValue(false) || !oldSelf.?cancel.orValue(false)",
+    "spec.cancel cannot be taken back: apply the job anew under another name",
+)
+
+
+def immutable(field: str, same: str) -> Rule:
     """One rule a field, on spec, so that a later field can be mutable."""
     message = f"spec.{field} cannot be changed: delete the FineTuneJob, or apply the new spec under another name"
-    if required:
-        return Rule(f"self.{field} == oldSelf.{field}", message)
-    same = f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})"
     return Rule(same, message)
 
 
+def unchanged(field: str, *, required: bool) -> str:
+    """A field of the spec is what it was."""
+    if required:
+        return f"self.{field} == oldSelf.{field}"
+    return f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})"
+
+
+def unchanged_policy(policy: str) -> str:
+    """A field of runPolicy is what it was, in a block that may come or go around it.
+
+    Not by comparing optionals: to the API server's estimate their cost has no bound.
+    """
+    now, before = (f"has({who}.runPolicy) && has({who}.runPolicy.{policy})" for who in ("self", "oldSelf"))
+    return f"({now}) == ({before}) && (!({now}) || self.runPolicy.{policy} == oldSelf.runPolicy.{policy})"
+
+
 def immutability() -> tuple[Rule, ...]:
-    """Every field of the spec."""
-    return tuple(
-        immutable(field.alias or name, required=field.is_required()) for name, field in Spec.model_fields.items()
+    """Every field of the spec but those that a job is steered by while it runs."""
+    fields = {field.alias or name: field.is_required() for name, field in Spec.model_fields.items()}
+    fixed = fields.keys() - MUTABLE - {"runPolicy"}
+    policies = (field.alias or name for name, field in RunPolicy.model_fields.items())
+    return (
+        *(immutable(field, unchanged(field, required=fields[field])) for field in fields if field in fixed),
+        *(
+            immutable(f"runPolicy.{policy}", unchanged_policy(policy))
+            for policy in policies
+            if policy not in MUTABLE_POLICIES
+        ),
+        CANCELLED_FOR_GOOD,
     )

@@ -102,7 +102,7 @@ FINE: dict[str, JSON] = {
 """Recipes, and what comes close to what is refused."""
 
 BAD: dict[str, tuple[JSON, str]] = {
-    "an unknown field": (spec(suspend=True), 'unknown field "spec.suspend"'),
+    "an unknown field": (spec(pause=True), 'unknown field "spec.pause"'),
     "an unknown field far inside": (spec(method={"lora": {"rank": 8}}), 'unknown field "spec.method.lora.rank"'),
     # --- sources
     "no model": ({"datasets": GOOD["datasets"]}, "spec.model: Required value"),
@@ -431,7 +431,29 @@ BAD: dict[str, tuple[JSON, str]] = {
         spec(pod={"gpuResourceName": "amd.com/gpu", "resources": {"requests": {"amd.com/gpu": "1"}}}),
         "GPUs are counted by parallelism.gpusPerNode",
     ),
+    "a variable that changes what code runs": (
+        spec(pod={"env": [{"name": "LD_PRELOAD", "value": "x"}]}),
+        "pod.env: this variable is set by the operator or changes what code runs",
+    ),
+    "a token in the open": (
+        spec(pod={"env": [{"name": "HF_TOKEN", "value": "x"}]}),
+        "pod.env: this variable is set by the operator or changes what code runs",
+    ),
+    "a variable of the operator's own": (
+        spec(pod={"env": [{"name": "FINETUNE_RENDEZVOUS", "value": "x"}]}),
+        "pod.env: this variable is set by the operator or changes what code runs",
+    ),
+    "a variable twice": (
+        spec(pod={"env": [{"name": "A", "value": "x"}, {"name": "A", "value": "y"}]}),
+        'Duplicate value: {"name":"A"}',
+    ),
+    "a variable of no name": (spec(pod={"env": [{"name": "A=B", "value": "x"}]}), "spec.pod.env[0].name"),
+    # --- life
     "retries without end": (spec(runPolicy={"maxRetries": 1000}), "spec.runPolicy.maxRetries"),
+    "a deadline in the past": (spec(runPolicy={"activeDeadlineSeconds": 0}), "spec.runPolicy.activeDeadlineSeconds"),
+    "a patience of no time": (spec(runPolicy={"stallTimeoutSeconds": 1}), "spec.runPolicy.stallTimeoutSeconds"),
+    "an end after training": (spec(runPolicy={"stopAfter": "Train"}), 'supported values: "Prepare"'),
+    "a manager without a domain": (spec(managedBy="me"), "spec.managedBy"),
     # --- tracking
     "a W&B run of no project": (spec(tracking={"wandb": {}}), "spec.tracking.wandb.project: Required value"),
     "an MLflow server without a scheme": (

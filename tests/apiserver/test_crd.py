@@ -64,8 +64,8 @@ CHANGES: dict[str, Any] = {
     "datasets": [{"volume": {"claimName": "datasets", "path": "other.jsonl"}}],
     "training": {"maxSteps": 7},
     "output": {"volume": {"existing": {"claimName": "other"}}},
-    "runPolicy": {"maxRetries": 9},
     "pod": {"nodeSelector": {"a": "b"}},
+    "managedBy": "other.dev/operator",
 }
 
 
@@ -80,6 +80,32 @@ def test_a_field_cannot_be_taken_away(space: Space) -> None:
     space.submit("fixed", spec(training={"maxSteps": 7}))
     with pytest.raises(RefusedError, match="training cannot be changed"):
         space.merge("finetunejobs", "fixed", {"spec": {"training": None}})
+
+
+@pytest.mark.parametrize("policy", [{"maxRetries": 9}, {"stopAfter": "Prepare"}, {"activeDeadlineSeconds": 9}])
+@pytest.mark.parametrize("before", [{}, {"runPolicy": {"maxRetries": 1, "ttlSecondsAfterFinished": 9}}])
+def test_the_policy_of_a_run_cannot_be_changed(space: Space, before: JSON, policy: JSON) -> None:
+    space.submit("fixed", spec(**before))
+    with pytest.raises(RefusedError, match=f"spec.runPolicy.{next(iter(policy))} cannot be changed"):
+        space.merge("finetunejobs", "fixed", {"spec": {"runPolicy": policy}})
+
+
+@pytest.mark.parametrize("before", [{}, {"runPolicy": {"maxRetries": 1}}, {"runPolicy": {"ttlSecondsAfterFinished": 9}}])
+def test_a_running_job_can_be_suspended_resumed_given_a_ttl_and_cancelled(space: Space, before: JSON) -> None:
+    space.submit("steered", spec(**before))
+    for change in (
+        {"suspend": True},
+        {"suspend": False},
+        {"suspend": None},
+        {"runPolicy": {"ttlSecondsAfterFinished": 60}},
+        {"runPolicy": {"ttlSecondsAfterFinished": None}},
+        {"cancel": False},
+        {"cancel": True},
+    ):
+        space.merge("finetunejobs", "steered", {"spec": change})
+    for back in (False, None):
+        with pytest.raises(RefusedError, match="spec.cancel cannot be taken back"):
+            space.merge("finetunejobs", "steered", {"spec": {"cancel": back}})
 
 
 def test_labels_can_be_changed(space: Space) -> None:

@@ -29,6 +29,7 @@ class FineTuneJob:
     resource_version: str
     generation: int
     created: datetime
+    labels: Mapping[str, str]
     deleting: bool
     status: Status
     stored_status: JSON
@@ -50,6 +51,7 @@ class FineTuneJob:
             resource_version=metadata["resourceVersion"],
             generation=metadata.get("generation", 1),
             created=parse_time(metadata["creationTimestamp"]),
+            labels=metadata.get("labels") or {},
             deleting="deletionTimestamp" in metadata,
             status=_parse_status(stored),
             stored_status=stored,

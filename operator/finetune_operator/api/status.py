@@ -16,12 +16,19 @@ class Phase(StrEnum):
     """Where a job is. An open set for its readers."""
 
     PENDING = "Pending"
+    QUEUED = "Queued"
+    SUSPENDED = "Suspended"
     PREPARING = "Preparing"
     TRAINING = "Training"
     MERGING = "Merging"
     QUANTIZING = "Quantizing"
     SUCCEEDED = "Succeeded"
     FAILED = "Failed"
+    CANCELLED = "Cancelled"
+
+
+ENDS = (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
+"""Phases of a job that has ended, for good."""
 
 
 class ConditionType(StrEnum):
@@ -30,6 +37,8 @@ class ConditionType(StrEnum):
     ACCEPTED = "Accepted"
     SUCCEEDED = "Succeeded"
     FINISHED = "Finished"
+    SUSPENDED = "Suspended"
+    QUOTA_RESERVED = "QuotaReserved"
 
 
 Text = Annotated[str, Field(max_length=MESSAGE_LIMIT_CHARACTERS)]
@@ -41,7 +50,7 @@ Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 class Condition(Model):
     """One thing that is true, false or not known yet."""
 
-    type: str = Field(description="Accepted, Succeeded or Finished.")
+    type: str = Field(description="Accepted, Succeeded, Finished, Suspended or QuotaReserved.")
     status: str = Field(description="True, False or Unknown.")
     reason: str = Field(description="One word, for machines.")
     message: Text = Field(description="A sentence, for people.")
@@ -140,6 +149,14 @@ class ArtifactStatus(Model):
     measured: MeasuredStatus | None = Field(default=None, description="Quality on the held-out rows.")
 
 
+class Overrides(Model):
+    """What an attempt changes of status.resolved, so that it fits into the GPU's memory. The global batch stays."""
+
+    micro_batch_size: int = Field(description="Rows a forward pass on one device.")
+    gradient_accumulation_steps: int = Field(description="Forward passes an optimizer step.")
+    gradient_checkpointing: str | None = Field(default=None, description="Full, where that was needed as well.")
+
+
 class AttemptStatus(Model):
     """One run of one stage. Without completionTime it is the live one."""
 
@@ -154,6 +171,8 @@ class AttemptStatus(Model):
     retry: str | None = Field(
         default=None, description="Free: run again, uncounted. Counted: run again, counted. Never: not run again."
     )
+    running_since: Time | None = Field(default=None, description="Since when all its pods run, while they do.")
+    overrides: Overrides | None = Field(default=None, description="What it changed after the GPU's memory ran out.")
 
 
 class Status(Model):
@@ -161,7 +180,9 @@ class Status(Model):
 
     observed_generation: int | None = Field(default=None, description="Generation of the spec that this is about.")
     phase: str | None = Field(
-        default=None, description="Pending, Preparing, Training, Merging, Quantizing, Succeeded or Failed."
+        default=None,
+        description="Pending, Queued, Suspended, Preparing, Training, Merging, Quantizing, Succeeded, Failed or "
+        "Cancelled.",
     )
     reason: str | None = Field(default=None, description="Why it stands where it stands, in one word.")
     message: Text | None = Field(default=None, description="The same in a sentence, with the way out.")
@@ -179,6 +200,9 @@ class Status(Model):
     retries: int | None = Field(
         default=None, description="How often a stage was run again that counts against runPolicy.maxRetries."
     )
+    active_seconds: int | None = Field(
+        default=None, description="How long pods have run, before the live attempt; runPolicy.activeDeadlineSeconds."
+    )
     training: TrainingStatus | None = Field(default=None, description="How training goes.")
     data: DataStatus | None = Field(default=None, description="What the rows are like.")
     resolved: dict[str, Any] | None = Field(
@@ -187,7 +211,7 @@ class Status(Model):
         json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},
     )
     conditions: tuple[Condition, ...] | None = Field(
-        default=None, max_length=16, description="Accepted, Succeeded, Finished."
+        default=None, max_length=16, description="Accepted, Succeeded, Finished, Suspended, QuotaReserved."
     )
     stages: tuple[StageStatus, ...] | None = Field(default=None, max_length=16, description="The line of stages.")
     artifacts: tuple[ArtifactStatus, ...] | None = Field(default=None, max_length=16, description="What came out.")
@@ -199,6 +223,16 @@ class Status(Model):
     def finished(self) -> bool:
         """Whether the job has ended, for good."""
         return any(c.type == ConditionType.FINISHED and c.status == "True" for c in self.conditions or ())
+
+    def condition(self, kind: ConditionType) -> Condition | None:
+        """What is said of the job in this condition, if anything is."""
+        return next((c for c in self.conditions or () if c.type == kind), None)
+
+    @property
+    def suspended(self) -> bool:
+        """Whether it is on record that the job is suspended by its user."""
+        found = self.condition(ConditionType.SUSPENDED)
+        return found is not None and found.status == "True"
 
     def to_dict(self) -> JSON:
         """As the API server stores it."""

@@ -9,14 +9,12 @@ from finetune_operator.api import JSON, FineTuneJob, Label, Pod
 from finetune_operator.manifests.meta import build_labels, build_metadata
 from finetune_operator.manifests.volumes import TMP, build_volumes
 from finetune_operator.names import Step
+from finetune_operator.queueing import build_queue_labels
 from finetune_operator.settings import Settings
 from finetune_trainer.config import REMOTE_CODE_VARIABLE, RENDEZVOUS_PORT, RENDEZVOUS_VARIABLE
 from finetune_trainer.progress import PROGRESS_PORT, Stage
 
 USER = 65532
-GRACE_SECONDS = 120
-"""For a checkpoint after SIGTERM."""
-
 LOST_NODE_SECONDS = 30
 """A pod leaves a node that is not heard of after this long, not after Kubernetes' 300 s."""
 
@@ -24,11 +22,13 @@ LOST_NODE_SECONDS = 30
 def build_stage_job(job: FineTuneJob, step: Step, attempt: int, settings: Settings) -> JSON:
     """The Job of this attempt. Never retried by Kubernetes: the operator owns retries, each under a new number."""
     labels = {Label.STAGE: step.key, Label.ATTEMPT: str(attempt)}
+    queue = build_queue_labels(job)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": build_metadata(job, names.stage_job(job, step, attempt), labels),
+        "metadata": build_metadata(job, names.stage_job(job, step, attempt), labels | queue),
         "spec": {
+            **({"suspend": True} if queue else {}),  # else a pod could start before Kueue has seen the Job
             "backoffLimit": 0,
             "parallelism": step.pods,
             "completions": step.pods,
@@ -50,7 +50,7 @@ def build_pod_spec(job: FineTuneJob, step: Step, attempt: int, settings: Setting
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "terminationGracePeriodSeconds": job.valid_spec.checkpoint_grace_seconds,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER,
@@ -110,7 +110,8 @@ def _environment(job: FineTuneJob, step: Step, attempt: int, settings: Settings)
         own[REMOTE_CODE_VARIABLE] = "1"
     if step.pods > 1:
         own[RENDEZVOUS_VARIABLE] = names.rendezvous(job, step, attempt)
-    return (settings.trainer_env if _reaches_out(job, step) else {}) | own
+    asked = {variable.name: variable.value for variable in (job.valid_spec.pod or Pod()).env or ()}
+    return (settings.trainer_env if _reaches_out(job, step) else {}) | asked | own
 
 
 def _reaches_out(job: FineTuneJob, step: Step) -> bool:

@@ -23,6 +23,8 @@ def test_the_models_refuse_what_the_api_server_refuses(case: str) -> None:
 
 
 VALIDATORS = {
+    "_may_be_set": "a token in the open",
+    "_variables_are_set_once": "a variable twice",
     "_alternatives": "warm-up twice",
     "_an_adapter_continues_an_adapter": "an adapter for Full",
     "_exactly_one": "two volumes",
@@ -80,10 +82,10 @@ def test_the_trainers_configuration_is_the_trainers_half_of_the_spec() -> None:
 
 
 def test_an_invalid_spec_is_told_field_by_field() -> None:
-    job = a_job(SPEC | {"suspend": True, "training": {"maxSteps": 0}})
+    job = a_job(SPEC | {"pause": True, "training": {"maxSteps": 0}})
     assert job.spec is None
     assert job.problem is not None
-    assert "spec.suspend: unknown to this version of the operator" in job.problem
+    assert "spec.pause: unknown to this version of the operator" in job.problem
     assert "spec.training.maxSteps" in job.problem
     with pytest.raises(InvalidJobError):
         _ = job.valid_spec

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune_operator.api import Spec
+from finetune_operator.api import RunPolicy, Spec
 from finetune_operator.crd import CHART_TARGET, TARGET, build_crd, render, spec_schema, status_schema
 from finetune_operator.rules import RULES
 from tests.apiserver.cases import BAD
@@ -67,6 +67,7 @@ def test_every_list_says_how_it_is_merged() -> None:
     assert {path for path, kind in kinds.items() if kind == "map"} == {
         ".quantize",
         ".pod.imagePullSecrets",
+        ".pod.env",
         "status.conditions",
         "status.stages",
         "status.artifacts",
@@ -79,10 +80,14 @@ def test_attempts_are_told_apart_by_stage_and_number() -> None:
     assert status_schema()["properties"]["attempts"]["x-kubernetes-list-map-keys"] == ["stage", "number"]
 
 
-def test_every_field_of_the_spec_is_immutable_by_a_rule_of_its_own() -> None:
+def test_every_field_of_the_spec_but_those_to_steer_by_is_immutable_by_a_rule_of_its_own() -> None:
     rules = " ".join(rule["rule"] for rule in spec_schema()["x-kubernetes-validations"])
-    for name, field in Spec.model_fields.items():
-        assert f"self.{field.alias or name} == oldSelf.{field.alias or name}" in rules
+    steering = {"suspend", "cancel", "runPolicy"}
+    for field in {field.alias or name for name, field in Spec.model_fields.items()} - steering:
+        assert f"self.{field} == oldSelf.{field}" in rules
+    for field in {field.alias or name for name, field in RunPolicy.model_fields.items()}:
+        fixed = f"self.runPolicy.{field} == oldSelf.runPolicy.{field}" in rules
+        assert fixed == (field != "ttlSecondsAfterFinished")
 
 
 def test_every_rule_is_broken_by_a_case() -> None:

@@ -588,7 +588,7 @@ def test_a_job_that_can_never_be_made_ends_with_the_api_servers_word() -> None:
 # --- stored specs that make no sense ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", [{}, SPEC | {"suspend": True}, SPEC | {"quantize": [{"name": "x", "method": "AWQ9"}]}])
+@pytest.mark.parametrize("spec", [{}, SPEC | {"pause": True}, SPEC | {"quantize": [{"name": "x", "method": "AWQ9"}]}])
 def test_a_stored_spec_of_another_version_is_an_end_not_a_crash(spec: dict[str, object]) -> None:
     decision = decide(Facts(a_job(spec)), SETTINGS, START)
     assert finished(decision.status) == {"Accepted": "False", "Succeeded": "False", "Finished": "True"}

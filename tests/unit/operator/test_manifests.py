@@ -10,6 +10,7 @@ from finetune_operator import names
 from finetune_operator.api import JSON
 from finetune_operator.manifests import build_claim, build_config_map, build_service, build_stage_job
 from finetune_operator.names import Step, line
+from finetune_operator.queueing import PRIORITY_LABEL, QUEUE_LABEL
 from finetune_operator.settings import Resources
 from finetune_trainer.config import REMOTE_CODE_VARIABLE, RENDEZVOUS_VARIABLE
 from tests.unit.operator.builders import GANG, SETTINGS, SPEC, WHOLE, a_job
@@ -86,6 +87,23 @@ def test_a_stage_job_runs_once_and_is_never_retried_by_kubernetes() -> None:
     assert (spec["podReplacementPolicy"], spec["template"]["spec"]["restartPolicy"]) == ("Failed", "Never")
     assert job["metadata"]["ownerReferences"][0]["uid"] == a_job().uid
     assert "blockOwnerDeletion" not in job["metadata"]["ownerReferences"][0]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_stage_of_a_queued_job_asks_for_the_queue_and_is_made_suspended(key: str) -> None:
+    labels = {QUEUE_LABEL: "team-a", PRIORITY_LABEL: "high"}
+    job = build_stage_job(a_job(WHOLE, labels=labels | {"mine": "yes"}), step(key), 1, SETTINGS)
+    assert labels.items() <= job["metadata"]["labels"].items()
+    assert "mine" not in job["metadata"]["labels"]
+    assert job["spec"]["suspend"] is True
+    assert not labels.keys() & job["spec"]["template"]["metadata"]["labels"].keys(), "Kueue would queue the pod too"
+
+
+@pytest.mark.parametrize("labels", [{}, {PRIORITY_LABEL: "high"}, {QUEUE_LABEL: ""}])
+def test_a_job_without_a_queue_is_left_to_kubernetes(labels: dict[str, str]) -> None:
+    job = build_stage_job(a_job(labels=labels), step("train"), 1, SETTINGS)
+    assert "suspend" not in job["spec"]
+    assert not any("kueue" in name for name in job["metadata"]["labels"])
 
 
 @pytest.mark.parametrize("key", ["prepare", "train", "merge", "quantize-0"])
