@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from finetune_operator.api import JSON, MESSAGE_LIMIT_CHARACTERS
+from finetune_operator.api import JSON
+from finetune_operator.api.words import MESSAGE_LIMIT_CHARACTERS
 from finetune_operator.queueing import QUEUE_LABEL, Queueing, parse_waiting
 from tests.unit.operator.builders import condition
 
