@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster import build, images, lifecycle, requirements, status
+from cluster import build, images, joining, lifecycle, requirements, status
 from cluster.errors import ClusterError
 from cluster.paths import State, default_state
 from cluster.progress import say
@@ -21,6 +21,8 @@ DESCRIPTION = "A real local Kubernetes without Docker: etcd to kubelet as proces
 EPILOG = """\
 The first 'up' builds everything, which takes about 12 minutes on two cores; later ones take seconds.
 State lies in .cluster/ of the checkout, builds in ~/.cache/finetune-operator (or below $XDG_CACHE_HOME)."""
+
+NODE_CHANGES = {"add": joining.add, "lose": joining.lose, "remove": joining.remove}
 
 
 def main() -> int:
@@ -60,6 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     image = verbs.add_parser("image", help="build an image into the cluster's store; prints its reference")
     image.add_argument("target", choices=images.TARGETS, help="target of the Dockerfile")
     image.set_defaults(run=_image)
+    node = verbs.add_parser("node", help="add, lose or remove a further node: node add NAME")
+    node.add_argument("change", choices=NODE_CHANGES, help="lose: its kubelet is killed, its containers go on")
+    node.add_argument("name", help="name of the node")
+    node.set_defaults(run=_node)
     execute = verbs.add_parser("exec", help="run a command inside the cluster's namespaces: exec -- CMD...")
     execute.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD", help="the command and its arguments")
     execute.set_defaults(run=_exec)
@@ -97,6 +103,12 @@ def _prune(state: State, _arguments: argparse.Namespace) -> int:
 def _image(state: State, arguments: argparse.Namespace) -> int:
     requirements.require_root()
     print(images.build_image(state, arguments.target))
+    return 0
+
+
+def _node(state: State, arguments: argparse.Namespace) -> int:
+    requirements.require_root()
+    NODE_CHANGES[arguments.change](state, arguments.name)
     return 0
 
 

@@ -71,7 +71,7 @@ def issue_all(folder: Path, identities: Iterable[Identity]) -> None:
     _openssl(folder, "genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048", "-out", "sa.key")
     _openssl(folder, "pkey", "-in", "sa.key", "-pubout", "-out", "sa.pub")
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda identity: _issue(folder, identity), identities))
+        list(pool.map(lambda identity: issue(folder, identity), identities))
 
 
 def _request(file: str, subject: str) -> list[str]:
@@ -79,7 +79,8 @@ def _request(file: str, subject: str) -> list[str]:
     return ["req", "-x509", *key, "-subj", subject, "-days", DAYS, "-out", f"{file}.crt"]
 
 
-def _issue(folder: Path, identity: Identity) -> None:
+def issue(folder: Path, identity: Identity) -> None:
+    """Make one certificate by the authority in the folder."""
     usage = ["-addext", "basicConstraints=critical,CA:FALSE", "-addext", "extendedKeyUsage=clientAuth,serverAuth"]
     if identity.served_names:
         usage += ["-addext", f"subjectAltName={','.join(_alternative_name(name) for name in identity.served_names)}"]

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
 
+    from cluster.paths import State
+
 SERVICE_NETWORK = "10.96.0.0/16"
 FIRST_SERVICE_ADDRESS = "10.96.0.1"
 READY_SECONDS = 60.0
@@ -72,6 +74,17 @@ class Layout:
     def kubeconfig(self, identity: str) -> Path:
         """Return the path of a component's kubeconfig."""
         return self.config / f"{identity}.kubeconfig"
+
+
+def layout_of(state: State, address: str) -> Layout:
+    """Return where the cluster's control plane lies and listens."""
+    return Layout(
+        certificates=state.certificates,
+        config=state.config,
+        data=state.root / "etcd",
+        logs=state.logs,
+        address=address,
+    )
 
 
 def issue(layout: Layout, *more: certificates.Identity) -> None:

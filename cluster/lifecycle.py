@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
-from cluster import addons, build, certificates, control_plane, namespace, node
+from cluster import addons, build, certificates, control_plane, joining, namespace, node
 from cluster.api import Api
-from cluster.control_plane import Layout
 from cluster.errors import ClusterError
 from cluster.namespace import Namespace
 from cluster.paths import CHECKOUT, State
 from cluster.processes import wait_until
 from cluster.progress import say
 
-WIPED = ("etcd", "kubelet", "volumes", "config", "certificates", "logs", "kubeconfig")
+WIPED = ("etcd", "kubelet", "nodes", "volumes", "config", "certificates", "logs", "kubeconfig")
 READY_SECONDS = 120.0
 WRAPPED = {"ctr": ("--namespace", "k8s.io"), "buildctl": ()}
-
-
-def layout_of(state: State, address: str) -> Layout:
-    """Return where the cluster's control plane lies and listens."""
-    return Layout(
-        certificates=state.certificates,
-        config=state.config,
-        data=state.root / "etcd",
-        logs=state.logs,
-        address=address,
-    )
 
 
 def up(state: State) -> None:
@@ -43,6 +30,7 @@ def up(state: State) -> None:
         live = running or _begin(state)
         try:
             _start_components(live, after_a_crash=running is None)
+            joining.start_again(live)
         except BaseException:
             say("The cluster did not come up; 'python3 -m cluster down' removes what was started.")
             raise
@@ -68,7 +56,7 @@ def _begin(state: State) -> Namespace:
     namespace.remove(state)
     _wipe(state)
     live = namespace.create(state)
-    layout = layout_of(state, live.node_address)
+    layout = control_plane.layout_of(state, live.node_address)
     certificates_of_node = certificates.kubelet(state.node_name, live.node_address)
     control_plane.issue(layout, certificates.proxy(), certificates_of_node)
     return live
@@ -76,20 +64,18 @@ def _begin(state: State) -> Namespace:
 
 def _start_components(live: Namespace, *, after_a_crash: bool) -> None:
     state = live.state
-    layout = layout_of(state, live.node_address)
-    for component in (control_plane.etcd(layout), control_plane.api_server(layout), node.containerd(state)):
+    layout, first = control_plane.layout_of(state, live.node_address), node.first(live)
+    for component in (control_plane.etcd(layout), control_plane.api_server(layout), node.containerd(state, first)):
         live.start(component)
-    _wait_for_containerd(live)
-    if after_a_crash and node.remove_containers(live):
-        live.stop("containerd")  # it knows the pods of the run that was killed; read the store afresh
-        live.start(node.containerd(state))
-        _wait_for_containerd(live)
+    node.wait_for_containerd(live, first)
+    if after_a_crash:
+        node.forget_containers(live, first)
     node.import_images(live)
     api = Api(layout.kubeconfig("admin"))
     wait_until(api.ready, "The API server", READY_SECONDS, state.logs / "kube-apiserver.log")
     for component in (
         control_plane.controller_manager(layout),
-        node.kubelet(live, layout),
+        node.kubelet(live, layout, first),
         control_plane.scheduler(layout),
         node.kube_proxy(live, layout),
         addons.coredns(live, layout),
@@ -99,15 +85,6 @@ def _start_components(live: Namespace, *, after_a_crash: bool) -> None:
     live.start(addons.local_path_provisioner(state, layout))
     _wait_until_usable(live, api)
     shutil.copy2(layout.kubeconfig("admin"), state.kubeconfig)
-
-
-def _wait_for_containerd(live: Namespace) -> None:
-    command = live.command(str(build.command("ctr")), "version")
-
-    def answers() -> bool:
-        return subprocess.run(command, check=False, capture_output=True).returncode == 0
-
-    wait_until(answers, "containerd", READY_SECONDS, live.state.logs / "containerd.log")
 
 
 def _wait_until_usable(live: Namespace, api: Api) -> None:
@@ -120,19 +97,12 @@ def _wait_until_usable(live: Namespace, api: Api) -> None:
 
     # A node is Ready for a while after its kubelet has ended: a new one may not listen yet.
     wait_until(well, "A healthy kubelet", READY_SECONDS, state.logs / "kubelet.log")
-    wait_until(lambda: node_ready(state, api), "A Ready node", READY_SECONDS, state.logs / "kubelet.log")
+    wait_until(lambda: node.is_ready(api, state.node_name), "A Ready node", READY_SECONDS, state.logs / "kubelet.log")
 
     def account() -> bool:
         return api.get("/api/v1/namespaces/default/serviceaccounts/default") is not None
 
     wait_until(account, "The default account", READY_SECONDS, state.logs / "kube-controller-manager.log")
-
-
-def node_ready(state: State, api: Api) -> bool:
-    """Tell whether the node is Ready."""
-    found = api.get(f"/api/v1/nodes/{state.node_name}") or {}
-    conditions = found.get("status", {}).get("conditions", [])
-    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
 
 
 def _stop_gently(live: Namespace) -> None:
@@ -141,7 +111,7 @@ def _stop_gently(live: Namespace) -> None:
         for name in ("kubelet", "buildkitd"):
             live.stop(name, seconds=2)
         if "containerd" in live.running():
-            node.remove_containers(live)
+            node.remove_containers(live, node.first(live))
             live.stop("containerd", seconds=3)
     except (ClusterError, OSError) as error:
         say(f"The containers did not stop in order ({error}); the kernel ends them.")

@@ -1,8 +1,10 @@
-"""The node: containerd, kubelet and kube-proxy, with the settings that this kind of machine needs."""
+"""A node: containerd, kubelet and kube-proxy, with the settings that this kind of machine needs."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster import base_image, build, requirements
@@ -10,32 +12,72 @@ from cluster.addons import DNS_ADDRESS
 from cluster.errors import ClusterError
 from cluster.files import write_json, write_text
 from cluster.namespace import POD_NETWORK, Namespace
-from cluster.processes import Component
+from cluster.processes import Component, wait_until
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    import subprocess
 
+    from cluster.api import Api
     from cluster.control_plane import Layout
     from cluster.paths import State
 
 PAUSE_IMAGE = "docker.io/finetune-operator/pause"
-CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
-KUBELET_HEALTH_PORT = 10248
 PROXY_HEALTH_PORT = 10256
+PORTS_APART = 100
+READY_SECONDS = 120.0
 
 
-def containerd(state: State) -> Component:
-    """Return containerd, with every path at its default: see cluster/mounts.py."""
+@dataclass(frozen=True)
+class Node:
+    """Who a node is and what it has of its own; the first has every path and port at its default.
+
+    All nodes share one network and the addresses of pods, so pods meet as they do on one node: see cluster/mounts.py
+    for the first one's folders and cluster/joining.py for those of the others.
+    """
+
+    name: str
+    address: str
+    number: int = 0
+    """0 is the first, which runs the control plane too."""
+    cgroup: str = ""
+    """Control group, in every hierarchy, below which the kubelet puts pods."""
+
+    def component(self, program: str) -> str:
+        """Name of one of its processes: of a further node with the node's name, as in kubelet@second."""
+        return f"{program}@{self.name}" if self.number else program
+
+    def folder(self, default: str) -> Path:
+        """A folder of its own in place of a default one."""
+        return Path(f"{default}-{self.name}" if self.number else default)
+
+    def port(self, default: int) -> int:
+        """A port of its own in place of a default one."""
+        return default + self.number * PORTS_APART
+
+    @property
+    def socket(self) -> Path:
+        """Where its containerd listens."""
+        return self.folder("/run/containerd") / "containerd.sock"
+
+
+def first(namespace: Namespace) -> Node:
+    """Return the node that every cluster has."""
+    return Node(namespace.state.node_name, namespace.node_address, cgroup=namespace.state.cgroup)
+
+
+def containerd(state: State, node: Node) -> Component:
+    """Return the node's containerd."""
     folder = requirements.cni_folder()
     runc = shutil.which("runc")
     if folder is None or runc is None:
         raise ClusterError("The network plugins or runc are missing.", "Run 'python3 -m cluster build'.")
     network = write_json(state.config / "cni" / "10-finetune.conflist", _network_config())
-    config = write_text(state.config / "containerd.toml", _containerd_config(folder, network.parent, runc))
+    name = node.component("containerd")
+    config = write_text(state.config / f"{name}.toml", _containerd_config(node, folder, network.parent, runc))
     tools = build.command("containerd").parent
     path = f"{tools}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     command = (str(tools / "containerd"), "--config", str(config))
-    return Component("containerd", command, str(state.logs / "containerd.log"), environment={"PATH": path})
+    return Component(name, command, str(state.logs / f"{name}.log"), environment={"PATH": path})
 
 
 def pause_image() -> str:
@@ -43,14 +85,25 @@ def pause_image() -> str:
     return f"{PAUSE_IMAGE}:{build.command('pause').parent.name.rpartition('-')[2]}"
 
 
-def _containerd_config(plugins: Path, network: Path, runc: str) -> str:
+def _containerd_config(node: Node, plugins: Path, network: Path, runc: str) -> str:
     """Return containerd's configuration.
 
     oom_score 0 and restrict_oom_score_adj: lowering a score takes CAP_SYS_RESOURCE, which not every machine gives.
     """
     return f"""\
 version = 3
+root = '{node.folder("/var/lib/containerd")}'
+state = '{node.folder("/run/containerd")}'
 oom_score = 0
+
+[grpc]
+  address = '{node.socket}'
+
+[ttrpc]
+  address = '{node.socket}.ttrpc'
+
+[plugins.'io.containerd.nri.v1.nri']
+  disable = true
 
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
   sandbox = '{pause_image()}'
@@ -86,25 +139,25 @@ def _network_config() -> dict[str, Any]:
     }
 
 
-def kubelet(namespace: Namespace, layout: Layout) -> Component:
-    """Return the kubelet; a container that breaks its memory limit is really killed."""
-    state = namespace.state
-    identity = f"kubelet-{state.node_name}"
-    config = write_json(state.config / "kubelet.json", _kubelet_config(namespace, layout, identity))
+def kubelet(namespace: Namespace, layout: Layout, node: Node) -> Component:
+    """Return the node's kubelet; a container that breaks its memory limit is really killed."""
+    state, name = namespace.state, node.component("kubelet")
+    identity = f"kubelet-{node.name}"
+    config = write_json(state.config / f"{name}.json", _kubelet_config(namespace, layout, node))
     options = {
         "config": config,
         "kubeconfig": layout.kubeconfig(identity),
-        "hostname-override": state.node_name,
-        "node-ip": namespace.node_address,
-        "root-dir": "/var/lib/kubelet",
+        "hostname-override": node.name,
+        "node-ip": node.address,
+        "root-dir": node.folder("/var/lib/kubelet"),
         "housekeeping-interval": "30s",  # how often cAdvisor reads every container's usage: idle CPU is the demo's
     }
-    command = (str(build.command("kubelet")), *(f"--{name}={value}" for name, value in options.items()))
-    health = f"http://127.0.0.1:{KUBELET_HEALTH_PORT}/healthz"
-    return Component("kubelet", command, str(state.logs / "kubelet.log"), health)
+    command = (str(build.command("kubelet")), *(f"--{option}={value}" for option, value in options.items()))
+    return Component(name, command, str(state.logs / f"{name}.log"), f"http://127.0.0.1:{node.port(10248)}/healthz")
 
 
-def _kubelet_config(namespace: Namespace, layout: Layout, identity: str) -> dict[str, Any]:
+def _kubelet_config(namespace: Namespace, layout: Layout, node: Node) -> dict[str, Any]:
+    certificate = layout.certificates / f"kubelet-{node.name}"
     return {
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
@@ -114,19 +167,21 @@ def _kubelet_config(namespace: Namespace, layout: Layout, identity: str) -> dict
             "x509": {"clientCAFile": str(layout.certificates / "ca.crt")},
         },
         "authorization": {"mode": "Webhook"},
-        "tlsCertFile": str(layout.certificates / f"{identity}.crt"),
-        "tlsPrivateKeyFile": str(layout.certificates / f"{identity}.key"),
-        "containerRuntimeEndpoint": f"unix://{CONTAINERD_SOCKET}",
-        "healthzPort": KUBELET_HEALTH_PORT,
+        "tlsCertFile": f"{certificate}.crt",
+        "tlsPrivateKeyFile": f"{certificate}.key",
+        "containerRuntimeEndpoint": f"unix://{node.socket}",
+        "port": node.port(10250),
+        "healthzPort": node.port(10248),
         "clusterDNS": [DNS_ADDRESS],
         "clusterDomain": "cluster.local",
         "resolvConf": str(namespace.state.resolver),
         "cgroupDriver": "cgroupfs",
-        "cgroupRoot": namespace.state.cgroup,
+        "cgroupRoot": node.cgroup,
         "failCgroupV1": False,
         "failSwapOn": False,
         "featureGates": {"KubeletInUserNamespace": True},  # tolerates the missing CAP_SYS_RESOURCE
-        "volumePluginDir": "/var/lib/kubelet/volume-plugins",  # the default is below /usr, on the host
+        "volumePluginDir": str(node.folder("/var/lib/kubelet") / "volume-plugins"),  # the default: /usr, on the host
+        "podLogsDir": str(node.folder("/var/log/pods")),  # it removes logs of pods that it does not know
         "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1Gi", "imagefs.available": "1Gi"},
         "imageGCHighThresholdPercent": 100,  # never: the images are the ones just built
         "eventRecordQPS": 0,  # unlimited: tests read events
@@ -180,15 +235,45 @@ def images(namespace: Namespace) -> list[str]:
 
 
 def ctr(namespace: Namespace, *arguments: str) -> str:
-    """Run containerd's own client on the kubelet's store."""
-    return namespace.run(str(build.command("ctr")), "--namespace", "k8s.io", *arguments).stdout
+    """Run containerd's own client on the first node's store."""
+    return _ctr(namespace, first(namespace), *arguments).stdout
 
 
-def remove_containers(namespace: Namespace) -> bool:
-    """Kill and forget every container; tell whether there was any."""
-    containers = ctr(namespace, "containers", "list", "--quiet").split()
+def _ctr(namespace: Namespace, node: Node, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    client = (str(build.command("ctr")), "--address", str(node.socket), "--namespace", "k8s.io")
+    return namespace.run(*client, *arguments, check=check)
+
+
+def wait_for_containerd(namespace: Namespace, node: Node) -> None:
+    """Wait until the node's containerd answers."""
+
+    def answers() -> bool:
+        return _ctr(namespace, node, "version", check=False).returncode == 0
+
+    name = node.component("containerd")
+    wait_until(answers, name, READY_SECONDS, namespace.state.logs / f"{name}.log")
+
+
+def remove_containers(namespace: Namespace, node: Node) -> bool:
+    """Kill and forget every container of the node; tell whether there was any."""
+    containers = _ctr(namespace, node, "containers", "list", "--quiet").stdout.split()
     for name in containers:
-        namespace.run(str(build.command("ctr")), "-n", "k8s.io", "tasks", "delete", "--force", name, check=False)
+        _ctr(namespace, node, "tasks", "delete", "--force", name, check=False)
     if containers:
-        ctr(namespace, "containers", "delete", *containers)
+        _ctr(namespace, node, "containers", "delete", *containers)
     return bool(containers)
+
+
+def forget_containers(namespace: Namespace, node: Node) -> None:
+    """Forget containers that ended with another run; a containerd that has read of them reads its store afresh."""
+    if remove_containers(namespace, node):
+        namespace.stop(node.component("containerd"))
+        namespace.start(containerd(namespace.state, node))
+        wait_for_containerd(namespace, node)
+
+
+def is_ready(api: Api, name: str) -> bool:
+    """Tell whether the node of this name is Ready."""
+    found = api.get(f"/api/v1/nodes/{name}") or {}
+    conditions = found.get("status", {}).get("conditions", [])
+    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cluster import build, namespace
+from cluster import build, joining, namespace
 from cluster.api import Api
-from cluster.lifecycle import node_ready
+from cluster.node import is_ready
 
 if TYPE_CHECKING:
     from cluster.namespace import Namespace
@@ -19,29 +19,37 @@ def show(state: State) -> bool:
     if live is None:
         print("cluster: down (start it with 'python3 -m cluster up')")
         return False
-    well = _show_node(state) & _show_components(live)
+    well = _show_nodes(state) & _show_components(live)
     print("versions: " + ", ".join(f"{name} {version}" for name, version in build.versions().items()))
     print(f"commands: {state.bin}/kubectl, helm, ctr, buildctl; logs: {state.logs}")
     print(f"export KUBECONFIG={state.kubeconfig}")
     return well
 
 
-def _show_node(state: State) -> bool:
+def _show_nodes(state: State) -> bool:
     if not state.kubeconfig.exists():
         print("cluster: starting, or its last start failed ('python3 -m cluster up' goes on)")
         return False
     api = Api(state.kubeconfig)
-    answering, ready = api.ready(), node_ready(state, api)
+    answering = api.ready()
     print(f"cluster: {'up' if answering else 'API server does not answer'} at {api.server}")
-    print(f"node {state.node_name}: {'Ready' if ready else 'not Ready'}")
-    return answering and ready
+    ready = {name: is_ready(api, name) for name in (state.node_name, *joining.numbers(state))}
+    for name, well in ready.items():
+        print(f"node {name}: {'Ready' if well else 'not Ready'}")
+    return answering and all(ready.values())
+
+
+def _may_have_ended(state: State, component: str) -> bool:
+    """Tell whether it is no loss: BuildKit runs only while an image is built, nodes may have been removed."""
+    _, _, of_node = component.partition("@")
+    return component == "buildkitd" or (of_node != "" and of_node not in joining.numbers(state))
 
 
 def _show_components(live: Namespace) -> bool:
     well = True
     for name, child in live.ask("list", health=True).items():
-        if name == "buildkitd" and child["ended"]:
-            continue  # runs only while an image is built
+        if child["ended"] and _may_have_ended(live.state, name):
+            continue
         condition = child["ended"] or child.get("health", "")
         broken = bool(child["ended"]) or condition.startswith("unhealthy")
         hint = f"; see {child['log']}, start it again with 'python3 -m cluster up'" if broken else ""

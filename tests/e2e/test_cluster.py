@@ -295,6 +295,47 @@ def test_two_side_by_side(make_cluster: Callable[[str], LocalCluster]) -> None:
     one.run("status")
 
 
+def test_a_further_node_joins_is_lost_and_leaves(make_cluster: Callable[[str], LocalCluster]) -> None:
+    cluster = make_cluster("state")
+    cluster.run("up")
+    cluster.run("node", "add", "second")
+    inhabitants = inhabitants_of(cluster.state)
+    cluster.apply(
+        strict_namespace(),
+        claim("data"),
+        on_node("local", with_volume(pod("web", "python3", "-c", SERVE), "data")),
+        service("web", 8000),
+        on_node("second", pod("client", "python3", "-c", FETCH)),
+        on_node("second", pod("sleeper", "sleep", "1000")),
+    )
+    assert cluster.finished("client")["message"] == "hello from a volume", "pods of two nodes meet"
+    cluster.kubectl("--namespace", "strict", "wait", "--for=condition=Ready", "pod/sleeper", "--timeout=30s")
+
+    cluster.run("node", "lose", "second")
+    assert "kubelet@second           killed by SIGKILL" in cluster.run("status", check=False).stdout
+    assert sleepers(cluster) == 1, "what runs on a lost node goes on"
+
+    cluster.run("node", "add", "second")
+    assert "node second: Ready" in cluster.run("status").stdout
+    assert sleepers(cluster) == 1
+    cluster.run("node", "remove", "second")
+
+    assert sleepers(cluster) == 0
+    assert "second" not in cluster.run("status").stdout + cluster.kubectl("get", "nodes")
+    cluster.run("node", "add", "second")
+    cluster.run("down")
+    assert leftovers(cluster.state, inhabitants) == []
+
+
+def on_node(name: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    manifest["spec"]["nodeSelector"] = {"kubernetes.io/hostname": name}
+    return manifest
+
+
+def sleepers(cluster: LocalCluster) -> int:
+    return cluster.run("exec", "--", "ps", "-e", "-o", "args").stdout.splitlines().count("sleep 1000")
+
+
 def test_a_stranger_with_the_recorded_pid_is_left_alone(tmp_path: Path) -> None:
     """After a restart of the machine, another process may have the number."""
     cluster = LocalCluster(State(tmp_path))
