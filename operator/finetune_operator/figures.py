@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from finetune_operator.api import DATASETS_KEPT, JSON, ArtifactStatus, DataStatus, MeasuredStatus, TrainingStatus
+from finetune_operator.api import (
+    DATASETS_KEPT,
+    JSON,
+    ArtifactStatus,
+    DataStatus,
+    MeasuredStatus,
+    TrainingStatus,
+    format_time,
+)
 from finetune_trainer.progress import Artifact, DataFacts, Measured, Progress, Resolved, TrainFacts
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
@@ -68,6 +76,7 @@ def live_training(progress: Progress, before: TrainingStatus | None) -> Training
         "tokens_per_second": digits(progress.tokens_per_second),
         "peak_memory": gib(progress.peak_memory_bytes),
         "last_checkpoint_step": progress.checkpoint_step,
+        "last_checkpoint_time": format_time(progress.checkpoint_time) if progress.checkpoint_time else None,
         "resumed_from_step": progress.resumed_from_step,
     }
     if progress.unit == STEPS and progress.total:  # a train stage also loads, reads, proves and writes
@@ -91,6 +100,7 @@ def final_training(facts: TrainFacts, measured: Measured | None, before: Trainin
             "best_step": facts.best_step,
             "stopped_early": facts.stopped_early or None,
             "last_checkpoint_step": facts.steps,
+            "last_checkpoint_time": None,  # told to show what a lost pod would cost: nothing any more
             "progress": share(facts.steps, facts.steps),
             "eta": None,
             "trainable_parameters": facts.trainable_parameters,

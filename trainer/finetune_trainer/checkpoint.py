@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -182,6 +183,11 @@ def step_of(path: Path) -> int:
         msg = f"{path} is no checkpoint"
         raise ValueError(msg)
     return int(match[1])
+
+
+def saved_at(path: Path) -> datetime:
+    """When a checkpoint was complete."""
+    return datetime.fromtimestamp((path / manifest.MANIFEST_NAME).stat().st_mtime, UTC)
 
 
 def _attempt_and_step(damaged: Path) -> tuple[int, int]:

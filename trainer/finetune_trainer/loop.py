@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerState, set_seed
@@ -80,6 +81,7 @@ class Loop(TrainerCallback):
             done=self._saved,
             loss=self._course.loss,
             checkpoint_step=self._saved or None,
+            checkpoint_time=None if start is None else checkpoint.saved_at(start),
             resumed_from_step=self._saved or None,
             eta_seconds=None,
         )
@@ -273,7 +275,7 @@ class Loop(TrainerCallback):
         ranking = [int(line["step"]) for line in best_first(self._course.measurements)]
         self._checkpoints.save(self._step, write, self.facts(), ranking)
         self._saved = self._step
-        self._context.report.update(checkpoint_step=self._step)
+        self._context.report.update(checkpoint_step=self._step, checkpoint_time=datetime.now(UTC))
 
     def _leave_if_asked(self) -> None:
         if not self._context.asked_to_leave:

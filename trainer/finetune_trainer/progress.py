@@ -11,6 +11,7 @@ Imports nothing heavier than pydantic.
 
 from __future__ import annotations
 
+from datetime import datetime
 from enum import IntEnum, StrEnum
 from typing import Self
 
@@ -109,6 +110,7 @@ class Progress(Model):
     eta_seconds: float | None = None
     peak_memory_bytes: int | None = None
     checkpoint_step: int | None = Field(default=None, description="Step of the newest verified checkpoint.")
+    checkpoint_time: datetime | None = Field(default=None, description="When that checkpoint was complete.")
     resumed_from_step: int | None = Field(
         default=None, description="Step that this attempt went on from; unset where it began at the start."
     )

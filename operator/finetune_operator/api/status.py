@@ -87,6 +87,7 @@ class TrainingStatus(Model):
     progress: str | None = Field(default=None, description='For example "128/300 (43%)".')
     eta: str | None = Field(default=None, description='Time left, for example "12m".')
     last_checkpoint_step: int | None = Field(default=None, description="Step of the newest verified checkpoint.")
+    last_checkpoint_time: Time | None = Field(default=None, description="When that checkpoint was complete.")
     resumed_from_step: int | None = Field(default=None, description="Step that the last attempt went on from.")
     trainable_parameters: int | None = Field(default=None, description="Parameters that are trained.")
     total_parameters: int | None = Field(default=None, description="Parameters in all.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
@@ -81,6 +82,17 @@ def test_what_only_the_running_stage_knows_outlives_its_end() -> None:
     told = final_training(TrainFacts(steps=40, epochs=1, trainable_parameters=5, total_parameters=9), None, live)
     assert (told.resumed_from_step, told.tokens_per_second, told.peak_memory) == (20, "1234", "1")
     assert (told.step, told.eta) == (40, None)
+
+
+def test_when_the_newest_checkpoint_was_complete_is_told_until_training_ends() -> None:
+    saved = datetime(2026, 11, 22, 12, 30, 15, 999, tzinfo=UTC)
+    running = Progress(
+        stage=Stage.TRAIN, attempt=1, activity="training", done=24, total=40, checkpoint_step=20, checkpoint_time=saved
+    )
+    live = live_training(Progress.model_validate_json(running.to_json()), None)
+    assert (live.last_checkpoint_step, live.last_checkpoint_time) == (20, "2026-11-22T12:30:15Z")
+    facts = TrainFacts(steps=40, epochs=1, trainable_parameters=5, total_parameters=9)
+    assert final_training(facts, None, live).last_checkpoint_time is None
 
 
 def test_the_best_of_a_training_is_told_live_and_at_the_end() -> None:

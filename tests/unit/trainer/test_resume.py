@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from finetune_trainer import manifest, train
-from finetune_trainer.checkpoint import size_of
+from finetune_trainer.checkpoint import saved_at, size_of
 from finetune_trainer.errors import Interrupted, VolumeFull
 from finetune_trainer.progress import ResolvedGaLore
 from tests.unit.trainer.runs import (
@@ -88,6 +88,21 @@ def test_whatever_is_trained_goes_on_exactly(tiny_model: Path, tmp_path: Path, s
         run.go(CrashAfter(5))
     assert same_bits(run.go(), unbroken)
     assert run.loop.facts() == whole.loop.facts()
+
+
+def test_when_the_newest_checkpoint_was_complete_is_told_also_to_who_goes_on_from_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    run = Run(tiny_model, tmp_path).change(checkpoint_steps=2)
+    with pytest.raises(CrashError):
+        run.go(CrashAfter(3))
+    told, saved = run.loop._context.report.current, saved_at(tmp_path / "checkpoints" / "step-00000002")
+    assert told.checkpoint_step == 2
+    assert told.checkpoint_time is not None
+    assert saved <= told.checkpoint_time
+    with pytest.raises(CrashError):
+        run.go(CrashAfter(3))
+    assert run.loop._context.report.current.checkpoint_time == saved
 
 
 def test_a_run_broken_off_at_a_checkpoint_of_an_epochs_end_goes_on_exactly(
