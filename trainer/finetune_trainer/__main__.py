@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune_trainer import distributed, fence, launch, manifest, stages
+from finetune_trainer.config import GradientCheckpointing
 from finetune_trainer.context import Context
 from finetune_trainer.errors import InvalidConfig, TrainerError, VerificationFailed, translate
 from finetune_trainer.farewell import say, shortened, write_last_word
+from finetune_trainer.overrides import CHECKPOINTING_OPTION, MICRO_BATCH_OPTION, Overrides
 from finetune_trainer.parsing import load_config
 from finetune_trainer.progress import ExitCode, LastWord, Reason, Stage, exit_code
 from finetune_trainer.report import Report, reporting
@@ -94,7 +96,23 @@ def build_parser() -> argparse.ArgumentParser:
         _add_options(command)
         if name == Stage.QUANTIZE:
             command.add_argument("--name", help="the entry of the config's quantize to make (default: all of them)")
+        if name == Stage.TRAIN:
+            _add_overrides(command)
     return parser
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        MICRO_BATCH_OPTION,
+        type=int,
+        metavar="N",
+        help="rows a forward pass on one device, in this run alone; steps keep their rows (default: as prepare fixed)",
+    )
+    command.add_argument(
+        CHECKPOINTING_OPTION,
+        choices=[each.value for each in GradientCheckpointing if each is not GradientCheckpointing.AUTO],
+        help="compute activations again in the backward pass, in this run alone (default: as prepare fixed)",
+    )
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
@@ -190,13 +208,38 @@ def _run_stage(config: JobConfig, arguments: argparse.Namespace, name: str | Non
             return _end(arguments, launch.run(config, arguments.line, arguments.attempt, stopping))
         with reporting(report, port), _together(config, arguments, stopping):
             target = distributed.lead(lambda: _enter(config, arguments, name))
-            context = Context(
-                work, arguments.sources, arguments.secrets, arguments.attempt, report, target, name, stopping
-            )
+            context = _context(arguments, report, target, name, stopping)
             found = distributed.lead(lambda: _done_already(target, work, report)) or _work(config, context, target)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every end is told
         return _end_badly(arguments, error)
     return _end(arguments, manifest.last_word(found, target, arguments.attempt))
+
+
+def _context(
+    arguments: argparse.Namespace,
+    report: Report,
+    target: Target | None,
+    name: str | None,
+    stopping: threading.Event,
+) -> Context:
+    """What the stage is given besides the config."""
+    work = WorkFolder(arguments.work.absolute())
+    return Context(
+        work,
+        arguments.sources,
+        arguments.secrets,
+        arguments.attempt,
+        report,
+        target,
+        name,
+        stopping,
+        _overrides(arguments),
+    )
+
+
+def _overrides(arguments: argparse.Namespace) -> Overrides:
+    """What this run does otherwise; nothing in all stages but train."""
+    return Overrides(getattr(arguments, "micro_batch", None), getattr(arguments, "gradient_checkpointing", None))
 
 
 @contextmanager
@@ -219,7 +262,10 @@ def _enter(config: JobConfig, arguments: argparse.Namespace, name: str | None) -
     """Make this the live attempt, and find what it is to make."""
     work = WorkFolder(arguments.work.absolute())
     fence.enter(work.root, arguments.attempt)
-    return stages.build_target(Stage(arguments.command), config, work, name)
+    target = stages.build_target(Stage(arguments.command), config, work, name)
+    if target.stage is Stage.TRAIN:
+        _overrides(arguments).applied(manifest.settings_in(work.data))  # refuse before anything is read or loaded
+    return target
 
 
 def _done_already(target: Target, work: WorkFolder, report: Report) -> Manifest | None:
@@ -256,11 +302,10 @@ def _verify_inputs(context: Context, target: Target) -> None:
 def _run_evaluate(config: JobConfig, arguments: argparse.Namespace, stopping: threading.Event) -> int:
     """Measure what is there; prints a table, leaves nothing behind."""
     report = Report(Stage.TRAIN, arguments.attempt)
-    work = WorkFolder(arguments.work.absolute())
-    context = Context(work, arguments.sources, arguments.secrets, arguments.attempt, report, stopping=stopping)
+    context = _context(arguments, report, None, None, stopping)
     try:
         with reporting(report, None):
-            stages.build_target(Stage.TRAIN, config, work)
+            stages.build_target(Stage.TRAIN, config, context.work)
             importlib.import_module("finetune_trainer.evaluate").run(config, context)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every end is told
         return _end_badly(arguments, error)

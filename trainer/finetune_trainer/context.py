@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from finetune_trainer import distributed, manifest
 from finetune_trainer.errors import Interrupted
+from finetune_trainer.overrides import Overrides
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +35,8 @@ class Context:
     """quantize: which entry."""
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set by SIGTERM."""
+    overrides: Overrides = field(default_factory=Overrides)
+    """train: what this run alone does otherwise."""
 
     @property
     def goal(self) -> Target:
@@ -64,6 +67,11 @@ class Context:
         self.report.update(done=done)
 
     @property
-    def resolved(self) -> Resolved:
-        """The settings that prepare fixed."""
+    def prepared(self) -> Resolved:
+        """The settings that prepare fixed: the same for all runs of the job."""
         return manifest.settings_in(self.work.data)
+
+    @property
+    def resolved(self) -> Resolved:
+        """The settings of this run."""
+        return self.overrides.applied(self.prepared)

@@ -67,6 +67,7 @@ class Rows:
 def run(config: JobConfig, context: Context) -> Manifest:
     """Load the base and the rows, train from the newest good checkpoint, publish what was trained."""
     set_up_torch()
+    context.overrides.tell(context.prepared)
     resolved, device = context.resolved, training_device(config.gpus_per_node)
     checkpoints = _checkpoints(context, resolved)
     start = checkpoints.newest_good()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from finetune_trainer.errors import InvalidConfig
+from finetune_trainer.overrides import Overrides
 from tests.unit.trainer.gang import ROOT, Gang, environment, free_port
 from tests.unit.trainer.runs import SETTINGS, CrashAfter, CrashError, Run, replace_settings, same_bits
 
@@ -40,12 +41,18 @@ def settings(*changes: dict[str, Any]) -> Resolved:
 
 
 def train(
-    model: str, root: str, changes: list[dict[str, Any]], attempt: int = 1, crash_after: int | None = None
+    model: str,
+    root: str,
+    changes: list[dict[str, Any]],
+    attempt: int = 1,
+    crash_after: int | None = None,
+    micro_batch: int | None = None,
+    checkpointing: str | None = None,
 ) -> dict[str, Any]:
     """Train to the end, or to a crash; whole weights, losses and what kind of tensors they were held as."""
     from finetune_trainer.state import trained  # noqa: PLC0415 - in a rank
 
-    run = Run(Path(model), Path(root), settings(*changes))
+    run = Run(Path(model), Path(root), Overrides(micro_batch, checkpointing).applied(settings(*changes)))
     run.attempt = attempt - 1
     try:
         run.go(*([] if crash_after is None else [CrashAfter(crash_after)]))
@@ -139,6 +146,20 @@ def test_as_many_processes_go_on_exactly(
     assert same_bits(resumed["weights"], unbroken["weights"])
     assert same_bits(resumed["weights"], other["weights"])
     assert resumed["losses"] == unbroken["losses"]
+
+
+@pytest.mark.parametrize(("method", "sharing"), [(FULL, FSDP), (EXACT, DDP)], ids=["Full, FSDP", "QLoRA, DDP"])
+def test_processes_go_on_with_a_smaller_micro_batch_and_activations_computed_again(
+    pair: Gang, tiny_model: Path, tmp_path: Path, method: dict[str, Any], sharing: dict[str, Any]
+) -> None:
+    changes = [method, {"parallelism": sharing}]
+    whole, broken = ({"model": str(tiny_model), "root": str(tmp_path / name), "changes": changes} for name in "ab")
+    unbroken, _ = pair.call(f"{HERE}:train", **whole)
+    pair.call(f"{HERE}:train", **broken, crash_after=5)
+    healed, other = pair.call(f"{HERE}:train", **broken, attempt=2, micro_batch=1, checkpointing="Full")
+    assert same_bits(healed["weights"], other["weights"])
+    assert healed["losses"] == pytest.approx(unbroken["losses"], rel=1e-4)
+    assert distance(healed["weights"], unbroken["weights"]) < NOISE
 
 
 @pytest.mark.parametrize(("method", "sharing"), [(FULL, FSDP), (EXACT, DDP)], ids=["Full, FSDP", "QLoRA, DDP"])
