@@ -24,6 +24,7 @@ ROOTS = {
     "services": "/api/v1",
     "persistentvolumeclaims": "/api/v1",
     "events": "/api/v1",
+    "workloads": "/apis/kueue.x-k8s.io/v1beta2",
 }
 
 
@@ -63,9 +64,10 @@ class Space:
         """Strict, as `kubectl apply` is."""
         return self.call("POST", self.path(plural, query="?fieldValidation=Strict"), body)
 
-    def submit(self, name: str, spec: JSON) -> JSON:
+    def submit(self, name: str, spec: JSON, labels: dict[str, str] | None = None) -> JSON:
+        metadata = {"name": name, "labels": labels or {}}
         return self.create(
-            "finetunejobs", {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name}, "spec": spec}
+            "finetunejobs", {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": spec}
         )
 
     def merge(self, plural: str, name: str, body: JSON) -> JSON:

@@ -30,6 +30,24 @@ def _index(pod: JSON) -> int:
     return int(pod["metadata"].get("annotations", {}).get(Label.INDEX, 0))
 
 
+def bind(space: Space, pod: JSON) -> None:
+    """The pod has a node, whose kubelet is the test: deleted, it stays until it is `gone`."""
+    target = {"apiVersion": "v1", "kind": "Node", "name": "played"}
+    body = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod["metadata"]["name"]}, "target": target}
+    space.call("POST", f"{space.path('pods', pod['metadata']['name'])}/binding", body)
+
+
+def told_to_leave(space: Space, pod: JSON) -> None:
+    """Wait until the pod is being deleted: its container would have SIGTERM now."""
+    wait_for(lambda: "deletionTimestamp" in space.read("pods", pod["metadata"]["name"])["metadata"], "SIGTERM")
+
+
+def gone(space: Space, pod: JSON) -> None:
+    """The kubelet has cleared the pod away."""
+    body = {"gracePeriodSeconds": 0, "preconditions": {"uid": pod["metadata"]["uid"]}}
+    space.call("DELETE", space.path("pods", pod["metadata"]["name"]), body)
+
+
 def patch_pod(space: Space, pod: JSON, status: JSON) -> None:
     path = f"{space.path('pods', pod['metadata']['name'])}/status"
     space.call("PATCH", path, {"status": status}, "application/merge-patch+json")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from finetune_operator.api import JSON
-from finetune_operator.api.words import MESSAGE_LIMIT_CHARACTERS
 from finetune_operator.queueing import QUEUE_LABEL, Queueing, parse_waiting
 from tests.unit.operator.builders import condition
 
@@ -85,5 +84,5 @@ def test_where_kueue_says_nothing_that_is_told(workloads: list[JSON] | None, rea
 
 def test_the_longest_words_leave_room_for_the_way_out() -> None:
     found = waiting(condition("Evicted", "Preempted", "x" * 2000), quota("WaitingForQuota", "y" * 2000))
-    assert len(found.message) <= MESSAGE_LIMIT_CHARACTERS
+    assert len(found.message) <= 1024
     assert "last checkpoint" in found.message
