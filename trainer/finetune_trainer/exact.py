@@ -6,6 +6,7 @@ not-a-number loss is hidden (transformers 5.23). The loop itself, its optimizer,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -47,8 +48,8 @@ class Filled(Dataset[Any]):
         return {**self._rows[0], **masks}
 
 
-class Exact(Trainer):
-    """Stands before a TRL trainer among the bases of a class."""
+class Exact(Trainer, ABC):
+    """Stands before a TRL trainer among the bases of a class, which says how it is measured."""
 
     zero_loss_is_failure: ClassVar[bool] = True
     """Whether a loss of exactly 0 tells that numbers were lost."""
@@ -62,12 +63,12 @@ class Exact(Trainer):
     def weights_are_set(self) -> None:
         """Called once, when the model has the weights and dtypes that training begins with."""
 
+    @abstractmethod
     def measure(self, rows: Sequence[Any], poll: Callable[[int, int], None] | None = None) -> HeldOut:
         """The model as it is now on held-out rows. `poll(rows done, rows in all)` is called on the way; it may raise.
 
         Deterministic: the same weights and rows give the same figures.
         """
-        raise NotImplementedError
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This rank's micro-batches. Accelerate's own sharing repeats rows where they do not come out even."""

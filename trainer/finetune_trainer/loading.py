@@ -168,7 +168,7 @@ def _quantization(resolved: Resolved, dtype: torch.dtype) -> dict[str, Any]:
                 bnb_4bit_quant_type=resolved.base_format.lower(),
                 bnb_4bit_use_double_quant=resolved.double_quantization,
                 bnb_4bit_compute_dtype=dtype,
-                bnb_4bit_quant_storage=dtype if sharding.is_sharded(resolved) else torch.uint8,
+                bnb_4bit_quant_storage=dtype if sharding.is_to_shard(resolved) else torch.uint8,
             )
         case "Int8":
             quantization = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]

@@ -29,14 +29,14 @@ FREED, KEPT = "free_full_weight", "keep_full_weight"
 """After a block's forward pass its whole weights are freed and gathered again for the backward pass, or kept."""
 
 
-def is_sharded(resolved: Resolved) -> bool:
+def is_to_shard(resolved: Resolved) -> bool:
     """Whether the settings ask for it, and there is anybody to share with: later stages have one process."""
     return resolved.parallelism.strategy == Strategy.FSDP and world_size() > 1
 
 
 def loading_options(folder: Path, resolved: Resolved, compute_dtype: torch.dtype) -> dict[str, Any]:
     """What `from_pretrained` is told to read each rank's shard alone; nothing for what is not sharded so."""
-    if not is_sharded(resolved) or resolved.base_format in BITSANDBYTES:
+    if not is_to_shard(resolved) or resolved.base_format in BITSANDBYTES:
         return {}
     import torch  # noqa: PLC0415 - slow
     from transformers.distributed.configuration_utils import DistributedConfig  # noqa: PLC0415 - slow

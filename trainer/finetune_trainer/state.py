@@ -1,6 +1,6 @@
 """What is in a checkpoint: everything that the next step depends on.
 
-adapter.safetensors    every trained tensor, in the dtype it trains in
+trained.safetensors    every trained tensor, in the dtype it trains in
 optimizer.pt scheduler.pt rng_state.pth (scaler.pt)    read with weights_only: no pickle is ever run
 trainer_state.json     the Trainer's own account of steps
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ADAPTER_NAME = "adapter.safetensors"
+TRAINED_NAME = "trained.safetensors"
 OPTIMIZER_NAME = "optimizer.pt"
 WEIGHT = "weight."
 """Before the name of a weight in a sharded checkpoint, where optimizer state has its kind."""
@@ -57,7 +57,7 @@ def write_state(trainer: Any, folder: Path, random_states: dict[str, Any]) -> No
 def _write_whole(trainer: Any, folder: Path) -> None:  # noqa: ANN401 - a transformers Trainer
     from safetensors.torch import save_file  # noqa: PLC0415 - slow
 
-    save_file({name: tensor.detach().contiguous() for name, tensor in trained(trainer.model)}, folder / ADAPTER_NAME)
+    save_file({name: tensor.detach().contiguous() for name, tensor in trained(trainer.model)}, folder / TRAINED_NAME)
     _save(trainer.optimizer.state_dict(), folder / OPTIMIZER_NAME)
 
 
@@ -122,11 +122,11 @@ def read_weights(model: Any, folder: Path) -> None:  # noqa: ANN401 - a torch mo
     if has_shards(folder):
         _read_shards({WEIGHT + name: tensor.detach() for name, tensor in trained(model)}, folder)
         return
-    saved, wanted = load_file(folder / ADAPTER_NAME), dict(trained(model))
+    saved, wanted = load_file(folder / TRAINED_NAME), dict(trained(model))
     for name in saved.keys() | wanted.keys():
         here, there = _shape(wanted.get(name)), _shape(saved.get(name))
         if here != there:
-            msg = f"{folder}: {name} is {there}, the adapter to be trained has {here}. Delete the checkpoint."
+            msg = f"{folder}: {name} is {there}, what is to be trained has {here}. Delete the checkpoint."
             raise InvalidConfig(msg)
     with torch.no_grad():
         for name, parameter in wanted.items():

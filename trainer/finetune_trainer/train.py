@@ -23,7 +23,7 @@ from finetune_trainer.loading import compute_dtype, load_base, set_up_torch, tor
 from finetune_trainer.manifest import Made, Manifest, Result
 from finetune_trainer.model import load_tokenizer
 from finetune_trainer.progress import Measured, Resolved, TrainFacts
-from finetune_trainer.sharding import gather, is_sharded
+from finetune_trainer.sharding import gather, is_to_shard
 from finetune_trainer.tracking import following, unasked
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _answers(when: str, trainer: Exact, tokenizer: Any, rows: Rows, context: Con
     def generate() -> list[str]:
         return samples.generate(trainer.model, tokenizer, rows.prompts, context.polled)
 
-    return generate() if is_sharded(context.resolved) else distributed.lead(generate)
+    return generate() if is_to_shard(context.resolved) else distributed.lead(generate)
 
 
 def _write_before(path: Path, before: Before, run: dict[str, Any], context: Context) -> None:
@@ -222,7 +222,7 @@ def _gathered(trainer: Exact, resolved: Resolved) -> dict[str, torch.Tensor] | N
     """Weights that were trained sharded, whole on rank 0; None where they are whole anyway, as adapters are."""
     import torch  # noqa: PLC0415 - slow
 
-    return gather(trainer.model, torch.bfloat16) if is_sharded(resolved) and resolved.lora is None else None
+    return gather(trainer.model, torch.bfloat16) if is_to_shard(resolved) and resolved.lora is None else None
 
 
 def _forget_machine(folder: Path) -> None:

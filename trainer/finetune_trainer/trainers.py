@@ -49,7 +49,7 @@ def build_trainer(  # noqa: PLR0913 - the pieces of a training
     trainer.remove_callback(PrinterCallback)
     if peft_config is not None:
         train_in_fp32(trainer.model)
-    if sharding.is_sharded(resolved):
+    if sharding.is_to_shard(resolved):
         sharding.finish(trainer.model, resolved)
         trainer.is_distributed_loading_by_transformers = True
     if resolved.galore is not None:

@@ -17,6 +17,7 @@ from finetune_trainer.errors import NonFiniteLoss
 from finetune_trainer.evaluate import HeldOut
 from finetune_trainer.manifest import Target
 from finetune_trainer.progress import ResolvedEarlyStopping, Stage, TrainFacts
+from finetune_trainer.state import TRAINED_NAME
 from tests.tiny import EOS
 from tests.unit.trainer.runs import CrashAfter, CrashError, Run, make_rows, same_bits, weights
 from tests.unit.trainer.test_resume import figures, flip_a_byte
@@ -137,7 +138,7 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(
     run.attempt = 1
     trainer, loop = run.build()
     trainer.train()
-    flip_a_byte(tmp_path / "checkpoints" / "step-00000002" / "adapter.safetensors")
+    flip_a_byte(tmp_path / "checkpoints" / "step-00000002" / TRAINED_NAME)
     loop.end()
     assert loop.published is not None
     assert loop.published["step"] == 4, "whose weights are in memory"

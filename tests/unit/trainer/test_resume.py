@@ -17,6 +17,7 @@ from finetune_trainer import manifest, train
 from finetune_trainer.checkpoint import saved_at, size_of
 from finetune_trainer.errors import Interrupted, VolumeFull
 from finetune_trainer.progress import ResolvedGaLore
+from finetune_trainer.state import TRAINED_NAME
 from tests.unit.trainer.runs import (
     SETTINGS,
     CrashAfter,
@@ -126,7 +127,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
         run.go(CrashAfter(6))
     folder = tmp_path / "checkpoints"
     flip_a_byte(folder / "step-00000006" / "optimizer.pt")
-    cut_off(folder / "step-00000004" / "adapter.safetensors")
+    cut_off(folder / "step-00000004" / TRAINED_NAME)
     assert run.checkpoints.newest_good() == folder / "step-00000002"
     assert [path.name for path in folder.glob("damaged-*")] == ["damaged-step-00000006-1"]
     assert "optimizer.pt" in caplog.text
