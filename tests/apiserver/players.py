@@ -68,10 +68,15 @@ def run(space: Space, job: str, address: str = "127.0.0.1", *, index: int = 0) -
 
 def end(space: Space, job: str, code: int = 0, message: str = "", *, index: int = 0, **status: Any) -> None:
     """The pod's container ends."""
+    end_pod(space, pod_of(space, job, index), code, message, **status)
+
+
+def end_pod(space: Space, pod: JSON, code: int = 0, message: str = "", **status: Any) -> None:
+    """This very pod's container ends."""
     state = {"exitCode": code, "reason": "Error" if code else "Completed", "message": message}
     state |= {"startedAt": now(), "finishedAt": now()}
     phase = {"phase": "Failed" if code else "Succeeded", "containerStatuses": container({"terminated": state})}
-    patch_pod(space, pod_of(space, job, index), phase | status)
+    patch_pod(space, pod, phase | status)
 
 
 def succeed(space: Space, job: str) -> None:

@@ -17,9 +17,10 @@ import pytest
 from finetune_operator.api import API_VERSION, KIND, Label
 from finetune_trainer.progress import PROGRESS_PORT, Progress, Reason, Stage
 from tests.apiserver import players
-from tests.apiserver.api import RefusedError, Space, wait_for
+from tests.apiserver.api import Space, wait_for
 from tests.apiserver.cases import spec
 from tests.apiserver.conftest import Operator, quiet_for
+from tests.apiserver.webhook import broken_webhook
 from tests.unit.operator.builders import word
 
 LINE = ("prepare", "train", "merge", "quantize-0")
@@ -195,45 +196,15 @@ def test_a_quota_that_the_job_itself_used_up_holds_no_stage_up(space: Space) -> 
     players.next_job(space, "demo", "train", 1)
 
 
-@pytest.fixture
-def broken_webhook(space: Space) -> Iterator[None]:
-    """Nobody answers who must agree to each new Job of the namespace."""
-    root = "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations"
-    webhook = {
-        "name": "broken.finetune.test",
-        "clientConfig": {"url": "https://127.0.0.1:1/"},
-        "rules": [{"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}],
-        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": space.namespace}},
-        "sideEffects": "None",
-        "admissionReviewVersions": ["v1"],
-    }
-    body = {"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration"}
-    space.call("POST", root, body | {"metadata": {"name": space.namespace}, "webhooks": [webhook]})
-    wait_for(lambda: refuses_jobs(space), "the webhook in force")
-    yield
-    space.call("DELETE", f"{root}/{space.namespace}")
-
-
-def refuses_jobs(space: Space) -> bool:
-    """Whether a Job would be refused; none is made."""
-    pod = {"restartPolicy": "Never", "containers": [{"name": "x", "image": "x"}]}
-    body = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": {"template": {"spec": pod}}}
-    try:
-        space.call("POST", space.path("jobs", query="?dryRun=All"), body)
-    except RefusedError:
-        return True
-    return False
-
-
-@pytest.mark.usefixtures("broken_webhook")
 def test_a_webhook_that_fails_is_told_and_tried_again_ever_later(space: Space, operator: Operator) -> None:
-    space.submit("demo", SPEC)
-    status = space.wait_status("demo", reason="CreationRefused")
-    assert "failed calling webhook" in status["message"]
-    tries = len(re.findall("failed calling webhook", operator.log.read_text()))
-    assert quiet_for(5, lambda: space.version("demo"))
-    assert 1 <= len(re.findall("failed calling webhook", operator.log.read_text())) - tries <= 6
-    assert space.status("demo")["phase"] == "Pending"
+    with broken_webhook(space):
+        space.submit("demo", SPEC)
+        status = space.wait_status("demo", reason="CreationRefused")
+        assert "failed calling webhook" in status["message"]
+        tries = len(re.findall("failed calling webhook", operator.log.read_text()))
+        assert quiet_for(5, lambda: space.version("demo"))
+        assert 1 <= len(re.findall("failed calling webhook", operator.log.read_text())) - tries <= 6
+        assert space.status("demo")["phase"] == "Pending"
 
 
 def test_a_stage_job_that_the_api_server_finds_invalid_ends_the_job_with_its_word(space: Space) -> None:
