@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
+import os
 import signal
 import sys
+from functools import partial
+from typing import NoReturn
 
 from finetune_operator import logs
 from finetune_operator.settings import PREFIX, Settings, SettingsError
@@ -52,7 +56,18 @@ async def serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await run(settings, stop)
+    await run(settings, stop, partial(start_anew, stop))
+
+
+def start_anew(stop: asyncio.Event) -> NoReturn:
+    """End whatever this process does, at once, and begin as a fresh one under the same PID.
+
+    To exit would mean CrashLoopBackOff in a pod, just while the API server is away. Who was told to stop stops.
+    """
+    logging.shutdown()
+    if stop.is_set():
+        os._exit(0)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - its own command
 
 
 if __name__ == "__main__":

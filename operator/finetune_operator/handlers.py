@@ -10,13 +10,14 @@ import random
 from collections.abc import Callable, Coroutine, Iterator
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import kopf
 
 from finetune_operator.api import GROUP, KIND, PLURAL, VERSION
 from finetune_operator.health import Health, serve
 from finetune_operator.kube import Kube, StaleError
+from finetune_operator.lease import RENEW_SECONDS, Elector
 from finetune_operator.logs import key_in_logs
 from finetune_operator.progress import ProgressReader
 from finetune_operator.queue import Key, Queue
@@ -43,11 +44,34 @@ class EndlessBackoffs:
             yield min(2.0 ** min(attempt, 5), 30.0) * (0.5 + random.random())  # noqa: S311 - jitter
 
 
-async def run(settings: Settings, stop: asyncio.Event) -> None:
-    """Everything, until `stop`: probes, kopf, the watches of children, resync, workers."""
+async def run(settings: Settings, stop: asyncio.Event, start_anew: Callable[[], NoReturn]) -> None:
+    """Everything, until `stop`: probes, the Lease, and while it is held the work. Without it, `start_anew`."""
     health = Health()
     probes = await serve(health, settings.health_port)
     kube = await Kube.connect(settings.request_timeout_seconds)
+    try:
+        if settings.lease:
+            await _work_elected(kube, settings, health, stop, start_anew)
+        else:
+            await _work(kube, settings, health, stop)
+    finally:
+        await kube.close()
+        await probes.cleanup()
+
+
+async def _work_elected(
+    kube: Kube, settings: Settings, health: Health, stop: asyncio.Event, start_anew: Callable[[], NoReturn]
+) -> None:
+    """Stand by until the Lease can be had, work while it is held, release it when all work has ended."""
+    elector = Elector(kube, settings.lease, health.expect("lease", RENEW_SECONDS * 3), start_anew)
+    if await elector.acquire(stop, health.stand_by):
+        async with elector.leading():
+            await _work(kube.guarded(elector.check), settings, health, stop)
+
+
+async def _work(kube: Kube, settings: Settings, health: Health, stop: asyncio.Event) -> None:
+    """kopf, the watches of children, resync, workers."""
+    health.begin()
     progress = ProgressReader(settings.progress_interval_seconds)
     world = World(kube, progress, settings, clock=lambda: datetime.now(UTC))
     try:
@@ -56,8 +80,6 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
             await _run_loops(world, health, stop)
     finally:
         await progress.close()
-        await kube.close()
-        await probes.cleanup()
 
 
 async def _run_loops(world: World, health: Health, stop: asyncio.Event) -> None:
@@ -76,7 +98,7 @@ async def _run_loops(world: World, health: Health, stop: asyncio.Event) -> None:
         ready = group.create_task(_tell_ready(watching, health))
         await run_kopf(queue.add, settings, stop, watching)
         log.info("Stopping")
-        health.ready = False
+        health.begin()
         for task in (*tasks, ready):
             task.cancel()
 
@@ -101,7 +123,7 @@ async def _tell_ready(watching: asyncio.Event, health: Health) -> None:
     await watching.wait()
     while not health.kopf_watches():  # noqa: ASYNC110 - kopf tells nobody
         await asyncio.sleep(0.1)
-    health.ready = True
+    health.watch()
     log.info("Watching FineTuneJobs")
 
 
@@ -173,30 +195,20 @@ async def run_kopf(on_key: OnKey, settings: Settings, stop: asyncio.Event, watch
     kopf.on.startup(registry=registry)(_configure)
     kopf.on.login(registry=registry)(_login)
     kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(partial(_on_event, on_key))
-    flag = asyncio.Event()
-    kopf.on.cleanup(registry=registry)(partial(_raise_flag, flag))
-    forward = asyncio.create_task(_forward(stop, flag))
-    try:
-        await kopf.operator(
-            registry=registry,
-            standalone=True,
-            clusterwide=not settings.watch_namespace,
-            namespaces=[settings.watch_namespace] if settings.watch_namespace else [],
-            stop_flag=flag,
-            ready_flag=watching,
-        )
-    finally:
-        forward.cancel()
+    kopf.on.cleanup(registry=registry)(partial(_raise_flag, stop))
+    await kopf.operator(
+        registry=registry,
+        standalone=True,
+        clusterwide=not settings.watch_namespace,
+        namespaces=[settings.watch_namespace] if settings.watch_namespace else [],
+        stop_flag=stop,
+        ready_flag=watching,
+    )
 
 
-async def _forward(stop: asyncio.Event, flag: asyncio.Event) -> None:
-    await stop.wait()
-    flag.set()
-
-
-async def _raise_flag(flag: asyncio.Event, **_: Any) -> None:  # noqa: ANN401 - kopf's
+async def _raise_flag(stop: asyncio.Event, **_: Any) -> None:  # noqa: ANN401 - kopf's
     """Ended by a signal, kopf would wait 5 s for its own task that still waits for the flag."""
-    flag.set()
+    stop.set()
 
 
 def _configure(settings: kopf.OperatorSettings, **_: Any) -> None:  # noqa: ANN401 - kopf's

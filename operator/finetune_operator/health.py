@@ -1,4 +1,4 @@
-"""/healthz: all loops are alive. /readyz: FineTuneJobs are being watched. Silence of the cluster is no illness."""
+"""/healthz: all loops are alive. /readyz: FineTuneJobs are watched, or this is a standby. Silence is no illness."""
 
 from __future__ import annotations
 
@@ -19,6 +19,19 @@ class Health:
         self._clock = clock
         self._beats: dict[str, tuple[float, float]] = {}
         self.ready = False
+        self._watching = False
+
+    def stand_by(self) -> None:
+        """Another operator works, this one would at once: else `helm --wait` would wait for the standby for ever."""
+        self.ready = True
+
+    def begin(self) -> None:
+        """The work begins or ends: nothing is watched."""
+        self.ready = self._watching = False
+
+    def watch(self) -> None:
+        """FineTuneJobs are watched, from now until `begin`."""
+        self.ready = self._watching = True
 
     def expect(self, name: str, at_least_every_seconds: float) -> Callable[[], None]:
         """Register a loop; it is to call the result so often."""
@@ -37,7 +50,7 @@ class Health:
             for name, (last, limit) in self._beats.items()
             if now - last > limit
         ]
-        lost = self.ready and not self.kopf_watches()
+        lost = self._watching and not self.kopf_watches()
         return [*late, "kopf's watcher of FineTuneJobs is gone"] if lost else late
 
     def forget(self, name: str) -> None:

@@ -12,11 +12,10 @@ Errors::
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import copy
 import json
 import os
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
 
 from finetune_operator.api import API_VERSION, JSON, KIND, MANAGER, PLURAL, Label
-from finetune_operator.queueing import JOB_UID_LABEL, KUEUE
 
 PAGE = 500
 CONNECT_SECONDS = 10
@@ -42,17 +40,10 @@ PATHS = {
     "Service": ("/api/v1", "services"),
     "Pod": ("/api/v1", "pods"),
     "Job": ("/apis/batch/v1", "jobs"),
-    "Workload": (f"/apis/{KUEUE}/v1beta2", "workloads"),
-    "Workload v1beta1": (f"/apis/{KUEUE}/v1beta1", "workloads"),
+    "Lease": ("/apis/coordination.k8s.io/v1", "leases"),
     KIND: (f"/apis/{API_VERSION}", PLURAL),
 }
 """Root and plural of every kind that the operator touches."""
-
-WORKLOADS = ("Workload", "Workload v1beta1")
-"""Newer and older Kueue; what is read of them is the same."""
-
-NO_KUEUE_SECONDS = 300
-"""For so long Kueue is not looked for again where there was none."""
 
 
 class KubeError(Exception):
@@ -93,7 +84,7 @@ class Kube:
     def __init__(self, configuration: Configuration, request_timeout_seconds: float) -> None:
         self._api = ApiClient(configuration)
         self._timeout = aiohttp.ClientTimeout(total=request_timeout_seconds, sock_connect=CONNECT_SECONDS)
-        self._no_kueue_until = 0.0
+        self._before_write: Callable[[], None] = lambda: None
 
     @classmethod
     async def connect(cls, request_timeout_seconds: float) -> Kube:
@@ -105,6 +96,12 @@ class Kube:
             await config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
         configuration.client_session_kwargs = {"trust_env": False}
         return cls(configuration, request_timeout_seconds)
+
+    def guarded(self, before_write: Callable[[], None]) -> Kube:
+        """The same client, that asks before each write."""
+        guarded = copy.copy(self)
+        guarded._before_write = before_write  # noqa: SLF001 - of its own copy
+        return guarded
 
     async def close(self) -> None:
         """Close all connections."""
@@ -139,19 +136,6 @@ class Kube:
             for item in page.get("items") or ()
         ]
 
-    async def workloads(self, namespace: str, job_uid: str) -> list[JSON] | None:
-        """Kueue's Workloads of a Job: one, or none yet. None where there is no Kueue."""
-        now = time.monotonic()
-        if now < self._no_kueue_until:
-            return None
-        for kind in WORKLOADS:
-            with contextlib.suppress(NotFoundError):
-                page = await self.list_page(kind, namespace, labelSelector=f"{JOB_UID_LABEL}={job_uid}")
-                found: list[JSON] = page.get("items") or []
-                return found
-        self._no_kueue_until = now + NO_KUEUE_SECONDS
-        return None
-
     async def events(self, namespace: str, uid: str) -> list[JSON]:
         """Events about one object."""
         page = await self.list_page("Event", namespace, fieldSelector=f"involvedObject.uid={uid}")
@@ -181,6 +165,12 @@ class Kube:
         """Make an object; `ExistsError` if its name is taken."""
         url = url_of(manifest["kind"], manifest["metadata"]["namespace"])
         return await self._request("POST", url, query={"fieldManager": MANAGER}, body=manifest)
+
+    async def replace(self, manifest: JSON) -> JSON:
+        """Write an object whole, unless it has changed since it was read (`StaleError`)."""
+        metadata = manifest["metadata"]
+        url = url_of(manifest["kind"], metadata["namespace"], metadata["name"])
+        return await self._request("PUT", url, query={"fieldManager": MANAGER}, body=manifest)
 
     async def delete_job(self, namespace: str, name: str, uid: str) -> None:
         """Delete this very Job and its pods; that it is gone already is no error."""
@@ -239,6 +229,8 @@ class Kube:
             body=body,
             auth_settings=["BearerToken"],
         )
+        if method != "GET":
+            self._before_write()
         answer = await self._api.call_api(method, full, headers, content, _request_timeout=limit)
         response: aiohttp.ClientResponse = answer.response
         return response

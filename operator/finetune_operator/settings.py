@@ -58,6 +58,12 @@ class Settings(BaseSettings):
     default_access_mode: AccessMode = "ReadWriteOnce"
 
     watch_namespace: str = Field(default="", description="The one namespace to serve. Empty: all.")
+    lease: str = Field(
+        default="",
+        pattern=r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?/[a-z0-9]([-.a-z0-9]*[a-z0-9])?)?$",
+        description="namespace/name of the Lease by which one of several operators works while the others stand by. "
+        "Empty: there is no other.",
+    )
     workers: int = Field(default=4, ge=1, le=64, description="Jobs worked on at once.")
     progress_interval_seconds: float = Field(
         default=30, gt=0, description="Between two looks at a running stage's progress."

@@ -89,8 +89,9 @@ def make_space(api: Api) -> Space:
 def operator_kubeconfig(control_plane: ControlPlane, api: Api, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The operator's own account, with the chart's role and nothing else."""
     for manifest in chart_role():
-        kind = f"{manifest['kind'].lower()}s"
-        api.call("POST", f"/apis/rbac.authorization.k8s.io/v1/{kind}", manifest)
+        namespace = manifest["metadata"].get("namespace")
+        where = f"namespaces/{namespace}/" if namespace else ""
+        api.call("POST", f"/apis/rbac.authorization.k8s.io/v1/{where}{manifest['kind'].lower()}s", manifest)
     account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": ACCOUNT, "namespace": "default"}}
     api.apply(account)
     path = f"/api/v1/namespaces/default/serviceaccounts/{ACCOUNT}/token"
@@ -104,7 +105,7 @@ def operator_kubeconfig(control_plane: ControlPlane, api: Api, tmp_path_factory:
 
 
 def chart_role() -> list[JSON]:
-    """ClusterRole and binding as the chart renders them."""
+    """The roles and their bindings as the chart renders them."""
     command = [str(build.command("helm")), "template", ACCOUNT, str(ROOT / "charts" / "finetune-operator")]
     command += ["--namespace", "default", "--show-only", "templates/role.yaml"]
     command += ["--set", f"fullnameOverride={ACCOUNT}"]

@@ -22,6 +22,7 @@
   "PROGRESS_INTERVAL_SECONDS" .Values.operator.progressIntervalSeconds
   "RETRY_BACKOFF_SECONDS" .Values.operator.retryBackoffSeconds
   "WATCH_NAMESPACE" .Values.operator.watchNamespace
+  "LEASE" (printf "%s/%s" .Release.Namespace (include "finetune-operator.fullname" .))
   "WORKERS" .Values.operator.workers
   "RESYNC_SECONDS" .Values.operator.resyncSeconds
   "REQUEST_TIMEOUT_SECONDS" .Values.operator.requestTimeoutSeconds

@@ -22,6 +22,7 @@ EVERY_OPTION: dict[str, object] = {
     "image.tag": "1.2.3",
     "image.pullPolicy": "Always",
     "imagePullSecrets": [{"name": "registry"}],
+    "replicas": 3,
     "operator.watchNamespace": "team-a",
     "trainer.image.repository": "registry.example:5000/team/trainer",
     "trainer.image.digest": DIGEST,
@@ -95,14 +96,18 @@ def test_defaults_make_these_objects_and_no_other(helm: Helm) -> None:
         ("ServiceAccount", "tuner-finetune-operator"),
         ("ClusterRole", "tuner-finetune-operator"),
         ("ClusterRoleBinding", "tuner-finetune-operator"),
+        ("Role", "tuner-finetune-operator-lease"),
+        ("RoleBinding", "tuner-finetune-operator-lease"),
         ("ClusterRole", "tuner-finetune-operator-edit"),
         ("ClusterRole", "tuner-finetune-operator-view"),
         ("Deployment", "tuner-finetune-operator"),
+        ("PodDisruptionBudget", "tuner-finetune-operator"),
     }
 
 
 def test_the_operator_reads_the_charts_defaults_as_its_own(helm: Helm, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = Settings(trainer_image=f"finetune-trainer:{chart_metadata()['appVersion']}")
+    image = f"finetune-trainer:{chart_metadata()['appVersion']}"
+    own = Settings(trainer_image=image, lease="tuning/tuner-finetune-operator")
     assert settings_of(helm.template(), monkeypatch) == own
 
 
@@ -123,6 +128,7 @@ def test_the_operator_reads_what_was_set(helm: Helm, monkeypatch: pytest.MonkeyP
         "default_storage_class": "fast",
         "default_access_mode": "ReadWriteMany",
         "watch_namespace": "team-a",
+        "lease": "tuning/tuner-of-models",
         "retry_backoff_seconds": 0.5,
         "workers": 8,
         "progress_interval_seconds": 2.5,
@@ -199,9 +205,41 @@ def test_probes_ask_the_port_that_the_operator_serves(helm: Helm, monkeypatch: p
     assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "health"}
 
 
-def test_two_operators_never_work_at_once(helm: Helm) -> None:
+def test_two_replicas_of_which_one_may_go_at_a_time(helm: Helm) -> None:
+    manifests = helm.template()
+    spec = one(manifests, "Deployment")["spec"]
+    assert (spec["replicas"], spec["strategy"]) == (2, {"type": "RollingUpdate"})
+    budget = one(manifests, "PodDisruptionBudget")["spec"]
+    assert budget == {"maxUnavailable": 1, "selector": spec["selector"]}
+
+
+@pytest.mark.parametrize("replicas", [0, 1])
+def test_a_budget_protects_nothing_of_one(helm: Helm, replicas: int) -> None:
+    manifests = helm.template({"replicas": replicas})
+    assert one(manifests, "Deployment")["spec"]["replicas"] == replicas
+    assert not [m for m in manifests if m["kind"] == "PodDisruptionBudget"]
+
+
+def test_replicas_keep_apart_unless_told_otherwise(helm: Helm) -> None:
     spec = one(helm.template(), "Deployment")["spec"]
-    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+    (preferred,) = spec["template"]["spec"]["affinity"]["podAntiAffinity"][
+        "preferredDuringSchedulingIgnoredDuringExecution"
+    ]
+    assert preferred["podAffinityTerm"]["topologyKey"] == "kubernetes.io/hostname"
+    assert preferred["podAffinityTerm"]["labelSelector"] == spec["selector"]
+
+
+def test_the_lease_is_in_the_releases_own_namespace_and_the_right_to_it_reaches_no_other(helm: Helm) -> None:
+    manifests = helm.template({"operator.watchNamespace": "team-a"})
+    name = "tuner-finetune-operator"
+    assert environment(manifests)["FINETUNE_LEASE"] == f"tuning/{name}"
+    role, binding = one(manifests, "Role", f"{name}-lease"), one(manifests, "RoleBinding", f"{name}-lease")
+    assert role["metadata"]["namespace"] == binding["metadata"]["namespace"] == "tuning"
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    assert binding["subjects"] == one(manifests, "RoleBinding", name)["subjects"]
+    rights = {verb: rule.get("resourceNames") for rule in role["rules"] for verb in rule["verbs"]}
+    assert rights == {"get": [name], "update": [name], "create": None}
+    assert {resource for rule in role["rules"] for resource in rule["resources"]} == {"leases"}
 
 
 def test_the_pods_labels_are_those_that_the_deployment_selects(helm: Helm) -> None:
@@ -212,15 +250,16 @@ def test_the_pods_labels_are_those_that_the_deployment_selects(helm: Helm) -> No
 @pytest.mark.parametrize(("namespace", "scope"), [("", "ClusterRole"), ("team-a", "Role")])
 def test_the_right_reaches_as_far_as_the_watch(helm: Helm, namespace: str, scope: str) -> None:
     manifests = helm.template({"operator.watchNamespace": namespace, "userRoles.create": False})
-    role, binding = one(manifests, scope), one(manifests, f"{scope}Binding")
+    name = "tuner-finetune-operator"
+    role, binding = one(manifests, scope, name), one(manifests, f"{scope}Binding", name)
     assert role["metadata"].get("namespace", "") == binding["metadata"].get("namespace", "") == namespace
     assert (binding["roleRef"]["kind"], binding["roleRef"]["name"]) == (scope, role["metadata"]["name"])
     account = one(manifests, "ServiceAccount")["metadata"]
     assert binding["subjects"] == [
         {"kind": "ServiceAccount", "name": account["name"], "namespace": account["namespace"]}
     ]
-    other = {"Role", "ClusterRole"} - {scope}
-    assert not [m for m in manifests if m["kind"] in other]
+    roles = {(m["kind"], m["metadata"]["name"]) for m in manifests if m["kind"] in {"Role", "ClusterRole"}}
+    assert roles == {(scope, name), ("Role", f"{name}-lease")}
 
 
 def test_no_rule_has_a_wildcard_or_gives_what_the_operator_must_not_have(helm: Helm) -> None:

@@ -10,7 +10,9 @@ from .conftest import Helm, HelmError
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("replicas", 2, "additional properties 'replicas' not allowed"),
+        ("replica", 2, "additional properties 'replica' not allowed"),
+        ("replicas", "2", r"at '/replicas': got string, want integer"),
+        ("replicas", -1, r"at '/replicas': minimum: got -1, want 0"),
         ("image.tga", "1.0", r"at '/image': additional properties 'tga' not allowed"),
         ("trainer.image.tga", "1.0", r"at '/trainer/image': additional properties 'tga' not allowed"),
         ("operator.startDeadline", 3, r"at '/operator': additional properties 'startDeadline' not allowed"),

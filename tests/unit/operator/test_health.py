@@ -18,9 +18,12 @@ async def test_a_loop_that_gives_no_sign_is_ill_and_silence_of_the_cluster_is_no
     assert health.ailing() == []
 
 
-async def test_a_watcher_that_kopf_has_lost_is_noticed() -> None:
+async def test_a_watcher_that_kopf_has_lost_is_noticed_and_a_standby_needs_none() -> None:
     health = Health()
-    health.ready = True
+    health.stand_by()
+    assert health.ready
+    assert health.ailing() == []  # who stands by has none
+    health.watch()
     assert "watcher" in health.ailing()[0]
     watcher = asyncio.create_task(asyncio.sleep(9), name=f"{KOPF_WATCHER}.v1alpha1.finetune.dev")
     assert health.ailing() == []
