@@ -12,9 +12,11 @@ Errors::
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
 
 from finetune_operator.api import API_VERSION, JSON, KIND, MANAGER, PLURAL, Label
+from finetune_operator.queueing import JOB_UID_LABEL, KUEUE
 
 PAGE = 500
 CONNECT_SECONDS = 10
@@ -41,9 +44,17 @@ PATHS = {
     "Pod": ("/api/v1", "pods"),
     "Job": ("/apis/batch/v1", "jobs"),
     "Lease": ("/apis/coordination.k8s.io/v1", "leases"),
+    "Workload": (f"/apis/{KUEUE}/v1beta2", "workloads"),
+    "Workload v1beta1": (f"/apis/{KUEUE}/v1beta1", "workloads"),
     KIND: (f"/apis/{API_VERSION}", PLURAL),
 }
 """Root and plural of every kind that the operator touches."""
+
+WORKLOADS = ("Workload", "Workload v1beta1")
+"""Newer and older Kueue; what is read of them is the same."""
+
+NO_KUEUE_SECONDS = 300
+"""For so long Kueue is not looked for again where there was none."""
 
 
 class KubeError(Exception):
@@ -84,6 +95,7 @@ class Kube:
     def __init__(self, configuration: Configuration, request_timeout_seconds: float) -> None:
         self._api = ApiClient(configuration)
         self._timeout = aiohttp.ClientTimeout(total=request_timeout_seconds, sock_connect=CONNECT_SECONDS)
+        self._no_kueue_until = 0.0
         self._before_write: Callable[[], None] = lambda: None
 
     @classmethod
@@ -135,6 +147,19 @@ class Kube:
             async for page in self.pages(kind, namespace, labelSelector=selector)
             for item in page.get("items") or ()
         ]
+
+    async def workloads(self, namespace: str, job_uid: str) -> list[JSON] | None:
+        """Kueue's Workloads of a Job: one, or none yet. None where there is no Kueue."""
+        now = time.monotonic()
+        if now < self._no_kueue_until:
+            return None
+        for kind in WORKLOADS:
+            with contextlib.suppress(NotFoundError):
+                page = await self.list_page(kind, namespace, labelSelector=f"{JOB_UID_LABEL}={job_uid}")
+                found: list[JSON] = page.get("items") or []
+                return found
+        self._no_kueue_until = now + NO_KUEUE_SECONDS
+        return None
 
     async def events(self, namespace: str, uid: str) -> list[JSON]:
         """Events about one object."""
