@@ -24,7 +24,9 @@ from finetune_trainer.config import (
     NAME_PATTERN,
     SMOOTHED_LOSSES,
     SOURCE_FIELDS,
+    WITHOUT_BETAS,
     BaseFormat,
+    DatasetFormat,
     MethodType,
 )
 
@@ -142,6 +144,11 @@ def pinned(hub: str) -> str:
 TEMPLATES = Rule(
     "!has(self.responseTemplate) || has(self.promptTemplate)", "datasets: responseTemplate needs a promptTemplate"
 )
+SPECIAL_TOKENS = Rule(
+    f"!has(self.specialTokens) || (self.?format.orValue('Auto') in {one_of((DatasetFormat.AUTO, DatasetFormat.TEXT))}"
+    " && !has(self.promptTemplate))",
+    "datasets: specialTokens is for format Text without a promptTemplate: drop it",
+)
 INTERVAL = not_both("everySteps", "everyPercent", "training")
 
 BLOCKS: dict[str, tuple[Rule, ...]] = {
@@ -153,11 +160,12 @@ BLOCKS: dict[str, tuple[Rule, ...]] = {
     ),
     "model.chatTemplate": (not_both("preset", "jinja", "model.chatTemplate"),),
     "datasets": (distinct_names("datasets"),),
-    "datasets.[]": (TEMPLATES,),
+    "datasets.[]": (TEMPLATES, SPECIAL_TOKENS),
     "evaluation": (not_both("percent", "datasets", "evaluation"),),
     "evaluation.datasets": (distinct_names("evaluation.datasets"),),
     "evaluation.datasets.[]": (
         TEMPLATES,
+        SPECIAL_TOKENS,
         Rule(
             "!has(self.weight)",
             "evaluation.datasets: weight is for rows to train on, every row is measured once: drop it",
@@ -199,6 +207,12 @@ BLOCKS: dict[str, tuple[Rule, ...]] = {
     "training": (
         not_both("warmupRatio", "warmupSteps", "training"),
         not_both("numTrainEpochs", "maxSteps", "training"),
+        Rule(
+            "!(has(self.adamBeta1) || has(self.adamBeta2))"
+            f" || !(self.?optimizer.orValue('AdamW') in {one_of(WITHOUT_BETAS)})",
+            "training: adamBeta1 and adamBeta2 are for AdamW, not for Adafactor and SGD: "
+            "drop them, or set optimizer to AdamW",
+        ),
     ),
     "training.eval": (INTERVAL,),
     "training.checkpoint": (

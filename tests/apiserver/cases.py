@@ -53,6 +53,8 @@ FINE: dict[str, JSON] = {
         training={"packing": "Off"},
         method={"lora": {"dropout": 0}},
     ),
+    "special tokens of rows whose format is found later": dataset(specialTokens=True),
+    "betas of a smaller AdamW": spec(training={"optimizer": "PagedAdamW8bit", "adamBeta1": 0.8, "adamBeta2": 0.95}),
     "settings of SFT without its type": spec(objective={"sft": {"lossOn": "Completion"}}),
     "an adapter to go on from": spec(
         model={"volume": VOLUME, "adapter": {"s3": {"uri": "s3://bucket/adapter/", "endpoint": "https://minio.test"}}}
@@ -208,6 +210,18 @@ BAD: dict[str, tuple[JSON, str]] = {
         spec(evaluation={"datasets": [ROWS | {"responseTemplate": "{{ a }}"}]}),
         "responseTemplate needs a promptTemplate",
     ),
+    "special tokens in a conversation": (
+        dataset(format="Chat", specialTokens=True),
+        "datasets: specialTokens is for format Text without a promptTemplate: drop it",
+    ),
+    "special tokens beside a template": (
+        dataset(format="Text", specialTokens=True, promptTemplate="{{ a }}", responseTemplate="{{ b }}"),
+        "datasets: specialTokens is for format Text without a promptTemplate: drop it",
+    ),
+    "special tokens in measured answers": (
+        spec(evaluation={"datasets": [ROWS | {"format": "Instruction", "specialTokens": False}]}),
+        "datasets: specialTokens is for format Text without a promptTemplate: drop it",
+    ),
     "files and a split": (
         spec(datasets=[{"huggingFace": HUB | {"files": ["a.jsonl"], "split": "train"}}]),
         "files are in place of config and split: set either",
@@ -339,6 +353,14 @@ BAD: dict[str, tuple[JSON, str]] = {
     "an optimizer that is not there": (
         spec(training={"optimizer": "adamw_torch"}),
         'supported values: "AdamW"',
+    ),
+    "a first beta of SGD": (
+        spec(training={"optimizer": "SGD", "adamBeta1": 0.9}),
+        "training: adamBeta1 and adamBeta2 are for AdamW",
+    ),
+    "a second beta of Adafactor": (
+        spec(training={"optimizer": "Adafactor", "adamBeta2": 0.95}),
+        "training: adamBeta1 and adamBeta2 are for AdamW",
     ),
     "a batch that does not divide": (
         spec(training={"globalBatchSize": 8, "perDeviceTrainBatchSize": 3}),

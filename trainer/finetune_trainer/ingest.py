@@ -423,7 +423,7 @@ def _remarks(  # noqa: PLR0913 - what may be told
     if renderer.spelling_rows:
         remarks.append(
             f"{renderer.spelling_rows:,} rows spell special tokens in their text, which stay plain text "
-            "(datasets[].specialTokens takes them for such)."
+            "(of format Text, datasets[].specialTokens takes them for such)."
         )
     if not facts.eval_rows and settings_of(evaluation)[0]:
         remarks.append(

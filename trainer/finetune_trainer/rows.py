@@ -191,6 +191,9 @@ class DatasetReader:
         )
         if self._templates:
             return self._template_parser(known)
+        if self.dataset.special_tokens is not None and known is not DatasetFormat.TEXT:
+            msg = f"dataset '{self.name}': specialTokens is for format Text, the rows are {known}. Drop it."
+            raise InvalidConfig(msg)
         if known is None or known is DatasetFormat.TEXT:
             return lambda fields: TextRow(fields.text("text"), rendered=bool(self.dataset.special_tokens))
         return PARSERS[known]

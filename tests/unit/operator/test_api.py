@@ -29,6 +29,7 @@ VALIDATORS = {
     "_an_adapter_continues_an_adapter": "an adapter for Full",
     "_exactly_one": "two volumes",
     "_batch_is_shared_evenly": "a batch that does not divide",
+    "_betas_are_used": "a first beta of SGD",
     "_code_is_pinned": "code of a branch",
     "_datasets_have_names_of_their_own": "two datasets of one name",
     "_dpo_compares_whole_rows": "packed pairs",
@@ -49,6 +50,7 @@ VALIDATORS = {
     "_quantize_needs_a_finished_model": "quantize without merge",
     "_response_needs_a_prompt": "a response without a prompt",
     "_settings_of_its_type": "SFT's settings for DPO",
+    "_special_tokens_are_read": "special tokens in a conversation",
     "_smoothing_is_used": "smoothing that the loss does not use",
     "_weights_can_be_sharded": "sharded GPTQ weights",
 }

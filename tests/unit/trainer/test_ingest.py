@@ -274,6 +274,8 @@ REFUSED = [
      r"dataset 'd0', file d0.jsonl, line 4: [\d,]+ tokens, training.maxLength is 64 .*Raise maxLength"),
     ("pairs for SFT", [PAIRS], {}, "line 1: the row is Preference, but objective.type is SFT. Set objective.type"),
     ("texts for DPO", [[{"text": "t"}]], {"objective": {"type": "DPO"}}, "has no two answers to compare. Give prompt"),
+    ("special tokens of rows that are no Text", [make_instructions(3)], {"datasets": [{"specialTokens": True}]},
+     "dataset 'd0': specialTokens is for format Text, the rows are Instruction. Drop it."),
     ("pairs to be split", [PAIRS], {"objective": {"type": "DPO"}, "training": {"longRows": "Split"}},
      "longRows Split is for texts"),
 ]  # fmt: skip

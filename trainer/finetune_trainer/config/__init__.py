@@ -109,6 +109,7 @@ from finetune_trainer.config.tracking import (
     Wandb,
 )
 from finetune_trainer.config.training import (
+    WITHOUT_BETAS,
     Checkpoint,
     EarlyStopping,
     Every,
@@ -154,6 +155,7 @@ __all__ = [
     "TOKEN_FILE",
     "WANDB_KEY_FILE",
     "WANDB_SLOT",
+    "WITHOUT_BETAS",
     "Attention",
     "BaseFormat",
     "BaseModelSource",

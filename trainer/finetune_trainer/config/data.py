@@ -87,8 +87,16 @@ class Dataset(DatasetSource):
     special_tokens: bool | None = Field(
         default=None,
         description="Text: the rows hold a rendered template, so special tokens that they spell are such. "
-        "Default false: they are plain text, and come from templates alone.",
+        "Other formats refuse it. Default false: they are plain text, and come from templates alone.",
     )
+
+    @model_validator(mode="after")
+    def _special_tokens_are_read(self) -> Self:
+        rendered = self.format in (None, DatasetFormat.AUTO, DatasetFormat.TEXT) and self.prompt_template is None
+        if self.special_tokens is not None and not rendered:
+            msg = "datasets: specialTokens is for format Text without a promptTemplate: drop it"
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _response_needs_a_prompt(self) -> Self:

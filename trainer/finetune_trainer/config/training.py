@@ -32,6 +32,10 @@ class Optimizer(StrEnum):
     SGD = "SGD"
 
 
+WITHOUT_BETAS = (Optimizer.ADAFACTOR, Optimizer.SGD)
+"""Optimizers that know no adamBeta1 and adamBeta2."""
+
+
 class LongRows(StrEnum):
     """What becomes of rows longer than maxLength."""
 
@@ -128,8 +132,12 @@ class Training(Model):
     max_grad_norm: float | None = Field(
         default=None, gt=0, le=1_000_000, description="Gradients are clipped to this norm. Default 1."
     )
-    adam_beta1: float | None = Field(default=None, ge=0, lt=1, description="AdamW's first beta. Default 0.9.")
-    adam_beta2: float | None = Field(default=None, ge=0, lt=1, description="AdamW's second beta. Default 0.999.")
+    adam_beta1: float | None = Field(
+        default=None, ge=0, lt=1, description="AdamW's first beta; Adafactor and SGD have none. Default 0.9."
+    )
+    adam_beta2: float | None = Field(
+        default=None, ge=0, lt=1, description="AdamW's second beta; Adafactor and SGD have none. Default 0.999."
+    )
     global_batch_size: int | None = Field(
         default=None,
         ge=1,
@@ -182,6 +190,17 @@ class Training(Model):
     early_stopping: EarlyStopping | None = Field(
         default=None, description="End when the held-out loss no longer falls. Default: off."
     )
+
+    @model_validator(mode="after")
+    def _betas_are_used(self) -> Self:
+        asked = self.adam_beta1 is not None or self.adam_beta2 is not None
+        if asked and self.optimizer in WITHOUT_BETAS:
+            msg = (
+                f"training: adamBeta1 and adamBeta2 are for AdamW, optimizer is {self.optimizer}: "
+                "drop them, or set optimizer to AdamW"
+            )
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _alternatives(self) -> Self:
