@@ -286,7 +286,8 @@ def _work(config: JobConfig, context: Context, target: Target) -> Manifest:
     """Verify what the stage reads, then run it."""
     distributed.lead(lambda: _verify_inputs(context, target))
     module = importlib.import_module(f"finetune_trainer.{target.stage.value}")
-    made = module.run(config, context)
+    with context.naming_rank():
+        made = module.run(config, context)
     if not isinstance(made, manifest.Manifest):
         msg = f"finetune_trainer.{target.stage.value}.run returned no manifest"
         raise TypeError(msg)

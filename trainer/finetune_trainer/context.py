@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from finetune_trainer import distributed, manifest
-from finetune_trainer.errors import Interrupted
+from finetune_trainer import distributed, manifest, memory
+from finetune_trainer.errors import Interrupted, OutOfMemory, TrainerError, translate
 from finetune_trainer.overrides import Overrides
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from finetune_trainer.manifest import Manifest, Result, Target
     from finetune_trainer.progress import Resolved
     from finetune_trainer.report import Report
     from finetune_trainer.work import WorkFolder
+
+
+TRAINING = "training"
+"""The activity of optimizer steps, counted in `done`."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,26 @@ class Context:
             msg = f"{self.report.current.stage} needs a target"
             raise ValueError(msg)
         return self.target
+
+    @contextmanager
+    def naming_rank(self) -> Iterator[None]:
+        """Let a GPU that runs out of memory in the body be told with rank and place. OutOfMemory."""
+        try:
+            yield
+        except TrainerError:
+            raise
+        except Exception as error:
+            if not isinstance(translate(error), OutOfMemory):
+                raise
+            what = f"Rank {distributed.rank()} ran out of GPU memory {self._place} ({memory.needs(str(error))})."
+            raise OutOfMemory(what) from error
+
+    @property
+    def _place(self) -> str:
+        now = self.report.current
+        if now.activity != TRAINING:
+            return f"while {now.activity}"
+        return f"at step {now.done + 1} with micro-batch {self.resolved.micro_batch_size}"
 
     def publish(self, build: Callable[[Path], Result]) -> Manifest:
         """Put the stage's artifact in its place, complete or not at all. Rank 0 builds it; all know its manifest."""

@@ -67,6 +67,12 @@ class Course:
         return Course(record["lines"], record["losses"])
 
 
+def epochs_done(step: int, rows: int, global_batch: int) -> float:
+    """Passes over the rows after so many steps. Trainer counts micro-batches, whose number an override changes."""
+    whole, rest = divmod(step, math.ceil(rows / global_batch))
+    return round(whole + min(rest * global_batch, rows) / rows, 4)
+
+
 def is_due(step: int, every: int, total_steps: int) -> bool:
     """Whether something is done after this step: each so many, and after the last."""
     return step == total_steps or step % every == 0

@@ -8,6 +8,7 @@
     ├── AccessDenied             a token or a permission is missing
     ├── VolumeFull               no space left to write to
     ├── OutOfMemory              of the accelerator
+    ├── OutOfHostMemory          of the machine, or of the pod
     ├── NonFiniteLoss            NaN or infinity while training
     ├── VerificationFailed       a file is not what its manifest says
     ├── RendezvousFailed         the pods of the stage did not find each other
@@ -25,6 +26,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, ClassVar
 
+from finetune_trainer import memory
 from finetune_trainer.progress import Reason
 
 if TYPE_CHECKING:
@@ -79,6 +81,12 @@ class OutOfMemory(TrainerError):
     reason = Reason.OUT_OF_MEMORY
 
 
+class OutOfHostMemory(TrainerError):
+    """The machine's memory, or the pod's, does not suffice."""
+
+    reason = Reason.OUT_OF_HOST_MEMORY
+
+
 class NonFiniteLoss(TrainerError):
     """The loss became NaN or infinite."""
 
@@ -115,7 +123,7 @@ class Unavailable(TrainerError):
 
 NO_SPACE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 NO_SPACE_WORDS = ("no space left", "disk quota exceeded", "os error 28", "enospc")
-OUT_OF_MEMORY_WORDS = ("cuda out of memory", "out of memory on device", "cublas_status_alloc_failed")
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where processes of a pod share memory
 
 
 def translate(error: BaseException) -> TrainerError | None:
@@ -126,7 +134,7 @@ def translate(error: BaseException) -> TrainerError | None:
     for each in _chain(error):
         if isinstance(each, TrainerError):
             return each
-        for known in (_as_volume_full, _as_out_of_memory, _as_file_error):
+        for known in (_as_volume_full, _as_out_of_memory, _as_out_of_host_memory, _as_file_error):
             if (found := known(each)) is not None:
                 return found
     return None
@@ -147,17 +155,27 @@ def _as_volume_full(error: BaseException) -> VolumeFull | None:
     text = str(error)
     if code not in NO_SPACE_ERRNOS and not any(words in text.lower() for words in NO_SPACE_WORDS):
         return None
+    if SHARED_MEMORY in text:
+        return VolumeFull(f"{SHARED_MEMORY}, the memory that processes share, is full: {text}. Make it larger.")
     where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
     return VolumeFull(f"The volume is full{where}. Make the job's claim larger, or free space on it; then retry.")
 
 
 def _as_out_of_memory(error: BaseException) -> OutOfMemory | None:
-    name, text = type(error).__name__, str(error)
-    if name != "OutOfMemoryError" and not any(words in text.lower() for words in OUT_OF_MEMORY_WORDS):
+    if not memory.is_of_gpu(error):
         return None
-    first_line = text.splitlines()[0] if text else "no details given"
     return OutOfMemory(
-        f"The GPU ran out of memory: {first_line} Use a GPU with more memory, or one that nobody else works on."
+        f"The GPU ran out of memory ({memory.needs(str(error))}). "
+        "Use a GPU with more memory, or one that nobody else works on."
+    )
+
+
+def _as_out_of_host_memory(error: BaseException) -> OutOfHostMemory | None:
+    if not memory.is_of_host(error):
+        return None
+    return OutOfHostMemory(
+        f"The machine ran out of memory ({memory.needs(str(error))}). Give more (in a cluster: "
+        "pod.resources.limits.memory), or use a smaller training.perDeviceTrainBatchSize or maxLength."
     )
 
 

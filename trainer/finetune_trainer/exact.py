@@ -57,6 +57,8 @@ class Exact(Trainer, ABC):
     step_loss: torch.Tensor | None = None
     """Sum of the losses of the micro-batches since the last optimizer step."""
     step_tokens: int = 0
+    drill: Callable[[int], None] | None = None
+    """Called with the number of the step before each of its micro-batches; it may raise."""
     step_gradient_norm: float = 0.0
     """Of the last step's gradients, before they were clipped."""
 
@@ -111,6 +113,8 @@ class Exact(Trainer, ABC):
 
     def training_step(self, model: Any, inputs: Any, *rest: Any) -> torch.Tensor:  # noqa: ANN401 - Trainer's signature
         """Take a micro-batch; remember its loss and its tokens."""
+        if self.drill is not None:
+            self.drill(int(self.state.global_step) + 1)
         mask = inputs.get("attention_mask")  # packed rows have none, and hardly any padding
         self.step_tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
         loss: torch.Tensor = super().training_step(model, inputs, *rest)

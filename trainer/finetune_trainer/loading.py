@@ -279,13 +279,6 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device, **options: Any
     return model.eval()
 
 
-def torch_out_of_memory() -> type[BaseException]:
-    """What torch raises when the GPU's memory does not suffice."""
-    import torch  # noqa: PLC0415 - slow
-
-    return torch.OutOfMemoryError
-
-
 def peak_memory_bytes(device: torch.device) -> int:
     """Most memory held so far: of the GPU, or of the process on CPU."""
     import resource  # noqa: PLC0415 - beside its use

@@ -18,7 +18,8 @@ from transformers import TrainerCallback, TrainerState, set_seed
 from finetune_trainer import checkpoint
 from finetune_trainer import state as states
 from finetune_trainer.census import count_layers, totals
-from finetune_trainer.course import EVAL_LOSS, Course, Line, best_first, is_due, stops_early
+from finetune_trainer.context import TRAINING
+from finetune_trainer.course import EVAL_LOSS, Course, Line, best_first, epochs_done, is_due, stops_early
 from finetune_trainer.distributed import leads, rank, total, world_size
 from finetune_trainer.errors import Interrupted, NonFiniteLoss
 from finetune_trainer.loading import peak_memory_bytes
@@ -76,7 +77,7 @@ class Loop(TrainerCallback):
             self._saved = checkpoint.step_of(start)
             self._trainer.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
             log.info("going on from step %d", self._saved)
-        self._context.report.begin("training", self._resolved.total_steps, "steps")
+        self._context.report.begin(TRAINING, self._resolved.total_steps, "steps")
         self._context.report.update(
             done=self._saved,
             loss=self._course.loss,
@@ -120,7 +121,7 @@ class Loop(TrainerCallback):
         best = next(iter(best_first(self._course.measurements)), None)
         return TrainFacts(
             steps=self._step,
-            epochs=round(self._trainer.state.epoch or 0.0, 4),
+            epochs=self._epoch,
             loss=None if self._course.loss is None else float(f"{self._course.loss:.6g}"),
             trainable_parameters=trainable,
             total_parameters=everything,
@@ -172,6 +173,10 @@ class Loop(TrainerCallback):
         return int(self._trainer.state.global_step)
 
     @property
+    def _epoch(self) -> float:
+        return epochs_done(self._step, len(self._trainer.row_order), self._resolved.global_batch_size)
+
+    @property
     def _stops_early(self) -> bool:
         return stops_early(self._course.measurements, self._resolved.early_stopping)
 
@@ -218,10 +223,10 @@ class Loop(TrainerCallback):
         return round(tokens / max(seconds, 1e-9), 1)
 
     def _report(self) -> None:
-        epoch, left = self._trainer.state.epoch, self._resolved.total_steps - self._step
+        left = self._resolved.total_steps - self._step
         self._context.report.update(
             done=self._step,
-            epoch=None if epoch is None else round(epoch, 4),
+            epoch=self._epoch,
             tokens_per_second=self._tokens_per_second,
             eta_seconds=round(left * sum(seconds for _, seconds in self._steps) / len(self._steps), 1),
             peak_memory_bytes=peak_memory_bytes(self._trainer.args.device),
@@ -242,7 +247,7 @@ class Loop(TrainerCallback):
         log.info("step %d/%d loss %.4f", self._step, self._resolved.total_steps, self._course.loss)
 
     def _add(self, figures: Line) -> None:
-        self._followers.add([self._course.add({"step": self._step, **figures})])
+        self._followers.add([self._course.add({"step": self._step, **figures, "epoch": self._epoch})])
 
     def _measure_if_due(self) -> None:
         if not self._lacks_measurement:
@@ -252,9 +257,9 @@ class Loop(TrainerCallback):
         if not math.isfinite(found.loss):
             raise NonFiniteLoss(f"The held-out loss is {found.loss} at step {self._step}. {self._remedy}.")
         figures = {f"eval_{name}": value for name, value in asdict(found).items() if value is not None}
-        self._add({"epoch": self._trainer.state.epoch or 0.0, **figures})
+        self._add(figures)
         best = best_first(self._course.measurements)[0]
-        self._context.report.update(activity="training", eval_loss=found.loss, best_eval_loss=best[EVAL_LOSS])
+        self._context.report.update(activity=TRAINING, eval_loss=found.loss, best_eval_loss=best[EVAL_LOSS])
         told = "step %d held-out loss %.4f (lowest %.4f at step %d)"
         log.info(told, self._step, found.loss, best[EVAL_LOSS], best["step"])
 

@@ -47,6 +47,7 @@ class Reason(StrEnum):
     ACCESS_DENIED = "AccessDenied"
     VOLUME_FULL = "VolumeFull"
     OUT_OF_MEMORY = "OutOfMemory"
+    OUT_OF_HOST_MEMORY = "OutOfHostMemory"
     NON_FINITE_LOSS = "NonFiniteLoss"
     VERIFICATION_FAILED = "VerificationFailed"
     RENDEZVOUS_FAILED = "RendezvousFailed"
@@ -74,6 +75,7 @@ class ExitCode(IntEnum):
     RENDEZVOUS_FAILED = 19, "the pods of the stage did not meet in time"
     INTERRUPTED = 20, "saved and left on request, to be run again"
     PEER_LOST = 21, "another pod of the stage was lost: the reason stands there"
+    OUT_OF_HOST_MEMORY = 22, "the machine's or the pod's own memory does not suffice"
 
     def __new__(cls, code: int, meaning: str) -> Self:
         """A number that knows what it means."""

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_trainer import samples
 from finetune_trainer.config import Calibration, QuantizeMethod
 from finetune_trainer.data import INPUT_IDS, LENGTHS, TRAIN, read_rows
-from finetune_trainer.errors import InvalidConfig, VerificationFailed
+from finetune_trainer.errors import InvalidConfig, VerificationFailed, translate
 from finetune_trainer.evaluate import compare, finished_dtype, read_token_rows
 from finetune_trainer.finished import GENERATION_CONFIG, copy_companions, load_quantized
 from finetune_trainer.loading import load_finished, set_up_torch, working_device
@@ -243,5 +243,7 @@ def _write_answer(model: Any, rows: Sequence[TokenRow], context: Context) -> str
     try:
         return samples.generate(model, tokenizer, prompts, context.polled, NEW_TOKENS)[0]
     except (RuntimeError, ValueError, IndexError) as error:
+        if translate(error) is not None:  # memory, for one
+            raise
         msg = f"The quantized model was written but cannot write an answer: {error}. Report this as a bug."
         raise VerificationFailed(msg) from error

@@ -69,7 +69,8 @@ class Failed:
     def error(self) -> TrainerError:
         """The same failure for another rank to raise."""
         kinds = {kind.reason: kind for kind in TrainerError.__subclasses__()}
-        return kinds.get(self.reason, TrainerError)(f"Rank {self.rank}: {self.message}")
+        by_name = self.message.startswith(f"Rank {self.rank} ")
+        return kinds.get(self.reason, TrainerError)(self.message if by_name else f"Rank {self.rank}: {self.message}")
 
 
 def meet(place: Place, stopping: threading.Event) -> Any:  # noqa: ANN401 - a TCPStore

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer import census, distributed, manifest, samples
@@ -16,10 +17,11 @@ from finetune_trainer.census import count_layers
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.course import EVAL_ACCURACY, EVAL_LOSS, Line
 from finetune_trainer.data import TRAIN, read_rows
-from finetune_trainer.errors import InvalidDataset, OutOfMemory
+from finetune_trainer.drill import read_drill
+from finetune_trainer.errors import InvalidDataset
 from finetune_trainer.evaluate import perplexity, read_pair_rows, read_token_rows, rounded
 from finetune_trainer.finished import write_finished
-from finetune_trainer.loading import compute_dtype, load_base, set_up_torch, torch_out_of_memory, training_device
+from finetune_trainer.loading import compute_dtype, load_base, set_up_torch, training_device
 from finetune_trainer.manifest import Made, Manifest, Result
 from finetune_trainer.model import load_tokenizer
 from finetune_trainer.progress import Measured, Resolved, TrainFacts
@@ -68,12 +70,14 @@ def run(config: JobConfig, context: Context) -> Manifest:
     """Load the base and the rows, train from the newest good checkpoint, publish what was trained."""
     set_up_torch()
     context.overrides.tell(context.prepared)
+    drill = read_drill()
     resolved, device = context.resolved, training_device(config.gpus_per_node)
     checkpoints = _checkpoints(context, resolved)
     start = checkpoints.newest_good()
     rows = _read_rows(context)
     tokenizer = load_tokenizer(context.work.tokenizer)
     trainer = _build_trainer(tokenizer, rows, device, context)
+    trainer.drill = None if drill is None else partial(drill.strike, resolved=resolved)
     before = _measure_before(trainer, tokenizer, rows, context)
     layers = count_layers(trainer.model)
     log.info("%s", census.table(layers))
@@ -124,7 +128,8 @@ def _answers(when: str, trainer: Exact, tokenizer: Any, rows: Rows, context: Con
     context.report.begin(f"writing answers {when} training", len(rows.prompts), "answers")
 
     def generate() -> list[str]:
-        return samples.generate(trainer.model, tokenizer, rows.prompts, context.polled)
+        with context.naming_rank():
+            return samples.generate(trainer.model, tokenizer, rows.prompts, context.polled)
 
     return generate() if is_to_shard(context.resolved) else distributed.lead(generate)
 
@@ -182,21 +187,9 @@ def _take_steps(  # noqa: PLR0913 - the pieces of a training
     loop.begin(start)
     if not loop.finished:  # else broken off between the last step and what is published
         trainer.add_callback(loop)
-        try:
-            trainer.train(resume_from_checkpoint=None if start is None else str(start))
-        except torch_out_of_memory() as error:
-            raise OutOfMemory(_out_of_memory(trainer, context.resolved, error)) from error
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
     loop.end()
     return loop
-
-
-def _out_of_memory(trainer: Any, resolved: Resolved, error: BaseException) -> str:  # noqa: ANN401 - an SFTTrainer
-    first_line = str(error).splitlines()[0] if str(error) else "no details given"
-    return (
-        f"{trainer.args.device} ran out of memory at step {trainer.state.global_step + 1} with micro-batch "
-        f"{resolved.micro_batch_size} and rows of up to {resolved.max_length} tokens ({first_line}). "
-        "Lower training.perDeviceTrainBatchSize or training.maxLength, or use a larger GPU."
-    )
 
 
 def _publish(trainer: Exact, tokenizer: Any, result: Result, context: Context) -> Manifest:  # noqa: ANN401 - a transformers tokenizer

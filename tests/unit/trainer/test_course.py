@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.course import Course, Line, best_first, is_due, stops_early, without_better
+from finetune_trainer.course import Course, Line, best_first, epochs_done, is_due, stops_early, without_better
 from finetune_trainer.progress import ResolvedEarlyStopping
 
 
@@ -61,3 +61,8 @@ def test_a_checkpoint_gives_back_lines_and_losses_to_the_last_bit(tmp_path: Path
     assert course.loss == 0.1 + 0.2
     assert course.take_losses() == (1e-17 + 2.5) / 2
     assert course.losses == []
+
+
+@pytest.mark.parametrize(("step", "epochs"), [(0, 0.0), (1, 0.4), (2, 0.8), (3, 1.0), (4, 1.4), (6, 2.0)])
+def test_epochs_are_counted_in_rows(step: int, epochs: float) -> None:
+    assert epochs_done(step, rows=10, global_batch=4) == epochs

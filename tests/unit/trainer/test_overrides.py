@@ -98,7 +98,8 @@ def test_a_run_goes_on_exactly_with_activations_computed_again(tiny_model: Path,
         run.go(CrashAfter(5))
     run.settings = Overrides(gradient_checkpointing="Full").applied(run.settings)
     healed = run.go()
-    assert any(getattr(module, "gradient_checkpointing", False) for module in run.loop._trainer.model.modules())
+    model: Any = run.loop._trainer.model
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert same_bits(healed, unbroken)
     assert run.loop.facts() == whole.loop.facts()
 

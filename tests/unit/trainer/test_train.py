@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from finetune_trainer import samples
 from finetune_trainer.adapters import build_lora
 from finetune_trainer.collate import Collator, as_dataset
-from finetune_trainer.errors import NonFiniteLoss, OutOfMemory
+from finetune_trainer.errors import NonFiniteLoss
 from finetune_trainer.evaluate import IGNORED, TokenRow, batches, compare, measure_loss, pad
 from finetune_trainer.loading import keep_weights_on_cpu, load_base, set_up_torch, usable_cores
 from finetune_trainer.order import RowOrder
@@ -104,23 +104,6 @@ def test_an_end_token_counts_also_where_the_model_pads_with_it() -> None:
     assert batch["labels"].tolist() == [[IGNORED, 6, 7, EOS], [IGNORED, 9, EOS, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert pad(rows)[2].tolist() == batch["labels"].tolist()
-
-
-def test_out_of_memory_names_device_step_and_micro_batch(tiny_model: Path, tmp_path: Path) -> None:
-    from finetune_trainer import train  # noqa: PLC0415 - beside its use
-
-    run = Run(tiny_model, tmp_path)
-    run.attempt = 1
-    trainer, _ = run.build()
-
-    def no_room(*_: Any, **__: Any) -> None:
-        msg = "CUDA out of memory. Tried to allocate 2.00 GiB."
-        raise torch.OutOfMemoryError(msg)
-
-    trainer.training_step = no_room
-    rows = train.Rows(make_table(make_rows()), [], [])
-    with pytest.raises(OutOfMemory, match=r"cpu ran out of memory at step 1 with micro-batch 2 .*Tried to allocate"):
-        train._take_steps(trainer, rows, run.checkpoints, None, run.context(), run.followers)
 
 
 def test_rows_of_a_step_stand_together_in_every_epoch_anew() -> None:

@@ -33,6 +33,7 @@ from finetune_trainer.config.base import (
 )
 from finetune_trainer.config.data import ROWS_LIMIT, ColumnName, Columns, Dataset, DatasetFormat, Evaluation, Template
 from finetune_trainer.config.environment import (
+    DRILL_OUT_OF_MEMORY_VARIABLE,
     NODE_RANK_VARIABLE,
     REMOTE_CODE_VARIABLE,
     RENDEZVOUS_PORT,
@@ -132,6 +133,7 @@ __all__ = [
     "DEFAULT_REGION",
     "DEFAULT_SEED",
     "DOCKER_CONFIG_FILE",
+    "DRILL_OUT_OF_MEMORY_VARIABLE",
     "FLOATING",
     "FORMATS",
     "FOUR_BIT",

@@ -1,4 +1,4 @@
-"""What a pod is told by its environment: what an administrator decides, and where the pods of a stage meet."""
+"""What a pod is told by its environment: what an administrator decides, where the pods of a stage meet, fire drills."""
 
 from __future__ import annotations
 
@@ -15,3 +15,7 @@ RENDEZVOUS_PORT = 29500
 
 RENDEZVOUS_TIMEOUT_VARIABLE = "FINETUNE_RENDEZVOUS_TIMEOUT_SECONDS"
 """How long the processes of several nodes wait for each other. Unset: a quarter of an hour."""
+
+DRILL_OUT_OF_MEMORY_VARIABLE = "FINETUNE_DRILL_OUT_OF_MEMORY"
+"""A fire drill: `step=3,micro-batch=2` has train run out of GPU memory from step 3 on, unless the micro-batch is at
+most 2 (0: never); with `,checkpointing=Full` behind it, nor while gradient checkpointing is Full. Unset: no drill."""
