@@ -8,7 +8,8 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from finetune_operator.api import AccessMode, Spec
 from finetune_operator.facts import Facts
-from finetune_operator.failures import Failure, Reason, waiting
+from finetune_operator.failures import Failure, waiting
+from finetune_operator.reasons import Reason
 from finetune_operator.settings import Settings
 from finetune_trainer.config import OciSource, S3Source
 

@@ -12,12 +12,24 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_operator import names
-from finetune_operator.api import API_VERSION, JSON, KIND, FineTuneJob, Label, parse_time
+from finetune_operator.api import (
+    API_VERSION,
+    JSON,
+    KIND,
+    OVERRIDES_ANNOTATION,
+    FineTuneJob,
+    Label,
+    Overrides,
+    parse_time,
+)
 from finetune_operator.names import Position
 from finetune_trainer.progress import LastWord, Progress, Stage
 
 CONTAINER = 0
 """A stage pod has one container."""
+
+CONTROLLER_UID = "batch.kubernetes.io/controller-uid"
+"""Kubernetes' own label of a Job's pods."""
 
 RUN = re.compile(r"(prepare|train|merge|quantize-[0-9]{1,4}) [0-9]{1,9}")
 """Labels of stage and attempt that make sense."""
@@ -60,6 +72,10 @@ class StageJob:
     completed: datetime | None = None
     size: int = 1
     """How many pods it has at once."""
+    suspended: bool = False
+    """Whether it is held back: by the queue that it is in, for the operator never does so."""
+    overrides: Overrides | None = None
+    """What its pods were told to change of the resolved settings."""
 
     @property
     def position(self) -> Position:
@@ -83,7 +99,10 @@ class StagePod:
     created: datetime
     index: int = 0
     """Which of the pods of its attempt."""
+    job_uid: str = ""
+    """Its Job: one made anew under the same name, after a suspension, has another."""
     phase: str = "Pending"
+    ready: bool = False
     ip: str = ""
     reason: str = ""
     message: str = ""
@@ -125,6 +144,19 @@ class StagePod:
     def running(self) -> bool:
         """Whether its container runs."""
         return self.started is not None and not self.ended
+
+    def belongs_to(self, job: StageJob | None) -> bool:
+        """Whether it is a pod of this Job, as far as can be told."""
+        return job is None or not self.job_uid or self.job_uid == job.uid
+
+    @property
+    def lost(self) -> bool:
+        """Whether its node is not heard of any more: nothing that is said of it will come true by itself.
+
+        Of a node that is well, a pod that is to leave stays ready until it has ended.
+        """
+        gone = self.disruption == "DeletionByTaintManager" and not self.ready and self.started is not None
+        return not self.ended and (gone or self.disruption == "DeletionByPodGC")
 
     @property
     def last_word(self) -> LastWord | None:
@@ -211,6 +243,8 @@ class Facts:
     jobs: tuple[StageJob, ...] = ()
     pods: tuple[StagePod, ...] = ()
     progress: Progress | None = None
+    still_since: datetime | None = None
+    """Since when the live attempt's progress has not moved, as far as this process has seen."""
     warnings: tuple[str, ...] = ()
     """Warnings about the live Job or its pod that still hold, newest first, as 'Reason: message'."""
     conflicts: tuple[Conflict, ...] = field(default=())
@@ -221,9 +255,9 @@ class Facts:
 
     def gang(self, position: Position) -> Gang:
         """The pods of an attempt."""
-        ours = sorted((pod for pod in self.pods if pod.position == position), key=lambda pod: (pod.index, pod.created))
-        newest = {pod.index: pod for pod in ours}
         job = self.job_of(position)
+        ours = [pod for pod in self.pods if pod.position == position and pod.belongs_to(job)]
+        newest = {pod.index: pod for pod in sorted(ours, key=lambda pod: (pod.index, pod.created))}
         return Gang(tuple(newest.values()), job.size if job is not None else max(len(newest), 1))
 
     def job_of(self, position: Position) -> StageJob | None:
@@ -272,6 +306,7 @@ def _is_run(body: Mapping[str, Any]) -> bool:
 def parse_job(body: Mapping[str, Any]) -> StageJob:
     """One Job of batch/v1."""
     metadata, status, labels = body["metadata"], body.get("status") or {}, _labels(body)
+    spec = body.get("spec") or {}
     true = {c["type"]: c for c in status.get("conditions") or () if c["status"] == "True"}
     failure = true.get("Failed") or true.get("FailureTarget")
     return StageJob(
@@ -285,8 +320,18 @@ def parse_job(body: Mapping[str, Any]) -> StageJob:
         message=(failure or {}).get("message", ""),
         deleting="deletionTimestamp" in metadata,
         completed=_time(status.get("completionTime") or (failure or {}).get("lastTransitionTime")),
-        size=(body.get("spec") or {}).get("completions") or 1,
+        size=spec.get("completions") or 1,
+        suspended=bool(spec.get("suspend")),
+        overrides=_overrides(metadata),
     )
+
+
+def _overrides(metadata: JSON) -> Overrides | None:
+    told = (metadata.get("annotations") or {}).get(OVERRIDES_ANNOTATION)
+    try:
+        return Overrides.model_validate_json(told) if told else None
+    except ValidationError:
+        return None
 
 
 def parse_pod(body: Mapping[str, Any]) -> StagePod:
@@ -300,6 +345,8 @@ def parse_pod(body: Mapping[str, Any]) -> StagePod:
         attempt=int(labels[Label.ATTEMPT]),
         created=parse_time(metadata["creationTimestamp"]),
         index=_index(metadata),
+        job_uid=labels.get(CONTROLLER_UID, ""),
+        ready=conditions.get("Ready", {}).get("status") == "True",
         phase=status.get("phase", "Pending"),
         ip=status.get("podIP", ""),
         reason=status.get("reason", ""),

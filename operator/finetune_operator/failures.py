@@ -2,7 +2,7 @@
 
 `classify` is for an attempt that ended, `decisive` for one of several pods that cannot end well any more, `obstacle`
 for pods that do not start, `refused` for an attempt that cannot be made. Each failure carries a sentence with the way
-out, and whether the stage is run again. `REMEDIES` and the two tables are all there is.
+out, and whether the stage is run again: the table of `reasons` says what follows from what.
 """
 
 from __future__ import annotations
@@ -11,49 +11,15 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from enum import StrEnum
 
 from finetune_operator.api import cut
 from finetune_operator.facts import Gang, Refusal, StageJob, StagePod
+from finetune_operator.reasons import TABLE, Reason, Retry
 from finetune_trainer.progress import ExitCode
 from finetune_trainer.progress import Reason as Said
 
 TAIL_CHARACTERS = 600
 """Of a log that stands in for a last word."""
-
-
-class Reason(StrEnum):
-    """What the operator itself finds; what the trainer says of itself is `finetune_trainer.progress.Reason`."""
-
-    COMPLETED = "Completed"
-    DISRUPTED = "Disrupted"
-    EVICTED = "Evicted"
-    OUT_OF_HOST_MEMORY = "OutOfHostMemory"
-    LOST_WORD = "LostWord"
-    POD_LOST = "PodLost"
-    JOB_DELETED = "JobDeleted"
-    IMAGE_PULL_FAILED = "ImagePullFailed"
-    CANNOT_START = "CannotStart"
-    MOUNT_FAILED = "MountFailed"
-    VOLUME_UNBOUND = "VolumeUnbound"
-    POD_REFUSED = "PodRefused"
-    UNSCHEDULABLE = "Unschedulable"
-    QUOTA_EXCEEDED = "QuotaExceeded"
-    CREATION_REFUSED = "CreationRefused"
-    INVALID_SPEC = "InvalidSpec"
-    NAME_CONFLICT = "NameConflict"
-    NOT_ALLOWED = "NotAllowed"
-    UNKNOWN = "Unknown"
-
-
-class Retry(StrEnum):
-    """Whether a stage is run again after a failure."""
-
-    FREE = "Free"
-    """Nobody's fault: again, and it does not count against maxRetries."""
-    COUNTED = "Counted"
-    NEVER = "Never"
-    """Only a person can mend it."""
 
 
 @dataclass(frozen=True)
@@ -67,45 +33,16 @@ class Failure:
     """For a delay: whether waiting has an end."""
 
 
-REMEDIES: dict[str, tuple[Retry, str]] = {
-    Said.INVALID_CONFIG: (Retry.NEVER, "Correct the spec and apply it under a new name."),
-    Said.INVALID_DATASET: (Retry.NEVER, "Correct the dataset or its columns and apply the job under a new name."),
-    Said.INVALID_MODEL: (Retry.NEVER, "Name a folder with config, tokenizer and safetensors, or one GGUF file."),
-    Said.NOT_FOUND: (Retry.NEVER, "Correct the path or put the files there, then apply the job under a new name."),
-    Said.ACCESS_DENIED: (Retry.NEVER, "Check the Secret that the source names and who may read the files."),
-    Said.VOLUME_FULL: (Retry.NEVER, "Give output.volume more space; the last good checkpoint is kept."),
-    Said.OUT_OF_MEMORY: (
-        Retry.NEVER,
-        "Use a larger GPU; to train, a smaller perDeviceTrainBatchSize or maxLength may do.",
-    ),
-    Said.NON_FINITE_LOSS: (Retry.NEVER, "Lower training.learningRate, or compute in BF16 or FP32."),
-    Said.VERIFICATION_FAILED: (Retry.COUNTED, "What was read is not what was written: check the volume."),
-    Said.RENDEZVOUS_FAILED: (
-        Retry.COUNTED,
-        "The pods of a stage meet at the first one's name: check the cluster's DNS and network policies.",
-    ),
-    Said.PEER_LOST: (Retry.COUNTED, "It goes on from its last checkpoint; check the network between the nodes."),
-    Said.INTERRUPTED: (Retry.FREE, "It goes on from its last checkpoint."),
-    Said.UNKNOWN: (Retry.COUNTED, "See the log of the stage's Job."),
-    Reason.DISRUPTED: (Retry.FREE, "The stage is run again; this does not count as a retry."),
-    Reason.EVICTED: (Retry.COUNTED, "Raise pod.resources.requests, or free space on the node."),
-    Reason.OUT_OF_HOST_MEMORY: (
-        Retry.NEVER,
-        "Raise pod.resources.limits.memory, or use a smaller perDeviceTrainBatchSize or maxLength.",
-    ),
-    Reason.LOST_WORD: (Retry.FREE, "It is run again and ends at once if its manifest holds."),
-    Reason.POD_LOST: (Retry.FREE, "The stage is run again; this does not count as a retry."),
-    Reason.JOB_DELETED: (Retry.FREE, "To stop a job, delete the FineTuneJob; the stage is run again."),
-    Reason.UNKNOWN: (Retry.COUNTED, "See the log of the stage's Job."),
-}
+def failure(reason: str, what: str, retry: Retry | None = None) -> Failure:
+    """A failure of this reason: what happened, and the way out that the table knows."""
+    row = TABLE[reason]
+    return Failure(str(reason), ending_with(what.strip() or reason, row.remedy), retry or row.retry)
 
 
-def failure(reason: str, what: str) -> Failure:
-    """A failure of this reason: what happened, and the way out that belongs to it unless what happened says it."""
-    retry, remedy = REMEDIES[reason]
-    what = what.strip() or reason
+def ending_with(what: str, remedy: str) -> str:
+    """A message: what happened, as a sentence, and the way out."""
     stop = "" if what.endswith((".", "!", "?", "…")) else "."
-    return Failure(str(reason), cut(f"{cut(what, 800)}{stop} {remedy}"), retry)
+    return cut(f"{cut(what, 800)}{stop} {remedy}")
 
 
 # --- an attempt that ended -------------------------------------------------------------------------------------------
@@ -113,13 +50,41 @@ def failure(reason: str, what: str) -> Failure:
 Judge = Callable[[StagePod], Failure | None]
 
 
+DISRUPTIONS = {
+    "PreemptionByScheduler": (Reason.PREEMPTED, "gave way to a pod of higher priority"),
+    "EvictionByEvictionAPI": (Reason.EVICTED, "was evicted, as by a drained node"),
+    "DeletionByTaintManager": (Reason.EVICTED, "was told to leave its node, which has a NoExecute taint"),
+    "DeletionByPodGC": (Reason.NODE_LOST, "was on a node that is gone"),
+    "TerminationByKubelet": (Reason.EVICTED, "was ended by its node"),
+}
+"""By the reason of the condition DisruptionTarget: what became of the pod."""
+SOME_DISRUPTION = (Reason.EVICTED, "was taken away")
+
+OWN_EXCESS = ("exceeded its local ephemeral storage limit", "usage exceeds the total limit", "Usage of EmptyDir volume")
+"""What a kubelet says of a pod that took more disk than its own limits allow: nobody else's fault."""
+
+
 def _disrupted(pod: StagePod) -> Failure | None:
-    if pod.reason == "Evicted":
-        return failure(Reason.EVICTED, f"The kubelet evicted pod {pod.name}: {pod.message}")
-    if pod.disruption is None:
+    if pod.lost:
+        return failure(Reason.NODE_LOST, f"Pod {pod.name} was on a node that is not heard of any more")
+    if pod.disruption is None and pod.reason != "Evicted":
         return None
-    why = pod.disruption_message or "its node was drained, lost or needed for others"
-    return failure(Reason.DISRUPTED, f"Pod {pod.name} was taken away ({pod.disruption}): {why}")
+    reason, became = DISRUPTIONS.get(pod.disruption or "TerminationByKubelet", SOME_DISRUPTION)
+    said = (pod.message or pod.disruption_message).strip()
+    own = any(excess in said for excess in OWN_EXCESS)
+    return failure(reason, f"Pod {pod.name} {became}{f': {said}' if said else ''}", Retry.COUNTED if own else None)
+
+
+REFUSED_BY_NODE = re.compile(
+    r"OutOf\w+|UnexpectedAdmissionError|NodeAffinity|\w+AdmissionError|NodeShutdown|Terminated"
+)
+
+
+def _refused_by_node(pod: StagePod) -> Failure | None:
+    """A kubelet ends a pod before it begins, where the scheduler was mistaken about the node."""
+    if pod.phase != "Failed" or pod.exit_code is not None or not REFUSED_BY_NODE.fullmatch(pod.reason):
+        return None
+    return failure(Reason.NODE_REFUSED, f"The node would not take pod {pod.name} ({pod.reason}): {pod.message}")
 
 
 def _out_of_host_memory(pod: StagePod) -> Failure | None:
@@ -130,12 +95,11 @@ def _out_of_host_memory(pod: StagePod) -> Failure | None:
 
 
 def _said(pod: StagePod) -> Failure | None:
-    """The trainer's own word. It names the way out itself, so ours is not added."""
+    """The trainer's own word. It names the way out itself, so ours is not added; healing adds its own."""
     word = pod.last_word
     if word is None or word.reason is Said.COMPLETED:
         return None
-    retry, _ = REMEDIES[word.reason]
-    return Failure(word.reason, cut(word.message.strip() or word.reason), retry)
+    return Failure(word.reason, cut(word.message.strip() or word.reason), TABLE[word.reason].retry)
 
 
 def _exit_code(pod: StagePod) -> Failure | None:
@@ -162,7 +126,7 @@ def _lost_word(pod: StagePod) -> Failure | None:
     return failure(Reason.LOST_WORD, f"Stage {pod.step} ended well, but without a last word that proves it")
 
 
-JUDGES: tuple[Judge, ...] = (_disrupted, _out_of_host_memory, _said, _exit_code, _unknown, _lost_word)
+JUDGES: tuple[Judge, ...] = (_disrupted, _refused_by_node, _out_of_host_memory, _said, _exit_code, _unknown, _lost_word)
 
 LATE_REASONS: dict[str, int] = {
     Said.UNKNOWN: 1,
@@ -243,23 +207,22 @@ def delay(pod: StagePod | None, warnings: tuple[str, ...]) -> Failure | None:
         return _no_pod(warnings)
     if pod.waiting_reason in IMAGE_REASONS:
         what = f"The trainer's image cannot be pulled ({pod.waiting_reason}): {pod.waiting_message}"
-        return waiting(Reason.IMAGE_PULL_FAILED, what, "Check the image's name and pod.imagePullSecrets.")
+        return waiting(Reason.IMAGE_PULL_FAILED, what)
     if pod.waiting_reason in START_REASONS:
         what = f"The container cannot start ({pod.waiting_reason}): {pod.waiting_message}"
-        return waiting(Reason.CANNOT_START, what, "Check that the Secrets and keys that the spec names exist.")
+        return waiting(Reason.CANNOT_START, what)
     if pod.unschedulable is not None:
         return _unschedulable(pod.unschedulable, pod.claims)
     return _on_node(warnings)
 
 
-def waiting(reason: str, what: str, remedy: str, *, deadline: bool = True) -> Failure:
-    """Something that keeps a pod from running."""
-    what = what.strip().rstrip(".:")
-    return Failure(reason, cut(f"{cut(what, 800)}. {remedy}"), Retry.NEVER, deadline)
+def waiting(reason: str, what: str, remedy: str | None = None) -> Failure:
+    """Something that keeps a pod from running; where the table does not say that it waits, waiting has an end."""
+    row = TABLE[reason]
+    message = f"{cut(what.strip().rstrip('.:'), 800)}. {remedy or row.remedy}"
+    return Failure(reason, cut(message), Retry.NEVER, deadline=row.retry is not Retry.WAITS)
 
 
-QUOTA_REMEDY = "It waits until the namespace's quota has room, or the quota is raised."
-POLICY_REMEDY = "Ask who administers the namespace's policies."
 NAME_REMEDIES = (
     ("no PriorityClass with name", "Correct pod.priorityClassName."),
     ('RuntimeClass "', "Correct pod.runtimeClassName."),
@@ -272,9 +235,9 @@ def _no_pod(warnings: tuple[str, ...]) -> Failure | None:
     if refused is None:
         return None
     if "exceeded quota" in refused:
-        return waiting(Reason.QUOTA_EXCEEDED, refused.removeprefix("FailedCreate: "), QUOTA_REMEDY, deadline=False)
+        return waiting(Reason.QUOTA_EXCEEDED, refused.removeprefix("FailedCreate: "))
     what = f"The pod was refused: {refused.removeprefix('FailedCreate: ')}"
-    remedy = next((remedy for name, remedy in NAME_REMEDIES if name in refused), POLICY_REMEDY)
+    remedy = next((remedy for name, remedy in NAME_REMEDIES if name in refused), None)
     return waiting(Reason.POD_REFUSED, what, remedy)
 
 
@@ -292,12 +255,10 @@ def _unschedulable(said: str, claims: tuple[str, ...]) -> Failure:
         what = f"PersistentVolumeClaim {claim!r} is not there" if claim else said
         return waiting(Reason.VOLUME_UNBOUND, what, "Create it in the job's namespace, or correct claimName.")
     if "PersistentVolumeClaim" in said or "persistentvolumeclaim" in said:
-        remedy = "Check that the claim's StorageClass exists and can make volumes."
         which = f"Claim {claims[0]}" if len(claims) == 1 else f"One of the claims {', '.join(claims)}"
         what = f"{which if claims else 'A claim'} has no volume yet: {STRAY.sub('', said.rstrip())}"
-        return waiting(Reason.VOLUME_UNBOUND, what, remedy)
-    remedy = "It waits until a node has room; lower pod.resources or parallelism, or add nodes, if none ever will."
-    return waiting(Reason.UNSCHEDULABLE, f"No node can take the pod: {said}", remedy, deadline=False)
+        return waiting(Reason.VOLUME_UNBOUND, what)
+    return waiting(Reason.UNSCHEDULABLE, f"No node can take the pod: {said}")
 
 
 def _on_node(warnings: tuple[str, ...]) -> Failure | None:
@@ -306,7 +267,7 @@ def _on_node(warnings: tuple[str, ...]) -> Failure | None:
         reason, _, said = warning.partition(": ")
         if reason in {"FailedMount", "FailedAttachVolume"}:
             what = f"A volume cannot be mounted: {said}"
-            return waiting(Reason.MOUNT_FAILED, what, "Check the claims and secrets that the spec names.")
+            return waiting(Reason.MOUNT_FAILED, what)
         if reason == "FailedCreatePodSandBox":
             what = f"The node cannot set up the pod: {said}"
             return waiting(Reason.CANNOT_START, what, "Check pod.runtimeClassName, and the node's runtime and network.")
@@ -323,11 +284,10 @@ def refused(refusal: Refusal) -> Failure:
     """Why there is no attempt. With a deadline it is over at once; all else may be mended, and is tried again."""
     what = f"{refusal_of(refusal)}{refusal.message}"
     if refusal.status == UNPROCESSABLE:
-        return waiting(Reason.INVALID_SPEC, what, "Correct the spec and apply it under a new name.")
+        return waiting(Reason.INVALID_SPEC, what)
     if "exceeded quota" in refusal.message:
-        return waiting(Reason.QUOTA_EXCEEDED, what, QUOTA_REMEDY, deadline=False)
-    remedy = "It is tried again; ask who administers the namespace's policies and webhooks if this stays so."
-    return waiting(Reason.CREATION_REFUSED, what, remedy, deadline=False)
+        return waiting(Reason.QUOTA_EXCEEDED, what)
+    return waiting(Reason.CREATION_REFUSED, what)
 
 
 def refusal_of(refusal: Refusal) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from finetune_operator import names
 from finetune_operator.api import (
@@ -19,17 +19,22 @@ from finetune_operator.api import (
     AttemptStatus,
     DataStatus,
     FineTuneJob,
+    Overrides,
     StageStatus,
     TrainingStatus,
     cut,
     format_time,
+    parse_time,
 )
 from finetune_operator.facts import Facts, Gang, StageJob, StagePod, after
-from finetune_operator.failures import Failure, Reason, Retry, classify, decisive, obstacle
+from finetune_operator.failures import Failure, classify, decisive, ending_with
 from finetune_operator.figures import artifact_status, data_status, final_training, resolved_status
+from finetune_operator.healing import describe, relieve
+from finetune_operator.limits import Scene, exceeded
 from finetune_operator.names import Position, Step
+from finetune_operator.reasons import TABLE, Reason, Retry
 from finetune_operator.settings import Settings
-from finetune_trainer.progress import LastWord
+from finetune_trainer.progress import LastWord, Stage
 from finetune_trainer.progress import Reason as Said
 
 SLACK_SECONDS = 30
@@ -49,6 +54,8 @@ class Journal:
     count: int = 0
     """The number of the latest attempt."""
     retries: int = 0
+    active_seconds: int = 0
+    """How long pods have run, before the live attempt."""
     artifacts: tuple[ArtifactStatus, ...] = ()
     data: DataStatus | None = None
     resolved: JSON | None = None
@@ -67,6 +74,7 @@ class Journal:
             attempts=tuple(attempt for attempt in status.attempts or () if attempt.stage in titles),
             count=status.attempt_count or 0,
             retries=status.retries or 0,
+            active_seconds=status.active_seconds or 0,
             artifacts=status.artifacts or (),
             data=status.data,
             resolved=status.resolved,
@@ -104,6 +112,22 @@ class Journal:
         """Whether a step's proof has been seen."""
         return self.stages[step.title].manifest_digest is not None
 
+    def overrides(self) -> Overrides | None:
+        """What the next training changes of the resolved settings: what the last one did, or what heals it."""
+        last = next((attempt for attempt in reversed(self.attempts) if attempt.stage == Stage.TRAIN.value), None)
+        if last is None or last.reason != Said.OUT_OF_MEMORY:
+            return last.overrides if last is not None else None
+        return relieve(self.resolved, last.overrides)
+
+    def active(self, now: datetime) -> timedelta:
+        """How long pods have run in all."""
+        since = self.live.running_since if self.live is not None else None
+        return timedelta(seconds=self.active_seconds) + (now - parse_time(since) if since else timedelta())
+
+    def with_live(self, **update: object) -> Journal:
+        """The journal with the live attempt told anew."""
+        return replace(self, attempts=(*self.attempts[:-1], self.attempts[-1].model_copy(update=update)))
+
     def failures_in_a_row(self, stage: str) -> tuple[AttemptStatus, ...]:
         """The last attempts, as far back as this stage only failed."""
         row: list[AttemptStatus] = []
@@ -119,8 +143,8 @@ class Journal:
 
 
 def alive(pod: StagePod, now: datetime) -> bool:
-    """Whether a pod may still be at work."""
-    if pod.ended:
+    """Whether a pod is to be waited for: a lost one may still be at work, but the fence keeps its work out."""
+    if pod.ended or pod.lost:
         return False
     return pod.gone_by is None or now < after(pod.gone_by, SLACK_SECONDS)
 
@@ -133,7 +157,8 @@ def read(facts: Facts, settings: Settings, now: datetime) -> Journal:
         journal = _look(journal, facts, journal.step(journal.live.stage), settings, now)
     for job in facts.jobs:
         if job.position > journal.position and job.step in by_key:
-            journal = enter(journal, by_key[job.step], job.attempt, job.name, job.created)
+            entry = Entry(by_key[job.step], job.attempt, job.name, job.created, job.overrides)
+            journal = enter(journal, entry)
             journal = _look(journal, facts, by_key[job.step], settings, now)
     return journal
 
@@ -149,59 +174,86 @@ def next_number(facts: Facts, journal: Journal, step: Step) -> int:
     return number if (number, step.place) > latest else number + 1
 
 
-def enter(journal: Journal, step: Step, number: int, name: str, now: datetime) -> Journal:
+@dataclass(frozen=True)
+class Entry:
+    """An attempt that begins, or has begun."""
+
+    step: Step
+    number: int
+    job: str
+    """Name of its Job."""
+    begun: datetime
+    overrides: Overrides | None = None
+
+
+def enter(journal: Journal, entry: Entry) -> Journal:
     """A new attempt begins."""
-    attempt = AttemptStatus(number=number, stage=step.title, start_time=format_time(now))
+    begun, title = format_time(entry.begun), entry.step.title
+    attempt = AttemptStatus(number=entry.number, stage=title, start_time=begun, overrides=entry.overrides)
     stage = StageStatus(
-        name=step.title, state="Pending", attempt=number, job=name, start_time=format_time(now), message="Starting."
+        name=title, state="Pending", attempt=entry.number, job=entry.job, start_time=begun, message="Starting."
     )
     kept = (*journal.attempts, attempt)[-ATTEMPTS_KEPT:]
-    return replace(journal.with_stage(stage), attempts=kept, count=number)
+    return replace(journal.with_stage(stage), attempts=kept, count=entry.number)
+
+
+def scene(journal: Journal, facts: Facts, step: Step, now: datetime) -> Scene:
+    """The live attempt, for its limits."""
+    live = journal.attempts[-1]
+    gang, job = facts.gang(journal.of(live)), facts.job_of(journal.of(live))
+    waiting = parse_time(live.waiting_since) if live.waiting_since else None
+    return Scene(facts, step, gang, job, now, journal.active(now), waiting)
 
 
 def _look(journal: Journal, facts: Facts, step: Step, settings: Settings, now: datetime) -> Journal:
     """Judge the open attempt, if it has ended."""
     position = journal.of(journal.attempts[-1])
     gang, job = facts.gang(position), facts.job_of(position)
+    journal = _clock(journal, gang, job, now)
     word = gang.proof(job)
     if word is not None:
         return prove(journal, facts.job, step, word, _ended_at(gang, job, now))
-    found = verdict(gang, job, facts.warnings, settings, now)
+    if on_hold(facts, job):
+        return journal
+    found = verdict(gang, job, now) or exceeded(scene(journal, facts, step, now), settings)
     if found is None:
         return journal
-    found = _in_vain(found, facts.job)
-    return close(journal, step, found, facts.job.valid_spec.max_retries, _ended_at(gang, job, now))
+    return close(journal, facts.job, step, _in_vain(found, facts.job), _ended_at(gang, job, now))
 
 
-def verdict(
-    gang: Gang, job: StageJob | None, warnings: tuple[str, ...], settings: Settings, now: datetime
-) -> Failure | None:
+def on_hold(facts: Facts, job: StageJob | None) -> bool:
+    """Whether what becomes of the attempt's pods is the user's own doing: the job is cancelled, or is or was suspended.
+
+    A suspension is over when the attempt's Job has been made anew.
+    """
+    wish = facts.job.valid_spec
+    gone = job is None or job.deleting
+    return bool(wish.cancel) or (facts.job.status.suspended and (bool(wish.suspend) or gone))
+
+
+def _clock(journal: Journal, gang: Gang, job: StageJob | None, now: datetime) -> Journal:
+    """Note since when all pods of the live attempt run; stop the clock while its queue holds it back."""
+    live = journal.attempts[-1]
+    if live.running_since is None and gang.started:
+        began = max(pod.started for pod in gang.pods if pod.started is not None)
+        return journal.with_live(running_since=format_time(began), waiting_since=None)
+    if live.running_since is not None and job is not None and job.suspended and not gang.started:
+        return _stop_clock(journal, now).with_live(running_since=None, waiting_since=format_time(now))
+    return journal
+
+
+def _stop_clock(journal: Journal, now: datetime) -> Journal:
+    """What the live attempt has run so far is told of the job."""
+    return replace(journal, active_seconds=int(max(journal.active(now), timedelta()).total_seconds()))
+
+
+def verdict(gang: Gang, job: StageJob | None, now: datetime) -> Failure | None:
     """Why the attempt is over without proof, or None while it may still come to something."""
     at_work = any(alive(pod, now) for pod in gang.pods)
     to_come = not gang.complete and job is not None and not job.ended
     if not at_work and not to_come:
         return classify(gang, job)
-    return decisive(gang) or overdue(gang, job, warnings, settings, now)
-
-
-def overdue(
-    gang: Gang, job: StageJob | None, warnings: tuple[str, ...], settings: Settings, now: datetime
-) -> Failure | None:
-    """What kept a pod from starting for too long."""
-    found, since = obstacle(gang, warnings), deadline_begin(gang, job)
-    if found is None or not found.deadline or since is None:
-        return None
-    limit = settings.start_deadline_seconds
-    if now < after(since, limit):
-        return None
-    return replace(found, message=cut(f"{found.message} Not mended within {limit:.0f} s."))
-
-
-def deadline_begin(gang: Gang, job: StageJob | None) -> datetime | None:
-    """From when on the pods should have started: time without a node does not count."""
-    if gang.late:
-        return max(pod.scheduled or pod.created for pod in gang.late)
-    return job.created if job is not None else None
+    return decisive(gang)
 
 
 def _in_vain(found: Failure, job: FineTuneJob) -> Failure:
@@ -223,8 +275,8 @@ def prove(journal: Journal, job: FineTuneJob, step: Step, word: LastWord, ended:
             "manifest_digest": word.manifest_digest,
         }
     )
-    ending = {"completion_time": time, "reason": Reason.COMPLETED.value, "message": cut(word.message)}
-    return replace(_hear(journal.with_stage(stage), job, word), attempts=_ended(journal, ending))
+    ending = {"reason": Reason.COMPLETED.value, "message": cut(word.message)}
+    return _hear(_ended(journal.with_stage(stage), ending, ended), job, word)
 
 
 def _hear(journal: Journal, job: FineTuneJob, word: LastWord) -> Journal:
@@ -242,21 +294,27 @@ def _hear(journal: Journal, job: FineTuneJob, word: LastWord) -> Journal:
     )
 
 
-def close(journal: Journal, step: Step, found: Failure, max_retries: int, ended: datetime) -> Journal:
+def close(journal: Journal, job: FineTuneJob, step: Step, found: Failure, ended: datetime) -> Journal:
     """The attempt failed: whether the stage is run again is settled here, once."""
-    found = _last_straw(journal, step, found, max_retries)
+    found = _last_straw(journal, step, _healed(journal, found), job.valid_spec.max_retries)
     state = "Failed" if found.retry is Retry.NEVER else "Retrying"
     stage = journal.stages[step.title].model_copy(
         update={"state": state, "completion_time": format_time(ended), "message": found.message}
     )
-    ending = {
-        "completion_time": format_time(ended),
-        "reason": str(found.reason),
-        "message": found.message,
-        "retry": found.retry.value,
-    }
+    ending = {"reason": str(found.reason), "message": found.message, "retry": found.retry.value}
     counted = found.retry is Retry.COUNTED
-    return replace(journal.with_stage(stage), attempts=_ended(journal, ending), retries=journal.retries + counted)
+    return replace(_ended(journal.with_stage(stage), ending, ended), retries=journal.retries + counted)
+
+
+def _healed(journal: Journal, found: Failure) -> Failure:
+    """A training that ran out of GPU memory is run again with less at once, while there is something less."""
+    live = journal.attempts[-1]
+    if found.reason != Said.OUT_OF_MEMORY or live.stage != Stage.TRAIN.value:
+        return found
+    less = relieve(journal.resolved, live.overrides)
+    if less is None or journal.resolved is None:
+        return replace(found, message=ending_with(found.message, TABLE[Said.OUT_OF_MEMORY].remedy))
+    return replace(found, retry=Retry.FREE, message=ending_with(found.message, describe(less, journal.resolved)))
 
 
 def _last_straw(journal: Journal, step: Step, found: Failure, max_retries: int) -> Failure:
@@ -274,8 +332,20 @@ def _last_straw(journal: Journal, step: Step, found: Failure, max_retries: int) 
     return replace(found, retry=Retry.NEVER, message=message + remedy)
 
 
-def _ended(journal: Journal, ending: JSON) -> tuple[AttemptStatus, ...]:
-    return (*journal.attempts[:-1], journal.attempts[-1].model_copy(update=ending))
+def _ended(journal: Journal, ending: JSON, ended: datetime) -> Journal:
+    """The live attempt is over."""
+    stopped = _stop_clock(journal, ended)
+    return stopped.with_live(**ending, completion_time=format_time(ended), running_since=None, waiting_since=None)
+
+
+def withdraw(journal: Journal, view: Failure, now: datetime) -> Journal:
+    """The live attempt, if there is one, is given up because of what the user wants."""
+    if journal.live is None:
+        return journal
+    stage = journal.stages[journal.live.stage]
+    update = {"state": "Failed", "completion_time": format_time(now), "message": view.message}
+    ending = {"reason": view.reason, "message": view.message, "retry": view.retry.value}
+    return _ended(journal.with_stage(stage.model_copy(update=update)), ending, now)
 
 
 def _ended_at(gang: Gang, job: StageJob | None, now: datetime) -> datetime:

@@ -197,11 +197,11 @@ class Kube:
         url = url_of(manifest["kind"], metadata["namespace"], metadata["name"])
         return await self._request("PUT", url, query={"fieldManager": MANAGER}, body=manifest)
 
-    async def delete_job(self, namespace: str, name: str, uid: str) -> None:
-        """Delete this very Job and its pods; that it is gone already is no error."""
+    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
+        """Delete this very object, and in the background what it owns; that it is gone already is no error."""
         body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
         try:
-            await self._request("DELETE", url_of("Job", namespace, name), body=body)
+            await self._request("DELETE", url_of(kind, namespace, name), body=body)
         except (NotFoundError, StaleError):
             return
 

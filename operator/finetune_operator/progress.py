@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import aiohttp
 from pydantic import ValidationError
@@ -18,25 +19,36 @@ LIMIT_BYTES = 65536
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Heard:
+    """What a pod told last."""
+
+    progress: Progress | None
+    asked: float
+    moved: float
+    """When it was something new. Times are those of the reader's clock, in seconds."""
+
+
 class ProgressReader:
     """Asks each pod at most once an interval, and gives the last answer in between."""
 
     def __init__(self, interval_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._interval = interval_seconds
         self._clock = clock
-        self._heard: dict[str, tuple[float, Progress | None]] = {}
+        self._heard: dict[str, Heard] = {}
         self._session: aiohttp.ClientSession | None = None
 
-    async def read(self, pod: StagePod) -> Progress | None:
-        """The pod's progress, at most an interval old; None if it does not tell."""
+    async def read(self, pod: StagePod) -> tuple[Progress | None, float]:
+        """The pod's progress, at most an interval old, None if it never told; and for how many seconds it has been so.
+
+        Remembered in this process alone: after a restart a pod that hangs is given its whole time again.
+        """
         now = self._clock()
         self._forget(now)
         heard = self._heard.get(pod.uid)
-        if heard is not None and now - heard[0] < self._interval * 0.9:
-            return heard[1]
-        progress = await self._ask(pod) or (heard[1] if heard else None)
-        self._heard[pod.uid] = (now, progress)
-        return progress
+        if heard is None or now - heard.asked >= self._interval * 0.9:
+            heard = self._heard[pod.uid] = _after(heard, await self._ask(pod), now)
+        return heard.progress, now - heard.moved
 
     async def close(self) -> None:
         """Close all connections."""
@@ -45,7 +57,7 @@ class ProgressReader:
 
     def _forget(self, now: float) -> None:
         """Drop what is no longer asked for."""
-        old = [uid for uid, (heard, _) in self._heard.items() if now - heard > 20 * self._interval]
+        old = [uid for uid, heard in self._heard.items() if now - heard.asked > 20 * self._interval]
         for uid in old:
             del self._heard[uid]
 
@@ -66,3 +78,10 @@ class ProgressReader:
             connector = aiohttp.TCPConnector(force_close=True)
             self._session = aiohttp.ClientSession(timeout=timeout, connector=connector, trust_env=False)
         return self._session
+
+
+def _after(before: Heard | None, told: Progress | None, now: float) -> Heard:
+    """What is known after one more question."""
+    if before is not None and (told is None or told == before.progress):
+        return replace(before, asked=now)
+    return Heard(told, now, now)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from finetune_operator.api import JSON, KIND, FineTuneJob, Status
 from finetune_operator.facts import (
@@ -15,6 +15,7 @@ from finetune_operator.facts import (
     Owner,
     Refusal,
     StageJob,
+    StagePod,
     after,
     parse_jobs,
     parse_pods,
@@ -32,7 +33,7 @@ from finetune_operator.manifests import (
 from finetune_operator.progress import ProgressReader
 from finetune_operator.queue import Key
 from finetune_operator.settings import Settings
-from finetune_operator.status import Decision, Start, Stop, decide
+from finetune_operator.status import Decision, Remove, Start, Stop, decide
 
 SETTLE_SECONDS = 5
 """A pod that does not run after so long may have a warning to tell."""
@@ -105,7 +106,7 @@ async def observe(key: Key, world: World) -> Facts | None:
     except NotFoundError:
         return None
     job = FineTuneJob.parse(body)
-    if job.status.finished or job.deleting or job.problem is not None:
+    if job.status.finished or job.deleting or job.problem is not None or job.managed_elsewhere:
         return Facts(job)
     jobs = parse_jobs(await world.kube.children("Job", key.namespace, key.name), job.uid)
     pods = parse_pods(await world.kube.children("Pod", key.namespace, key.name), job.uid)
@@ -132,8 +133,7 @@ async def _look_closer(facts: Facts, job: StageJob, gang: Gang, world: World) ->
     """The live attempt's progress, or what keeps it from starting."""
     leader = gang.leader
     if gang.started:
-        heard = await world.progress.read(leader) if leader is not None and leader.running and leader.ip else None
-        return replace(facts, progress=heard)
+        return await _hear(facts, leader, world)
     late = gang.late[0] if gang.complete and gang.late else None
     since = (late.scheduled or late.created) if late is not None else job.created
     if (late is None and gang.complete) or world.clock() < after(since, SETTLE_SECONDS):
@@ -142,16 +142,29 @@ async def _look_closer(facts: Facts, job: StageJob, gang: Gang, world: World) ->
     return replace(facts, warnings=parse_warnings(await world.kube.events(facts.job.namespace, about)))
 
 
+async def _hear(facts: Facts, leader: StagePod | None, world: World) -> Facts:
+    """The leader's progress, and since when it has not moved; a pod that never told any may be out of reach."""
+    if leader is None or not leader.running or not leader.ip:
+        return facts
+    progress, still_seconds = await world.progress.read(leader)
+    if progress is None and facts.job.status.progress is None:
+        return facts
+    return replace(facts, progress=progress, still_since=world.clock() - timedelta(seconds=still_seconds))
+
+
 # --- act -------------------------------------------------------------------------------------------------------------
 
 
 async def act(job: FineTuneJob, decision: Decision, world: World) -> None:
     """Create and delete; `TakenError` if a name is taken, `RefusedError` if a creation is refused."""
     for action in decision.actions:
-        if isinstance(action, Stop):
-            await world.kube.delete_job(job.namespace, action.name, action.uid)
-        else:
-            await start(job, action, world)
+        match action:
+            case Stop():
+                await world.kube.delete("Job", job.namespace, action.name, action.uid)
+            case Remove():
+                await world.kube.delete(KIND, job.namespace, job.name, job.uid)
+            case Start():
+                await start(job, action, world)
 
 
 async def start(job: FineTuneJob, action: Start, world: World) -> None:
@@ -162,7 +175,7 @@ async def start(job: FineTuneJob, action: Start, world: World) -> None:
     await ensure(job, build_config_map(job), world.kube)
     if action.step.pods > 1:
         await ensure(job, build_service(job), world.kube)
-    await ensure(job, build_stage_job(job, action.step, action.attempt, world.settings), world.kube)
+    await ensure(job, build_stage_job(job, action.step, action.attempt, world.settings, action.overrides), world.kube)
 
 
 async def ensure(job: FineTuneJob, manifest: JSON, kube: Kube) -> None:

@@ -7,10 +7,12 @@ from datetime import datetime
 
 from finetune_operator import names
 from finetune_operator.api import (
+    ENDS,
     AttemptStatus,
     Condition,
     ConditionType,
     FineTuneJob,
+    Overrides,
     Phase,
     Status,
     cut,
@@ -18,18 +20,24 @@ from finetune_operator.api import (
     parse_time,
 )
 from finetune_operator.consent import objection
-from finetune_operator.facts import Conflict, Facts, Gang, Refusal, StageJob, after
-from finetune_operator.failures import Failure, Reason, Retry, decisive, obstacle, refusal_of, refused
+from finetune_operator.facts import Conflict, Facts, Gang, Refusal, after
+from finetune_operator.failures import Failure, decisive, failure, obstacle, refusal_of, refused, waiting
 from finetune_operator.figures import live_training, share
-from finetune_operator.journal import SLACK_SECONDS, Journal, alive, deadline_begin, enter, next_number, read
+from finetune_operator.journal import SLACK_SECONDS, Entry, Journal, alive, enter, next_number, read, scene, withdraw
+from finetune_operator.limits import seconds_left, start_begin
 from finetune_operator.manifests import News
 from finetune_operator.names import Step
+from finetune_operator.reasons import Reason, Retry
 from finetune_operator.settings import Settings
+from finetune_trainer.progress import Reason as Said
 from finetune_trainer.progress import Stage
 
 BACKOFF_LIMIT_SECONDS = 300
 LOOK_AGAIN_SECONDS = 10
 """For what is told by no watch: events, a taken name that becomes free."""
+
+LEAVING_SECONDS = 5
+"""Between two looks at pods that were told to leave; their ends are heard of besides."""
 
 ROOM_SECONDS = 15
 """Only what still has no node after so long is told of as waiting for room."""
@@ -41,6 +49,7 @@ class Start:
 
     step: Step
     attempt: int
+    overrides: Overrides | None = None
 
 
 @dataclass(frozen=True)
@@ -52,11 +61,16 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Remove:
+    """Delete the finished FineTuneJob itself."""
+
+
+@dataclass(frozen=True)
 class Decision:
     """What is to be done, what is to be said, and when to look again."""
 
     status: Status
-    actions: tuple[Start | Stop, ...] = ()
+    actions: tuple[Start | Stop | Remove, ...] = ()
     events: tuple[News, ...] = ()
     requeue_after_seconds: float | None = None
 
@@ -68,13 +82,17 @@ class View:
     phase: Phase
     reason: str
     message: str
+    suspended: bool = False
+    """Whether the user holds it back."""
 
 
 def decide(facts: Facts, settings: Settings, now: datetime) -> Decision:
     """The next actions and the status. A finished job is never touched again."""
     job = facts.job
-    if job.status.finished or job.deleting:
+    if job.deleting or job.managed_elsewhere:
         return Decision(job.status)
+    if job.status.finished:
+        return _outlive(job, now)
     if job.problem is not None:
         said = f"{job.problem} Correct it and apply the job under a new name."
         return _reject(job, View(Phase.FAILED, Reason.INVALID_SPEC, cut(said)), now)
@@ -83,8 +101,29 @@ def decide(facts: Facts, settings: Settings, now: datetime) -> Decision:
     return _advance(facts, read(facts, settings, now), settings, now)
 
 
+def _outlive(job: FineTuneJob, now: datetime) -> Decision:
+    """A finished job stays as it is, until its time to live is over."""
+    limit = job.spec.ttl_seconds if job.spec is not None else None
+    if limit is None or job.status.completion_time is None:
+        return Decision(job.status)
+    left = (after(parse_time(job.status.completion_time), limit) - now).total_seconds()
+    return Decision(job.status, (Remove(),) if left <= 0 else (), requeue_after_seconds=left if left > 0 else None)
+
+
 def _advance(facts: Facts, journal: Journal, settings: Settings, now: datetime) -> Decision:
-    """One of: go on watching the live attempt, clear up after a judged one, end, or start the next."""
+    """One of: cancel, suspend, go on watching the live attempt, clear up after a judged one, end, start the next."""
+    wish = facts.job.valid_spec
+    last = journal.last_failure
+    over = all(journal.proven(step) for step in journal.steps) or (last is not None and last.retry == Retry.NEVER)
+    if wish.cancel and not over:
+        return _cancel(facts, journal, now)
+    if not over and (wish.suspend or facts.job.status.suspended):
+        return _suspend(facts, journal, settings, now)
+    return _go_on(facts, journal, settings, now)
+
+
+def _go_on(facts: Facts, journal: Journal, settings: Settings, now: datetime) -> Decision:
+    """What is due where nobody holds the job back."""
     if journal.live is not None:
         return _watch(facts, journal, journal.live, settings, now)
     if (clearing := _clear_up(facts, journal, now)) is not None:
@@ -98,6 +137,77 @@ def _advance(facts: Facts, journal: Journal, settings: Settings, now: datetime) 
     return _next(facts, journal, step, settings, now)
 
 
+# --- cancelled, suspended --------------------------------------------------------------------------------------------
+
+
+def _cancel(facts: Facts, journal: Journal, now: datetime) -> Decision:
+    """Pods save and leave first; then the job is over, with what is there."""
+    where = f" at {journal.training.progress}" if journal.training and journal.training.progress else ""
+    found = failure(Reason.CANCELLED, f"The job was cancelled on request{where}")
+    if (leaving := _let_go(facts, now)) is not None:
+        view = View(_phase_now(facts, journal), Reason.CANCELLED, "Cancelled on request: its pods save and leave.")
+        status = _status(facts, journal, view, now, progress=facts.job.status.progress)
+        return Decision(status, leaving, _news(facts.job, journal, status), LEAVING_SECONDS)
+    return _end(facts, withdraw(journal, found, now), View(Phase.CANCELLED, found.reason, found.message), now)
+
+
+def _suspend(facts: Facts, journal: Journal, settings: Settings, now: datetime) -> Decision:
+    """On record first, then the pods leave; when the wish is taken back, the same attempt is made anew."""
+    job = facts.job
+    wanted, recorded = bool(job.valid_spec.suspend), job.status.suspended
+    live = journal.live
+    there = live is not None and any(not each.ended for each in facts.jobs if each.position == journal.of(live))
+    if recorded and not wanted and (there or live is None):
+        return _go_on(facts, journal, settings, now)  # made anew already, or never stopped, or nothing was under way
+    leaving = _let_go(facts, now)
+    if recorded and not wanted and leaving is None:
+        return _resume(facts, journal, settings, now)
+    doing = "its pods save and leave" if leaving is not None else "no GPU is held"
+    found = waiting(Reason.SUSPENDED, f"Suspended on request: {doing}")
+    view = View(Phase.SUSPENDED, found.reason, found.message, suspended=True)
+    status = _status(facts, _pending(journal, found.message), view, now, progress=job.status.progress)
+    actions = leaving if recorded and leaving is not None else ()
+    again = None if leaving is None else (LEAVING_SECONDS if recorded else 0)
+    return Decision(status, actions, _news(job, journal, status), again)
+
+
+def _pending(journal: Journal, message: str) -> Journal:
+    """The live attempt's stage waits."""
+    if journal.live is None:
+        return journal
+    stage = journal.stages[journal.live.stage]
+    waits = journal.with_stage(stage.model_copy(update={"state": "Pending", "message": message}))
+    return waits.with_live(running_since=None)
+
+
+def _resume(facts: Facts, journal: Journal, settings: Settings, now: datetime) -> Decision:
+    """The attempt that was suspended, under its own number; its time to be active begins anew."""
+    live = journal.attempts[-1]
+    step = journal.step(live.stage)
+    journal = replace(journal, active_seconds=0)
+    if facts.refusal is not None:
+        return _refused(facts, facts.refusal, journal, step, now)
+    if facts.conflicts:
+        return _conflicted(facts, journal, step, settings, now)
+    view = View(step.phase, "Starting", f"Stage {step.title} goes on from where it was suspended.")
+    status = _status(facts, journal, view, now, progress=facts.job.status.progress)
+    start = Start(step, live.number, live.overrides)
+    return Decision(status, (start,), _news(facts.job, journal, status), LOOK_AGAIN_SECONDS)
+
+
+def _let_go(facts: Facts, now: datetime) -> tuple[Stop, ...] | None:
+    """Deletions by which all pods get to leave; empty while they are leaving, None once all have left."""
+    strays = tuple(Stop(job.name, job.uid) for job in facts.jobs if not job.ended)
+    leaving = any(alive(pod, now) for pod in facts.pods) or any(job.deleting for job in facts.jobs)
+    return strays if strays or leaving else None
+
+
+def _phase_now(facts: Facts, journal: Journal) -> Phase:
+    """The phase of the step that is due."""
+    due = next((step for step in journal.steps if not journal.proven(step)), journal.steps[-1])
+    return _phase(journal, due, running=any(pod.started is not None for pod in facts.pods))
+
+
 # --- the live attempt ------------------------------------------------------------------------------------------------
 
 
@@ -105,14 +215,14 @@ def _watch(facts: Facts, journal: Journal, live: AttemptStatus, settings: Settin
     """An attempt is under way: tell how it fares."""
     gang, job = facts.gang(journal.of(live)), facts.job_of(journal.of(live))
     step = journal.step(live.stage)
-    found = _worth_telling(obstacle(gang, facts.warnings), deadline_begin(gang, job), now)
+    found = _worth_telling(obstacle(gang, facts.warnings), start_begin(gang, job), now)
     journal = _observe_progress(facts, journal, step, gang)
     view = _view(facts, journal, step, gang, found)
     stage = journal.stages[step.title]
     state = "Running" if gang.running else "Pending"
     journal = journal.with_stage(stage.model_copy(update={"state": state, "message": view.message}))
     status = _status(facts, journal, view, now, progress=_progress(facts, journal, step, live))
-    after_seconds = _look_again(gang, job, found, settings, now)
+    after_seconds = _look_again(gang, seconds_left(scene(journal, facts, step, now), settings), settings, now)
     return Decision(status, events=_news(facts.job, journal, status), requeue_after_seconds=after_seconds)
 
 
@@ -169,17 +279,12 @@ def _phase(journal: Journal, step: Step, *, running: bool) -> Phase:
     return Phase.PENDING if fresh and not running else step.phase
 
 
-def _look_again(gang: Gang, job: StageJob | None, found: Failure | None, settings: Settings, now: datetime) -> float:
+def _look_again(gang: Gang, limit_seconds: float | None, settings: Settings, now: datetime) -> float:
     """Seconds until the next look at a live attempt."""
+    usual = settings.progress_interval_seconds if gang.running else LOOK_AGAIN_SECONDS
     if leaving := [pod.gone_by for pod in gang.pods if pod.gone_by is not None]:
-        return max((after(max(leaving), SLACK_SECONDS) - now).total_seconds(), 1)
-    if gang.running:
-        return settings.progress_interval_seconds
-    since = deadline_begin(gang, job)
-    if found is None or not found.deadline or since is None:
-        return LOOK_AGAIN_SECONDS
-    left = (after(since, settings.start_deadline_seconds) - now).total_seconds()
-    return min(max(left, 0.1), LOOK_AGAIN_SECONDS)
+        usual = max((after(max(leaving), SLACK_SECONDS) - now).total_seconds(), 1)
+    return usual if limit_seconds is None else min(usual, limit_seconds)
 
 
 # --- between attempts ------------------------------------------------------------------------------------------------
@@ -206,7 +311,12 @@ def _leaving(journal: Journal) -> View:
 
 
 def _may_work(gang: Gang) -> bool:
-    """Whether a Job may still bring forth work: a pod has not ended, or is yet to come. A failing one ends alone."""
+    """Whether a Job may still bring forth work: a pod has not ended, or is yet to come. A failing one ends alone.
+
+    A lost pod's Job is in this state for ever, and would replace the pod when its node comes back.
+    """
+    if any(pod.lost for pod in gang.pods):
+        return True
     return decisive(gang) is None and (not gang.complete or any(not pod.ended for pod in gang.pods))
 
 
@@ -227,19 +337,20 @@ def _start(facts: Facts, journal: Journal, step: Step, settings: Settings, now: 
         status = _status(facts, journal, view, now)
         return Decision(status, events=_news(facts.job, journal, status), requeue_after_seconds=wait)
     attempt = next_number(facts, journal, step)
-    entered = enter(journal, step, attempt, names.stage_job(facts.job, step, attempt), now)
+    overrides = journal.overrides() if step.stage is Stage.TRAIN else None
+    entered = enter(journal, Entry(step, attempt, names.stage_job(facts.job, step, attempt), now, overrides))
     view = View(_phase(entered, step, running=False), "Starting", f"Stage {step.title} starts.")
     if journal.last_failure is not None:
         view = _retrying(journal, step, facts.job.valid_spec.max_retries)
     status = _status(facts, entered, view, now)
-    return Decision(status, (Start(step, attempt),), _news(facts.job, entered, status), LOOK_AGAIN_SECONDS)
+    return Decision(status, (Start(step, attempt, overrides),), _news(facts.job, entered, status), LOOK_AGAIN_SECONDS)
 
 
 def _backoff(journal: Journal, step: Step, settings: Settings, now: datetime) -> float:
     """Seconds to wait yet: none before a first uncounted retry, else doubling with each failure in a row."""
     row = journal.failures_in_a_row(step.title)
-    if not row or row[0].completion_time is None:
-        return 0
+    if not row or row[0].completion_time is None or row[0].reason == Said.OUT_OF_MEMORY:
+        return 0  # memory is healed by a change, not by time
     exponent = len(row) - (1 if row[0].retry == Retry.COUNTED else 2)
     if exponent < 0:
         return 0
@@ -343,7 +454,7 @@ def _summary(journal: Journal) -> str:
 def _status(facts: Facts, journal: Journal, view: View, now: datetime, *, progress: str | None = None) -> Status:
     """The whole status."""
     job = facts.job
-    finished = view.phase in (Phase.SUCCEEDED, Phase.FAILED)
+    finished = view.phase in ENDS
     training = journal.training
     if training is not None and view.reason != "Running":
         training = training.model_copy(update={"eta": None})
@@ -359,6 +470,7 @@ def _status(facts: Facts, journal: Journal, view: View, now: datetime, *, progre
         folder=names.folder(job),
         attempt_count=journal.count,
         retries=journal.retries,
+        active_seconds=journal.active_seconds or None,
         training=training,
         data=journal.data,
         resolved=journal.resolved,
@@ -370,20 +482,25 @@ def _status(facts: Facts, journal: Journal, view: View, now: datetime, *, progre
 
 
 def _conditions(job: FineTuneJob, view: View, now: datetime, *, accepted: bool) -> tuple[Condition, ...]:
-    """Accepted, Succeeded and Finished, each with the time since when it stands."""
-    ended = view.phase in (Phase.SUCCEEDED, Phase.FAILED)
+    """Accepted, Succeeded, Finished, and Suspended where it ever was, each with the time since when it stands."""
     yes = ("True", "Accepted", "The spec is understood.")
     said = yes if accepted else ("False", view.reason, view.message)
     succeeded = ("Unknown", "InProgress", "The job is under way.")
     finished = ("False", "InProgress", "The job is under way.")
-    if ended:
+    if view.phase in ENDS:
         succeeded = (str(view.phase is Phase.SUCCEEDED), str(view.reason), view.message)
         finished = ("True", view.phase.value, view.message)
-    return (
+    told = [
         _condition(job, ConditionType.ACCEPTED, said, now),
         _condition(job, ConditionType.SUCCEEDED, succeeded, now),
         _condition(job, ConditionType.FINISHED, finished, now),
-    )
+    ]
+    if view.suspended:
+        told.append(_condition(job, ConditionType.SUSPENDED, ("True", view.reason, view.message), now))
+    elif job.status.condition(ConditionType.SUSPENDED) is not None:
+        resumed = ("False", "Resumed", "The job is not held back any more.")
+        told.append(_condition(job, ConditionType.SUSPENDED, resumed, now))
+    return tuple(told)
 
 
 def _condition(job: FineTuneJob, kind: ConditionType, said: tuple[str, str, str], now: datetime) -> Condition:
@@ -399,7 +516,7 @@ def _condition(job: FineTuneJob, kind: ConditionType, said: tuple[str, str, str]
     )
 
 
-QUIET = frozenset({"Running", "Starting", Reason.COMPLETED})
+QUIET = frozenset({"Running", "Starting", Reason.COMPLETED, Reason.SUSPENDED})
 
 
 def _news(job: FineTuneJob, journal: Journal, status: Status) -> tuple[News, ...]:

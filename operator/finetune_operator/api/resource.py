@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finetune_operator.api.spec import Spec
+from finetune_operator.api.spec import OPERATOR, Spec
 from finetune_operator.api.status import Status
 from finetune_operator.api.words import JSON, NAME_LIMIT_CHARACTERS, parse_time
 
@@ -58,6 +58,11 @@ class FineTuneJob:
             spec=spec if problem is None else None,
             problem=problem,
         )
+
+    @property
+    def managed_elsewhere(self) -> bool:
+        """Whether the spec says that somebody else reconciles the job."""
+        return self.spec is not None and self.spec.managed_by not in (None, OPERATOR)
 
     @property
     def valid_spec(self) -> Spec:

@@ -36,6 +36,10 @@ class Label:
     """Kubernetes' own annotation of the pods of an Indexed Job."""
 
 
+OVERRIDES_ANNOTATION = f"{GROUP}/overrides"
+"""Of a stage's Job: what its pods were told to change of the resolved settings, as JSON."""
+
+
 def parse_time(text: str) -> datetime:
     """An RFC 3339 time, with or without fractions."""
     return datetime.fromisoformat(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_operator import names
-from finetune_operator.api import JSON, FineTuneJob, Label, Pod
+from finetune_operator.api import JSON, OVERRIDES_ANNOTATION, FineTuneJob, Label, Overrides, Pod
 from finetune_operator.manifests.meta import build_labels, build_metadata
 from finetune_operator.manifests.volumes import TMP, build_volumes
 from finetune_operator.names import Step
@@ -19,14 +19,21 @@ LOST_NODE_SECONDS = 30
 """A pod leaves a node that is not heard of after this long, not after Kubernetes' 300 s."""
 
 
-def build_stage_job(job: FineTuneJob, step: Step, attempt: int, settings: Settings) -> JSON:
+def build_stage_job(
+    job: FineTuneJob, step: Step, attempt: int, settings: Settings, overrides: Overrides | None = None
+) -> JSON:
     """The Job of this attempt. Never retried by Kubernetes: the operator owns retries, each under a new number."""
     labels = {Label.STAGE: step.key, Label.ATTEMPT: str(attempt)}
     queue = build_queue_labels(job)
+    metadata = build_metadata(job, names.stage_job(job, step, attempt), labels | queue)
+    pod = build_pod_spec(job, step, attempt, settings)
+    if overrides is not None:
+        metadata["annotations"] = {OVERRIDES_ANNOTATION: overrides.to_json()}
+        pod["containers"][0]["args"] += override_arguments(overrides)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": build_metadata(job, names.stage_job(job, step, attempt), labels | queue),
+        "metadata": metadata,
         "spec": {
             **({"suspend": True} if queue else {}),  # else a pod could start before Kueue has seen the Job
             "backoffLimit": 0,
@@ -36,7 +43,7 @@ def build_stage_job(job: FineTuneJob, step: Step, attempt: int, settings: Settin
             "podReplacementPolicy": "Failed",
             "template": {
                 "metadata": {"labels": build_labels(job) | labels},
-                "spec": build_pod_spec(job, step, attempt, settings),
+                "spec": pod,
             },
         },
     }
@@ -94,6 +101,14 @@ def build_arguments(job: FineTuneJob, step: Step, attempt: int) -> list[str]:
     arguments += ["--work", f"{names.WORK}/{names.folder(job)}", "--attempt", str(attempt)]
     arguments += ["--progress-port", str(PROGRESS_PORT)]
     return arguments if step.entry is None else [*arguments, "--name", step.entry]
+
+
+def override_arguments(overrides: Overrides) -> list[str]:
+    """What a training is told to change of the resolved settings; it works the accumulation out itself."""
+    arguments = ["--micro-batch", str(overrides.micro_batch_size)]
+    if overrides.gradient_checkpointing is None:
+        return arguments
+    return [*arguments, "--gradient-checkpointing", overrides.gradient_checkpointing]
 
 
 def _ports(step: Step) -> list[JSON]:

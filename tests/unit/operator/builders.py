@@ -14,7 +14,7 @@ from finetune_operator.journal import Journal, alive
 from finetune_operator.manifests import build_stage_job
 from finetune_operator.names import Position
 from finetune_operator.settings import Settings
-from finetune_operator.status import Decision, Start, Stop, decide
+from finetune_operator.status import Decision, Remove, Start, Stop, decide
 from finetune_trainer.progress import (
     Artifact,
     DataFacts,
@@ -191,11 +191,17 @@ class Cluster:
     pods: dict[str, JSON] = field(default_factory=dict)
     """By their Job's name, and `<Job>/<index>` for all but the first."""
     created: list[str] = field(default_factory=list)
+    made: int = 0
+    """How many Jobs, those made anew after a suspension included."""
     writes: int = 0
     now: datetime = START
     progress: Progress | None = None
+    still_since: datetime | None = None
     warnings: tuple[str, ...] = ()
     lose_status: bool = False
+    slow: bool = False
+    """Whether pods that are told to leave take their time."""
+    removed: bool = False
     said: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
 
@@ -206,7 +212,7 @@ class Cluster:
     @property
     def facts(self) -> Facts:
         jobs, pods = parse_jobs(self.jobs.values(), UID), parse_pods(self.pods.values(), UID)
-        return Facts(self.job, jobs, pods, self.progress, self.warnings)
+        return Facts(self.job, jobs, pods, self.progress, self.still_since, self.warnings)
 
     def step(self) -> Decision:
         """One pass: decide, act, write."""
@@ -215,7 +221,9 @@ class Cluster:
             if isinstance(action, Start):
                 self._create(action)
             if isinstance(action, Stop):
-                self.delete(action.name)
+                self.stop(action.name)
+            if isinstance(action, Remove):
+                self.removed = True
         told = decision.status.to_dict()
         if not self.lose_status and told != self.status:
             self.status = told
@@ -228,27 +236,52 @@ class Cluster:
     def settle(self, limit: int = 20) -> Decision:
         """Passes until nothing changes."""
         for _ in range(limit):
-            before = (copy.deepcopy(self.status), sorted(self.jobs))
+            before = copy.deepcopy((self.status, self.jobs))
             decision = self.step()
-            if before == (self.status, sorted(self.jobs)):
+            if before == (self.status, self.jobs):
                 return decision
         raise AssertionError("the decisions never come to rest")
 
     def _create(self, action: Start) -> None:
-        manifest = build_stage_job(self.job, action.step, action.attempt, self.settings)
+        manifest = build_stage_job(self.job, action.step, action.attempt, self.settings, action.overrides)
         name = manifest["metadata"]["name"]
         if name in self.jobs:
             return
-        assert name not in self.created, f"{name} was made twice"
+        again = self.job.status.suspended and self.created[-1:] == [name]
+        assert again or name not in self.created, f"{name} was made twice"
         assert not any(alive(pod, self.now) for pod in self.facts.pods), f"{name} was made beside a live attempt"
-        assert all(position(name) > position(earlier) for earlier in self.created), f"{name} after {self.created}"
-        self.created.append(name)
-        manifest["metadata"] |= {"uid": f"job-{name}", "creationTimestamp": format_time(self.now)}
+        assert again or all(position(name) > position(made) for made in self.created), f"{name} after {self.created}"
+        if not again:
+            self.created.append(name)
+        manifest["metadata"] |= {"uid": f"job-{name}-{self.made}", "creationTimestamp": format_time(self.now)}
+        self.made += 1
         self.jobs[name] = manifest
         for index in range(action.step.pods):
             pod = pod_body(action.step.key, action.attempt, index=index)
             pod["metadata"]["creationTimestamp"] = format_time(self.now)
+            pod["metadata"]["labels"]["batch.kubernetes.io/controller-uid"] = manifest["metadata"]["uid"]
             self.pods[name if index == 0 else f"{name}/{index}"] = pod
+
+    def stop(self, name: str) -> None:
+        """The operator deletes the Job: its pods save and leave."""
+        if not self.slow:
+            self.jobs.pop(name, None)
+            self.pods = {pod: body for pod, body in self.pods.items() if pod.partition("/")[0] != name}
+            return
+        self.jobs[name]["metadata"]["deletionTimestamp"] = format_time(self.now)
+        for pod in self.live_pods:
+            gone_by = format_time(self.now + timedelta(seconds=120))
+            self.pods[pod]["metadata"].setdefault("deletionTimestamp", gone_by)
+
+    def leave(self) -> None:
+        """The pods that were told to leave have left, and their Job is gone."""
+        for name in [name for name, job in self.jobs.items() if "deletionTimestamp" in job["metadata"]]:
+            del self.jobs[name]
+            self.pods = {pod: body for pod, body in self.pods.items() if pod.partition("/")[0] != name}
+
+    def wish(self, **changed: Any) -> None:
+        """The user edits the spec."""
+        self.spec = self.spec | changed
 
     def delete(self, name: str) -> None:
         """The Job goes, and its pod with it. If its status was never written, nobody knows that it was there."""

@@ -518,14 +518,32 @@ def test_a_pod_that_is_being_deleted_has_its_time_to_save_a_checkpoint() -> None
     cluster.run_pod()
     cluster.settle()
     cluster.pods[cluster.live]["metadata"]["deletionTimestamp"] = format_time(cluster.now + timedelta(seconds=120))
-    cluster.pods[cluster.live]["status"]["conditions"] = [condition("DisruptionTarget", "DeletionByTaintManager")]
+    taint = condition("DisruptionTarget", "DeletionByTaintManager")
+    cluster.pods[cluster.live]["status"]["conditions"] = [taint, condition("Ready")]
     cluster.jobs[cluster.live]["status"] = {"conditions": [condition("FailureTarget", "BackoffLimitExceeded")]}
     cluster.settle()
     assert len(cluster.created) == 1
     cluster.later(151)
     cluster.settle()
     assert cluster.created == ["demo-prepare-1", "demo-prepare-2"]
-    assert (cluster.job.status.attempts or ())[0].reason == "Disrupted"
+    assert (cluster.job.status.attempts or ())[0].reason == "Evicted"
+
+
+def test_a_pod_on_a_node_that_is_not_heard_of_is_not_waited_for() -> None:
+    cluster = Cluster()
+    cluster.settle()
+    cluster.run_pod()
+    cluster.settle()
+    first = cluster.live
+    cluster.pods[first]["metadata"]["deletionTimestamp"] = format_time(cluster.now + timedelta(seconds=120))
+    taint = condition("DisruptionTarget", "DeletionByTaintManager")
+    cluster.pods[first]["status"]["conditions"] = [taint, condition("Ready", status="False")]
+    cluster.slow = True
+    cluster.settle()
+    assert cluster.created == [first, "demo-prepare-2"]
+    assert cluster.jobs[first]["metadata"]["deletionTimestamp"]
+    (lost, _) = cluster.job.status.attempts or ()
+    assert (lost.reason, lost.retry, cluster.job.status.retries) == ("NodeLost", "Free", 0)
 
 
 def test_a_taken_name_is_waited_for_then_ends_the_job() -> None:

@@ -8,16 +8,28 @@ import pytest
 
 from finetune_operator.api import JSON
 from finetune_operator.facts import Gang, parse_job, parse_pod
-from finetune_operator.failures import REMEDIES, Failure, Reason, Retry, classify, delay
+from finetune_operator.failures import Failure, classify, delay
+from finetune_operator.reasons import TABLE, Reason, Retry
 from finetune_trainer.progress import ExitCode
 from finetune_trainer.progress import Reason as Said
-from tests.unit.operator.builders import condition, container, ended, pod_body, word
+from tests.unit.operator.builders import RUNNING, condition, container, ended, pod_body, word
 
 
 def judged(**status: Any) -> Failure:
     return classify(Gang((parse_pod(pod_body("train", 1, **status)),)), None)
 
 
+def disrupted(reason: str, status: JSON) -> JSON:
+    others = [each for each in status.get("conditions", []) if each["type"] != "DisruptionTarget"]
+    return status | {"conditions": [*others, condition("DisruptionTarget", reason, "why")]}
+
+
+def evicted(message: str) -> JSON:
+    """As a kubelet that runs short ends a pod."""
+    return disrupted("TerminationByKubelet", {"phase": "Failed", "reason": "Evicted", "message": message})
+
+
+UNREADY: JSON = RUNNING | {"conditions": [condition("Ready", status="False")]}
 DISRUPTED = {"conditions": [condition("DisruptionTarget", "PreemptionByScheduler", "preempted by a greater")]}
 SAID = word("train", 1, Said.INVALID_DATASET, "line 3: no JSON.").to_json()
 
@@ -25,8 +37,8 @@ SAID = word("train", 1, Said.INVALID_DATASET, "line 3: no JSON.").to_json()
 @pytest.mark.parametrize(
     ("status", "reason", "retry"),
     [
-        pytest.param(ended(137) | DISRUPTED, "Disrupted", Retry.FREE, id="a preempted pod is nobody's fault"),
-        pytest.param(ended(137, "OOMKilled") | DISRUPTED, "Disrupted", Retry.FREE, id="a drain comes before a kill"),
+        pytest.param(ended(137) | DISRUPTED, "Preempted", Retry.FREE, id="a preempted pod is nobody's fault"),
+        pytest.param(ended(137, "OOMKilled") | DISRUPTED, "Preempted", Retry.FREE, id="a drain comes before a kill"),
         pytest.param(ended(137, "OOMKilled"), "OutOfHostMemory", Retry.NEVER, id="killed for memory"),
         pytest.param(ended(137, "OOMKilled", SAID), "OutOfHostMemory", Retry.NEVER, id="a kill comes before a word"),
         pytest.param(ended(11, "Error", SAID), "InvalidDataset", Retry.NEVER, id="the trainer's own word"),
@@ -36,11 +48,27 @@ SAID = word("train", 1, Said.INVALID_DATASET, "line 3: no JSON.").to_json()
         pytest.param(ended(1, "Error", "Traceback: x"), "Unknown", Retry.COUNTED, id="an exit code of no meaning"),
         pytest.param(ended(137), "Unknown", Retry.COUNTED, id="killed, nobody knows by whom"),
         pytest.param(ended(0, "Completed", "{}"), "LostWord", Retry.FREE, id="ended well, proves nothing"),
+        pytest.param(evicted("The node was low on resource: memory."), "Evicted", Retry.FREE, id="the node ran short"),
         pytest.param(
-            {"phase": "Failed", "reason": "Evicted", "message": "disk", **DISRUPTED},
+            {
+                "phase": "Failed",
+                "reason": "Evicted",
+                "message": 'Usage of EmptyDir volume "tmp" exceeds the limit "1Gi".',
+            },
             "Evicted",
             Retry.COUNTED,
-            id="evicted for what it took",
+            id="evicted for what it took itself",
+        ),
+        pytest.param(disrupted("EvictionByEvictionAPI", ended(20)), "Evicted", Retry.FREE, id="drained"),
+        pytest.param(disrupted("DeletionByTaintManager", ended(20)), "Evicted", Retry.FREE, id="a tainted node"),
+        pytest.param(disrupted("DeletionByTaintManager", UNREADY), "NodeLost", Retry.FREE, id="a silent node"),
+        pytest.param(disrupted("DeletionByPodGC", RUNNING), "NodeLost", Retry.FREE, id="a node that is gone"),
+        pytest.param(disrupted("SomethingNew", ended(137)), "Evicted", Retry.FREE, id="a disruption of a later kind"),
+        pytest.param(
+            {"phase": "Failed", "reason": "OutOfcpu", "message": "Node didn't have enough resource: cpu"},
+            "NodeRefused",
+            Retry.FREE,
+            id="the scheduler was mistaken",
         ),
     ],
 )
@@ -58,12 +86,12 @@ def test_a_success_without_a_digest_proves_nothing() -> None:
 def test_every_reserved_exit_code_has_a_rule_and_a_remedy(code: ExitCode) -> None:
     found = judged(**ended(code.value))
     assert found.reason == code.reason
-    assert REMEDIES[code.reason][1] in found.message
+    assert TABLE[code.reason].remedy in found.message
 
 
 @pytest.mark.parametrize("reason", Said)
 def test_everything_the_trainer_can_say_has_a_rule(reason: Said) -> None:
-    assert reason is Said.COMPLETED or reason in REMEDIES
+    assert reason is Said.COMPLETED or reason in TABLE
 
 
 @pytest.mark.parametrize("words", ["", "x" * 4096, "\x00\udcff", "{", "null", "[]", "Traceback\n" * 300])
