@@ -6,7 +6,8 @@
     parquet         a row each
     txt             one row a line, its field is `text`; for texts of several lines take jsonl
 
-Empty lines are skipped. No file is ever in memory as a whole, whatever its size.
+Empty lines are skipped. No file is ever in memory as a whole, whatever its size or what it unpacks to: a row has at
+most `ROW_LIMIT` characters, and a line no more bytes. A name that stands twice in one object is a mistake.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ import gzip
 import io
 import json
 import math
-import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 Record = dict[str, Any]
+ROW_LIMIT = 8 << 20
+"""Characters of a row's texts, and bytes of a line: a million tokens, the most that training.maxLength takes, fit."""
+ROW_LIMIT_REMEDY = "Divide its text into several rows, or leave it out."
 PARQUET_BATCH_ROWS = 256
 JSON_REMEDY = "Give an array of objects, an object with one such array, or jsonl: one JSON object a line."
 JSON_ERRORS = (ijson.JSONError, ValueError, RecursionError, OverflowError)
@@ -57,6 +60,27 @@ class Place:
         """InvalidDataset at this place."""
         msg = f"{self}: {problem}. {remedy}"
         raise InvalidDataset(msg) from cause
+
+
+class Object(dict[str, Any]):
+    """A JSON object that knows a name which stands twice in it: parsers keep the last value without a word."""
+
+    repeated: str | None = None
+
+    def __setitem__(self, name: str, value: object) -> None:
+        if name in self:
+            self.repeated = name
+        super().__setitem__(name, value)
+
+    @classmethod
+    def of(cls, pairs: list[tuple[str, Any]]) -> Record:
+        """A plain object, which is faster, where no name stands twice."""
+        if len(plain := dict(pairs)) == len(pairs):
+            return plain
+        made = cls()
+        for name, value in pairs:
+            made[name] = value
+        return made
 
 
 def find_files(path: Path, dataset: str) -> list[Path]:
@@ -87,7 +111,26 @@ def find_files(path: Path, dataset: str) -> list[Path]:
 
 def read_records(path: Path, dataset: str) -> Iterator[tuple[Place, Record, int]]:
     """The rows of a file with their places, and the bytes of the file that each took. InvalidDataset."""
-    return READERS[_kind_of(path, dataset)](path, dataset)
+    for place, record, size in READERS[_kind_of(path, dataset)](path, dataset):
+        _check(record, place)
+        yield place, record, size
+
+
+def _check(record: Record, place: Place) -> None:
+    """Refuse a row that is too large, or in which a name stands twice in one object."""
+    characters, inside = 0, [record]
+    while inside:
+        value: Any = inside.pop()
+        if isinstance(value, dict):
+            if isinstance(value, Object) and value.repeated is not None:
+                place.refuse(f"'{value.repeated}' stands twice in one object", "Leave one of the two out.")
+            inside += value.values()
+        elif isinstance(value, list):
+            inside += value
+        elif isinstance(value, str):
+            characters += len(value)
+    if characters > ROW_LIMIT:
+        place.refuse(f"the row has {characters:,} characters, at most {ROW_LIMIT:,} are read", ROW_LIMIT_REMEDY)
 
 
 def is_hidden(name: str) -> bool:
@@ -150,9 +193,12 @@ def _lines(path: Path, dataset: str) -> Iterator[tuple[Place, str, int]]:
 
 def _next_line(lines: IO[bytes], place: Place) -> bytes:
     try:
-        return lines.readline()
+        line = lines.readline(ROW_LIMIT + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         return place.refuse(f"the file is not whole gzip ({error})", "Compress and copy it again.", error)
+    if len(line) > ROW_LIMIT:
+        place.refuse(f"the line has more than {ROW_LIMIT:,} bytes", ROW_LIMIT_REMEDY)
+    return line
 
 
 def _decoded(line: bytes, place: Place) -> str:
@@ -165,7 +211,8 @@ def _decoded(line: bytes, place: Place) -> str:
 
 def _object(text: str, place: Place) -> Record:
     try:
-        value = json.loads(text.rstrip("\r\n"))  # or what is cut off seems to be missing at column 1
+        text = text.rstrip("\r\n")  # or what is cut off seems to be missing at column 1
+        value = json.loads(text, object_pairs_hook=Object.of)
     except (ValueError, RecursionError) as error:
         too_deep = "it is nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
         reason = getattr(error, "msg", None) or too_deep
@@ -197,7 +244,7 @@ def _read_items(path: Path, prefix: str, dataset: str) -> Iterator[tuple[Place, 
     number = before = 0
     with path.open("rb") as file:
         file.seek(_length_of_mark(file))
-        items = ijson.items(file, prefix, use_float=True)
+        items = ijson.items(file, prefix, use_float=True, map_type=Object)
         while True:
             place = Place(dataset, path.name, number + 1, "row")
             try:
@@ -253,10 +300,10 @@ def _read_tsv(path: Path, dataset: str) -> Iterator[tuple[Place, Record, int]]:
 
 
 def _read_delimited(path: Path, dataset: str, delimiter: str) -> Iterator[tuple[Place, Record, int]]:
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(ROW_LIMIT)
     before = 0
     with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        rows = csv.reader(_bounded_lines(file, Place(dataset, path.name, 1)), delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
             place = Place(dataset, path.name, rows.line_num + 1)
@@ -278,6 +325,17 @@ def _read_delimited(path: Path, dataset: str, delimiter: str) -> Iterator[tuple[
             now = raw.tell()
             yield place, dict(zip(header, cells, strict=True)), now - before
             before = now
+
+
+def _bounded_lines(file: IO[str], first: Place) -> Iterator[str]:
+    """The lines of a file, up to one that is too long to be read."""
+    number = first.number
+    while line := file.readline(ROW_LIMIT + 1):
+        if len(line) > ROW_LIMIT:
+            place = replace(first, number=number)
+            place.refuse(f"the line has more than {ROW_LIMIT:,} characters", ROW_LIMIT_REMEDY)
+        yield line
+        number += 1
 
 
 def _checked_header(cells: list[str], place: Place) -> list[str]:
@@ -316,7 +374,7 @@ def kind_of(value: object) -> str:
     if value is None:
         return "null"
     names = {bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object"}
-    return names.get(type(value), type(value).__name__)
+    return next((name for kind, name in names.items() if isinstance(value, kind)), type(value).__name__)
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[tuple[Place, Record, int]]]] = {

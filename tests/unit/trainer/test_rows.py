@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import gzip
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from pyarrow import parquet
 
 from finetune_trainer.config import Dataset
 from finetune_trainer.errors import TrainerError
+from finetune_trainer.files import ROW_LIMIT
 from finetune_trainer.rows import (
     ChatRow,
     DatasetReader,
@@ -215,6 +217,12 @@ BAD = [
     ("too deep", "[" * 100_000, {}, "not JSON .it is nested too deeply"),
     ("too many digits", '{"text": ' + "9" * 10_000 + "}", {}, "not JSON .a number has too many digits"),
     ("cut off", '{"text": "x"\n', {}, "line 1: not JSON .*at column 13"),
+    ("a field twice", second('{"instruction": "q", "output": "a", "output": "b"}'), {},
+     "line 2: 'output' stands twice in one object. Leave one of the two out"),
+    ("a field of a message twice", '{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}', {},
+     "line 1: 'role' stands twice in one object"),
+    ("a line too long", json.dumps({"text": "a" * ROW_LIMIT}), {},
+     "line 1: the line has more than 8,388,608 bytes. Divide its text into several rows"),
 ]  # fmt: skip
 
 
@@ -332,6 +340,14 @@ def cut(data: bytes) -> bytes:
     return data[: len(data) // 2]
 
 
+def parquet_of(rows: list[Any]) -> bytes:
+    file = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
+TOO_LONG = "a" * ROW_LIMIT
+"""One character more, and a row is refused."""
 BAD_FILES: list[tuple[str, str, bytes, str]] = [
     ("a kind that is not read", "rows.xlsx", b"PK", r"file rows.xlsx: files of the kind '.xlsx' are not read. Convert"),
     ("no kind", "rows", b"{}", "of the kind 'without suffix' are not read"),
@@ -350,6 +366,18 @@ BAD_FILES: list[tuple[str, str, bytes, str]] = [
     ("CSV in Latin-1", "rows.csv", b"text\n\xe9\n", "not csv .*Save the file as UTF-8"),
     ("CSV with semicolons", "rows.csv", b"text;label\na;1\n", r"cannot be told from the fields \(has 'text;label'"),
     ("CSV without rows", "rows.csv", b"text\n", "has no rows"),
+    ("JSON with a field twice", "rows.json", b'[{"text": "a"}, {"text": "b", "text": "c"}]',
+     "row 2: 'text' stands twice in one object"),
+    ("JSON with a row too long", "rows.json", json.dumps([{"text": "a", "more": [TOO_LONG, "b"]}]).encode(),
+     "row 1: the row has 8,388,610 characters, at most 8,388,608 are read. Divide its text"),
+    ("CSV with a cell too long", "rows.csv", ('text\n"' + f"{'a' * 1023}\n" * (ROW_LIMIT // 1024) + 'b"\n').encode(),
+     "line 2: not csv .field larger than field limit"),
+    ("CSV with a line too long", "rows.csv", f"text,more\na,{TOO_LONG}\n".encode(),
+     "line 2: the line has more than 8,388,608 characters. Divide its text"),
+    ("gzip that unpacks to one long line", "rows.jsonl.gz", gzip.compress(TOO_LONG.encode() * 8),
+     "rows.jsonl.gz, line 1: the line has more than 8,388,608 bytes"),
+    ("parquet with a row too long", "rows.parquet", parquet_of([{"text": "a"}, {"text": TOO_LONG + "b"}]),
+     "row 2: the row has 8,388,609 characters"),
     ("parquet that is none", "rows.parquet", b"PAR1", "rows.parquet, row 1: not a whole parquet file"),
     ("an Arrow folder", "d/data.arrow", b"", "has no file of rows .*made by save_to_disk: write .* to_parquet"),
     ("an empty folder", "d/.keep", b"", r"folder d has no file of rows \(has nothing\)"),
