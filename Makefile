@@ -11,7 +11,7 @@ CONSTRAINTS := $(foreach file,operator trainer development,--constraint constrai
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate
 PYTEST := $(BIN)/pytest
 
-.PHONY: help demo recipes test chaos lint format test-unit test-apiserver test-e2e test-gpu crds constraints \
+.PHONY: help demo recipes test chaos bench-operator lint format test-unit test-apiserver test-e2e test-gpu crds constraints \
 	cluster-build cluster-up cluster-down cluster-status clean
 
 help:  ## this list
@@ -28,6 +28,9 @@ test: $(VENV)/all  ## everything: lint, unit, API server and end-to-end tests
 
 chaos: $(VENV)/all  ## the random trials in full, hundreds of kills and full disks (hours)
 	@$(PYTHON) -m tests.suites --full chaos
+
+bench-operator: $(VENV)/all  ## the operator at scale beside a plain one (ARGS="--scenario burst --jobs 100": some; --help)
+	@$(BIN)/python -m benchmarks.operator $(ARGS)
 
 lint: $(VENV)/all  ## style, types, import contracts
 	@$(PYTHON) -m tests.suites lint
