@@ -376,6 +376,7 @@ BAD: dict[str, tuple[JSON, str]] = {
     ),
     "a learning rate of zero": (spec(training={"learningRate": 0}), "spec.training.learningRate"),
     "steps without end": (spec(training={"maxSteps": 10**8 + 1}), "spec.training.maxSteps"),
+    "a number that is true": (spec(training={"maxSteps": True}), "spec.training.maxSteps"),
     "a warm-up without end": (spec(training={"warmupSteps": 10**8 + 1}), "spec.training.warmupSteps"),
     "a log line never": (spec(training={"loggingSteps": 10**8 + 1}), "spec.training.loggingSteps"),
     "a measurement never": (spec(training={"eval": {"everySteps": 10**8 + 1}}), "spec.training.eval.everySteps"),

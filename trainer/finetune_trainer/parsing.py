@@ -31,11 +31,21 @@ def load_config(path: Path) -> JobConfig:
         msg = f"--config {path} is not a file. Give the job's JSON file."
         raise NotFound(msg) from None
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unrepeated)
     except (ValueError, RecursionError) as error:
         msg = f"{path} is not JSON: {error}. Correct it there."
         raise InvalidConfig(msg) from error
     return parse_config(value)
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. InvalidConfig where a field stands twice: of the two, parsers keep the last without a word."""
+    made, names = dict(pairs), [name for name, _ in pairs]
+    if len(made) < len(names):
+        twice = next(name for name in made if names.count(name) > 1)
+        msg = f"The config names '{twice}' twice in one object. Leave one of the two out."
+        raise InvalidConfig(msg)
+    return made
 
 
 def parse_config(value: object) -> JobConfig:

@@ -52,6 +52,7 @@ VALIDATORS = {
     "_settings_of_its_type": "SFT's settings for DPO",
     "_special_tokens_are_read": "special tokens in a conversation",
     "_smoothing_is_used": "smoothing that the loss does not use",
+    "_true_is_no_number": "a number that is true",
     "_weights_can_be_sharded": "sharded GPTQ weights",
 }
 """Every rule of the models, and a case that breaks it and that the API server is tried with too."""

@@ -72,6 +72,18 @@ def test_a_bug_is_told_with_type_text_and_place(
         pytest.param(None, ExitCode.NOT_FOUND, "is not a file. Give the job's JSON file", id="missing"),
         pytest.param("{", ExitCode.INVALID_CONFIG, "is not JSON", id="no JSON"),
         pytest.param("[]", ExitCode.INVALID_CONFIG, "must be a JSON object", id="a list"),
+        pytest.param(
+            '{"training": {"maxSteps": 1, "maxSteps": 2}}',
+            ExitCode.INVALID_CONFIG,
+            "The config names 'maxSteps' twice in one object. Leave one of the two out.",
+            id="a field twice",
+        ),
+        pytest.param(
+            '{"training": {"maxSteps": true, "learningRate": false}}',
+            ExitCode.INVALID_CONFIG,
+            "training.learningRate cannot be false: input should be a number. training.maxSteps cannot be true",
+            id="truth values for numbers",
+        ),
         pytest.param("{}", ExitCode.INVALID_CONFIG, "model is needed and not set. datasets is needed", id="empty"),
         pytest.param(
             '{"merge": {"dtype": "\\ud800"}}',

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.alias_generators import to_camel
+from pydantic_core import PydanticCustomError
 
 NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 """A DNS label: safe as a Kubernetes name and as a folder name."""
@@ -27,9 +28,21 @@ class Model(BaseModel):
         alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True, allow_inf_nan=False
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - any field's
+        """Pydantic takes true for 1."""
+        if isinstance(value, bool) and _is_number(cls.model_fields[info.field_name or ""].annotation):
+            raise PydanticCustomError("number_type", "Input should be a number")
+        return value
+
     def to_json(self) -> str:
         """The record as JSON with its public names, unset fields left out, the same bytes for the same record."""
         return self.model_dump_json(by_alias=True, exclude_none=True)
+
+
+def _is_number(annotation: Any) -> bool:  # noqa: ANN401 - any type expression
+    return not {int, float}.isdisjoint((annotation, *get_args(annotation)))
 
 
 ClaimName = Annotated[
