@@ -14,7 +14,7 @@ from finetune_operator.api import API_VERSION, KIND
 
 JSON = dict[str, Any]
 T = TypeVar("T")
-DEADLINE_SECONDS = 30.0
+DEADLINE_SECONDS = 60.0
 
 ROOTS = {
     "finetunejobs": f"/apis/{API_VERSION}",
@@ -24,7 +24,7 @@ ROOTS = {
     "services": "/api/v1",
     "persistentvolumeclaims": "/api/v1",
     "events": "/api/v1",
-    "workloads": "/apis/kueue.x-k8s.io/v1beta2",
+    "workloads": "/apis/kueue.x-k8s.io/v1beta1",
 }
 
 
