@@ -227,8 +227,9 @@ class Elector:
 
     async def _release(self) -> None:
         """Where this fails, the next one waits until the Lease has run out."""
-        if self._alarm is not None:
-            self._alarm.cancel()
+        if not self.held or self._alarm is None:
+            return
+        self._alarm.cancel()
         self._until = float("-inf")
         try:
             await self._put(self._sight, give_up(self._sight))
