@@ -20,7 +20,7 @@ from finetune_operator.api import (
     parse_time,
 )
 from finetune_operator.consent import objection
-from finetune_operator.facts import Conflict, Facts, Gang, Refusal, after
+from finetune_operator.facts import Conflict, Facts, Gang, Refusal, StageJob, after
 from finetune_operator.failures import Failure, decisive, failure, obstacle, refusal_of, refused, waiting
 from finetune_operator.figures import live_training, share
 from finetune_operator.journal import SLACK_SECONDS, Entry, Journal, alive, enter, next_number, read, scene, withdraw
@@ -38,6 +38,12 @@ LOOK_AGAIN_SECONDS = 10
 
 LEAVING_SECONDS = 5
 """Between two looks at pods that were told to leave; their ends are heard of besides."""
+
+SETTLING_SECONDS = 1
+"""A queue says within so long why a Job waits, and tells it nowhere where it would be heard of."""
+
+QUEUED_SECONDS = 30
+"""For a reason to wait that changes; to be admitted, or to have to make way, is heard of at once."""
 
 ROOM_SECONDS = 15
 """Only what still has no node after so long is told of as waiting for room."""
@@ -197,7 +203,7 @@ def _resume(facts: Facts, journal: Journal, settings: Settings, now: datetime) -
 
 def _let_go(facts: Facts, now: datetime) -> tuple[Stop, ...] | None:
     """Deletions by which all pods get to leave; empty while they are leaving, None once all have left."""
-    strays = tuple(Stop(job.name, job.uid) for job in facts.jobs if not job.ended)
+    strays = _strays(facts)
     leaving = any(alive(pod, now) for pod in facts.pods) or any(job.deleting for job in facts.jobs)
     return strays if strays or leaving else None
 
@@ -217,13 +223,20 @@ def _watch(facts: Facts, journal: Journal, live: AttemptStatus, settings: Settin
     step = journal.step(live.stage)
     found = _worth_telling(obstacle(gang, facts.warnings), start_begin(gang, job), now)
     journal = _observe_progress(facts, journal, step, gang)
-    view = _view(facts, journal, step, gang, found)
+    view = _queued(facts) or _view(facts, journal, step, gang, found)
     stage = journal.stages[step.title]
-    state = "Running" if gang.running else "Pending"
+    state = "Running" if gang.running and view.phase is not Phase.QUEUED else "Pending"
     journal = journal.with_stage(stage.model_copy(update={"state": state, "message": view.message}))
     status = _status(facts, journal, view, now, progress=_progress(facts, journal, step, live))
-    after_seconds = _look_again(gang, seconds_left(scene(journal, facts, step, now), settings), settings, now)
+    limit_seconds = seconds_left(scene(journal, facts, step, now), settings)
+    after_seconds = _look_again(gang, _usual_pause(facts, gang, job, settings), limit_seconds, now)
     return Decision(status, events=_news(facts.job, journal, status), requeue_after_seconds=after_seconds)
+
+
+def _queued(facts: Facts) -> View | None:
+    """What is to be said while a queue holds the live attempt back, once it is known."""
+    held = facts.queueing
+    return None if held is None or held.admitted else View(Phase.QUEUED, held.reason, held.message)
 
 
 def _worth_telling(found: Failure | None, since: datetime | None, now: datetime) -> Failure | None:
@@ -279,9 +292,15 @@ def _phase(journal: Journal, step: Step, *, running: bool) -> Phase:
     return Phase.PENDING if fresh and not running else step.phase
 
 
-def _look_again(gang: Gang, limit_seconds: float | None, settings: Settings, now: datetime) -> float:
+def _usual_pause(facts: Facts, gang: Gang, job: StageJob | None, settings: Settings) -> float:
+    """Seconds until a live attempt may have something new to tell that no watch tells."""
+    if job is not None and job.suspended:
+        return SETTLING_SECONDS if facts.queueing is None else QUEUED_SECONDS
+    return settings.progress_interval_seconds if gang.running else LOOK_AGAIN_SECONDS
+
+
+def _look_again(gang: Gang, usual: float, limit_seconds: float | None, now: datetime) -> float:
     """Seconds until the next look at a live attempt."""
-    usual = settings.progress_interval_seconds if gang.running else LOOK_AGAIN_SECONDS
     if leaving := [pod.gone_by for pod in gang.pods if pod.gone_by is not None]:
         usual = max((after(max(leaving), SLACK_SECONDS) - now).total_seconds(), 1)
     return usual if limit_seconds is None else min(usual, limit_seconds)
@@ -292,13 +311,13 @@ def _look_again(gang: Gang, limit_seconds: float | None, settings: Settings, now
 
 def _clear_up(facts: Facts, journal: Journal, now: datetime) -> Decision | None:
     """Nothing of a judged attempt may be at work any more. It is deleted once its end is on record, not before."""
-    strays = [job for job in facts.jobs if not job.ended and _may_work(facts.gang(job.position))]
+    strays = _strays(facts)
     leaving = [pod for pod in facts.pods if alive(pod, now)]
     if not strays and not leaving:
         return None
     status = _status(facts, journal, _leaving(journal), now)
     recorded = status.attempts == facts.job.status.attempts
-    actions = tuple(Stop(job.name, job.uid) for job in strays) if recorded else ()
+    actions = strays if recorded else ()
     return Decision(status, actions, _news(facts.job, journal, status), 1 if recorded else 0)
 
 
@@ -308,6 +327,12 @@ def _leaving(journal: Journal) -> View:
         return View(Phase.PENDING, "Starting", "A pod from before has not ended yet; the first stage starts after it.")
     last = journal.attempts[-1]
     return View(_phase(journal, journal.step(last.stage), running=False), last.reason or "", last.message or "")
+
+
+def _strays(facts: Facts) -> tuple[Stop, ...]:
+    """Deletions of all Jobs that may still bring forth work."""
+    at_work = (job for job in facts.jobs if not job.ended and _may_work(facts.gang(job.position)))
+    return tuple(Stop(job.name, job.uid) for job in at_work)
 
 
 def _may_work(gang: Gang) -> bool:
@@ -474,7 +499,7 @@ def _status(facts: Facts, journal: Journal, view: View, now: datetime, *, progre
         training=training,
         data=journal.data,
         resolved=journal.resolved,
-        conditions=_conditions(job, view, now, accepted=True),
+        conditions=(*_conditions(job, view, now, accepted=True), *_quota(facts, journal, now)),
         stages=tuple(journal.stages.values()),
         artifacts=journal.artifacts or None,
         attempts=journal.attempts or None,
@@ -501,6 +526,18 @@ def _conditions(job: FineTuneJob, view: View, now: datetime, *, accepted: bool) 
         resumed = ("False", "Resumed", "The job is not held back any more.")
         told.append(_condition(job, ConditionType.SUSPENDED, resumed, now))
     return tuple(told)
+
+
+def _quota(facts: Facts, journal: Journal, now: datetime) -> tuple[Condition, ...]:
+    """QuotaReserved, where the job is in a queue or ever was."""
+    job, held = facts.job, facts.queueing
+    if held is not None and journal.live is not None:
+        said = (str(held.reserved), held.reason, held.message)
+    elif job.status.condition(ConditionType.QUOTA_RESERVED) is not None:
+        said = ("False", "NotQueued", "No stage of the job is in a queue at the moment.")
+    else:
+        return ()
+    return (_condition(job, ConditionType.QUOTA_RESERVED, said, now),)
 
 
 def _condition(job: FineTuneJob, kind: ConditionType, said: tuple[str, str, str], now: datetime) -> Condition:
@@ -530,10 +567,22 @@ def _news(job: FineTuneJob, journal: Journal, status: Status) -> tuple[News, ...
     run = _run(journal, journal.attempts[-1]) if journal.attempts else "new"
     if status.phase != job.status.phase:
         failed = status.phase == Phase.FAILED
-        news.append(News(f"{run}-{status.phase}", status.phase or "", status.message or "", warning=failed))
+        key = f"{run}-{status.phase}{_since(status)}"
+        news.append(News(key, status.phase or "", status.message or "", warning=failed))
     elif status.reason != job.status.reason and status.reason not in QUIET and not news:
         news.append(News(f"{run}-{status.reason}", status.reason or "", status.message or "", warning=True))
     return tuple(news)
+
+
+COME_AGAIN = {Phase.QUEUED: ConditionType.QUOTA_RESERVED, Phase.SUSPENDED: ConditionType.SUSPENDED}
+"""Phases in which an attempt may be more than once, and the condition whose time tells one from the next."""
+
+
+def _since(status: Status) -> str:
+    """What makes the news of such a phase new."""
+    kind = COME_AGAIN.get(Phase(status.phase)) if status.phase else None
+    condition = status.condition(kind) if kind is not None else None
+    return f"-{condition.last_transition_time.replace(':', '')}" if condition is not None else ""
 
 
 def _run(journal: Journal, attempt: AttemptStatus) -> str:

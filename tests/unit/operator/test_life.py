@@ -208,7 +208,7 @@ def test_the_time_that_pods_run_is_limited_over_all_stages() -> None:
     cluster.later(60)
     cluster.say()
     cluster.jobs[cluster.live]["status"]["completionTime"] = format_time(cluster.now)
-    for pod in cluster.pods.values():
+    for ended in cluster.pods.values():
         ended["status"]["containerStatuses"][0]["state"]["terminated"]["finishedAt"] = format_time(cluster.now)
     cluster.settle()
     assert cluster.job.status.active_seconds == 60
