@@ -7,7 +7,9 @@ import itertools
 import logging
 import os
 import random
+import time
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NoReturn
@@ -19,11 +21,12 @@ from finetune_operator.health import Health, serve
 from finetune_operator.kube import Kube, StaleError
 from finetune_operator.lease import RENEW_SECONDS, Elector
 from finetune_operator.logs import key_in_logs
+from finetune_operator.metrics import Jobs, Metrics, Result
 from finetune_operator.progress import ProgressReader
 from finetune_operator.queue import Key, Queue
 from finetune_operator.reconcile import World, reconcile
 from finetune_operator.settings import Settings
-from finetune_operator.watch import ERRORS, WATCH_SECONDS, ChildWatch, resync
+from finetune_operator.watch import ERRORS, WATCH_SECONDS, ChildWatch, Resync, key_of_job
 
 PASS_LIMIT_SECONDS = 180
 """A pass is many calls, each with its own limit; one that takes longer hangs."""
@@ -31,6 +34,7 @@ PASS_LIMIT_SECONDS = 180
 WORKER_WAIT_SECONDS = 30
 
 OnKey = Callable[[Key], None]
+OnEvent = Callable[..., Coroutine[Any, Any, None]]
 Loop = Coroutine[Any, Any, None]
 
 log = logging.getLogger(__name__)
@@ -46,47 +50,47 @@ class EndlessBackoffs:
 
 async def run(settings: Settings, stop: asyncio.Event, start_anew: Callable[[], NoReturn]) -> None:
     """Everything, until `stop`: probes, the Lease, and while it is held the work. Without it, `start_anew`."""
-    health = Health()
-    probes = await serve(health, settings.health_port)
-    kube = await Kube.connect(settings.request_timeout_seconds)
+    health, metrics = Health(), Metrics()
+    probes = await serve(health, metrics, settings.health_port)
+    kube = await Kube.connect(settings.request_timeout_seconds, metrics.called)
+    progress = ProgressReader(settings.progress_interval_seconds)
+    world = World(kube, progress, settings, metrics, clock=lambda: datetime.now(UTC))
     try:
         if settings.lease:
-            await _work_elected(kube, settings, health, stop, start_anew)
+            await _work_elected(world, health, stop, start_anew)
         else:
-            await _work(kube, settings, health, stop)
+            await _work(world, health, stop)
     finally:
+        await progress.close()
         await kube.close()
         await probes.cleanup()
 
 
-async def _work_elected(
-    kube: Kube, settings: Settings, health: Health, stop: asyncio.Event, start_anew: Callable[[], NoReturn]
-) -> None:
+async def _work_elected(world: World, health: Health, stop: asyncio.Event, start_anew: Callable[[], NoReturn]) -> None:
     """Stand by until the Lease can be had, work while it is held, release it when all work has ended."""
-    elector = Elector(kube, settings.lease, health.expect("lease", RENEW_SECONDS * 3), start_anew)
+    elector = Elector(world.kube, world.settings.lease, health.expect("lease", RENEW_SECONDS * 3), start_anew)
     if await elector.acquire(stop, health.stand_by):
         async with elector.leading():
-            await _work(kube.guarded(elector.check), settings, health, stop)
+            await _work(replace(world, kube=world.kube.guarded(elector.check)), health, stop)
 
 
-async def _work(kube: Kube, settings: Settings, health: Health, stop: asyncio.Event) -> None:
+async def _work(world: World, health: Health, stop: asyncio.Event) -> None:
     """kopf, the watches of children, resync, workers."""
     health.begin()
-    progress = ProgressReader(settings.progress_interval_seconds)
-    world = World(kube, progress, settings, clock=lambda: datetime.now(UTC))
+    world.metrics.leads(leads=True)
     try:
-        await wait_for_resource(kube, settings, health, stop)
+        await wait_for_resource(world.kube, world.settings, health, stop)
         if not stop.is_set():
             await _run_loops(world, health, stop)
     finally:
-        await progress.close()
+        world.metrics.leads(leads=False)
 
 
 async def _run_loops(world: World, health: Health, stop: asyncio.Event) -> None:
     """Until kopf ends, on `stop` or on a signal (it takes the signals over). A loop that breaks ends all."""
-    queue = Queue()
-    settings = world.settings
-    namespace = settings.watch_namespace or None
+    queue = Queue(waited=world.metrics.waited)
+    world.metrics.queue(lambda: len(queue))
+    namespace = world.settings.watch_namespace or None
     watching = asyncio.Event()
     async with asyncio.TaskGroup() as group:
         loops = [
@@ -96,7 +100,7 @@ async def _run_loops(world: World, health: Health, stop: asyncio.Event) -> None:
         ]
         tasks = [group.create_task(loop) for loop in loops]
         ready = group.create_task(_tell_ready(watching, health))
-        await run_kopf(queue.add, settings, stop, watching)
+        await run_kopf(partial(_on_event, queue.add, world.metrics.jobs), world.settings, stop, watching)
         log.info("Stopping")
         health.begin()
         for task in (*tasks, ready):
@@ -111,7 +115,8 @@ def _watches(kube: Kube, namespace: str | None, on_key: OnKey, health: Health) -
 
 def _resync(world: World, namespace: str | None, on_key: OnKey, health: Health) -> Loop:
     seconds = world.settings.resync_seconds
-    return resync(world.kube, namespace, seconds, on_key, health.expect("resync", seconds * 3))
+    beat = health.expect("resync", seconds * 3)
+    return Resync(world.kube, namespace, seconds, on_key, world.metrics.jobs, beat).run()
 
 
 def _workers(queue: Queue, world: World, health: Health) -> Iterator[Loop]:
@@ -166,18 +171,25 @@ async def work(queue: Queue, world: World, beat: Callable[[], None]) -> None:
 
 
 async def attempt(queue: Queue, world: World, key: Key) -> float | None:
-    """One pass; seconds until the next, None if only changes matter."""
+    """One pass, timed; seconds until the next, None if only changes matter."""
+    began = time.monotonic()
+    result, requeue = await _pass(queue, world, key)
+    world.metrics.passed(result, time.monotonic() - began)
+    return requeue
+
+
+async def _pass(queue: Queue, world: World, key: Key) -> tuple[Result, float | None]:
     try:
         async with asyncio.timeout(PASS_LIMIT_SECONDS):
             requeue = await reconcile(key, world)
     except StaleError:
-        return 0.05  # somebody else wrote: look again
+        return Result.REQUEUE, 0.05  # somebody else wrote: look again
     except ERRORS as error:
-        return _later(queue, key, f"The API server did not do as asked: {error or type(error)}", None)
+        return Result.ERROR, _later(queue, key, f"The API server did not do as asked: {error or type(error)}", None)
     except Exception as error:  # noqa: BLE001 - a bug in one job's pass must not stop the others
-        return _later(queue, key, "The pass failed", error)
+        return Result.ERROR, _later(queue, key, "The pass failed", error)
     queue.forget(key)
-    return requeue
+    return (Result.SUCCESS if requeue is None else Result.REQUEUE_AFTER), requeue
 
 
 def _later(queue: Queue, key: Key, what: str, error: Exception | None) -> float:
@@ -189,12 +201,12 @@ def _later(queue: Queue, key: Key, what: str, error: Exception | None) -> float:
 # --- kopf ------------------------------------------------------------------------------------------------------------
 
 
-async def run_kopf(on_key: OnKey, settings: Settings, stop: asyncio.Event, watching: asyncio.Event) -> None:
+async def run_kopf(on_event: OnEvent, settings: Settings, stop: asyncio.Event, watching: asyncio.Event) -> None:
     """kopf, embedded; returns when `stop` is set."""
     registry = kopf.OperatorRegistry()
     kopf.on.startup(registry=registry)(_configure)
     kopf.on.login(registry=registry)(_login)
-    kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(partial(_on_event, on_key))
+    kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(on_event)
     kopf.on.cleanup(registry=registry)(partial(_raise_flag, stop))
     await kopf.operator(
         registry=registry,
@@ -235,6 +247,11 @@ def _login(**kwargs: Any) -> kopf.ConnectionInfo | None:  # noqa: ANN401
     return kopf.login_with_kubeconfig(**kwargs)
 
 
-async def _on_event(on_key: OnKey, name: str, namespace: str | None, **_: Any) -> None:  # noqa: ANN401
+async def _on_event(on_key: OnKey, jobs: Jobs, event: kopf.RawEvent, **_: Any) -> None:  # noqa: ANN401
     """Any change of a FineTuneJob."""
-    on_key(Key(namespace or "", name))
+    key = key_of_job(event["object"])
+    on_key(key)
+    if event["type"] == "DELETED":
+        jobs.forget([key])
+    else:
+        jobs.see(key, event["object"])

@@ -1,4 +1,7 @@
-"""/healthz: all loops are alive. /readyz: FineTuneJobs are watched, or this is a standby. Silence is no illness."""
+"""/healthz: all loops are alive. /readyz: FineTuneJobs are watched, or this is a standby. Silence is no illness.
+
+On the same port: /metrics.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from collections.abc import Callable
 from functools import partial
 
 from aiohttp import web
+
+from finetune_operator.metrics import Metrics
 
 KOPF_WATCHER = "watcher for finetunejobs"
 
@@ -62,8 +67,8 @@ class Health:
         return any(KOPF_WATCHER in task.get_name() for task in asyncio.all_tasks())
 
 
-async def serve(health: Health, port: int) -> web.AppRunner:
-    """Serve the two paths on all addresses; port 0 takes any."""
+async def serve(health: Health, metrics: Metrics, port: int) -> web.AppRunner:
+    """Serve the three paths on all addresses; port 0 takes any."""
 
     async def healthz(_: web.Request) -> web.Response:
         ailing = health.ailing()
@@ -72,8 +77,12 @@ async def serve(health: Health, port: int) -> web.AppRunner:
     async def readyz(_: web.Request) -> web.Response:
         return web.Response(text="ok" if health.ready else "starting", status=200 if health.ready else 503)
 
+    async def scrape(request: web.Request) -> web.Response:
+        body, content_type = metrics.render(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
     app = web.Application()
-    app.add_routes([web.get("/healthz", healthz), web.get("/readyz", readyz)])
+    app.add_routes([web.get("/healthz", healthz), web.get("/readyz", readyz), web.get("/metrics", scrape)])
     runner = web.AppRunner(app, handle_signals=False, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, port=port).start()

@@ -16,6 +16,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -89,17 +90,31 @@ def url_of(kind: str, namespace: str | None, name: str | None = None, subresourc
     return "/".join([f"{root}{middle}/{plural}", *(part for part in (name, subresource) if part)])
 
 
+def kind_of(url: str) -> str:
+    """The kind that a path of `url_of` is about."""
+    patterns = ((kind, rf"{root}(/namespaces/[^/]+)?/{plural}(/.+)?") for kind, (root, plural) in PATHS.items())
+    return next(kind for kind, pattern in patterns if re.fullmatch(pattern, url))
+
+
+Called = Callable[[str, str, str], None]
+"""Is told of each call: method, kind, and the status of the answer or `NO_ANSWER`."""
+
+NO_ANSWER = "<error>"
+"""As client-go's metrics call it."""
+
+
 class Kube:
     """A client for the few kinds of `PATHS`."""
 
-    def __init__(self, configuration: Configuration, request_timeout_seconds: float) -> None:
+    def __init__(self, configuration: Configuration, request_timeout_seconds: float, called: Called) -> None:
         self._api = ApiClient(configuration)
         self._timeout = aiohttp.ClientTimeout(total=request_timeout_seconds, sock_connect=CONNECT_SECONDS)
         self._no_kueue_until = 0.0
         self._before_write: Callable[[], None] = lambda: None
+        self._called = called
 
     @classmethod
-    async def connect(cls, request_timeout_seconds: float) -> Kube:
+    async def connect(cls, request_timeout_seconds: float, called: Called) -> Kube:
         """In a pod by its service account, elsewhere by the kubeconfig."""
         configuration = Configuration()
         if "KUBECONFIG" not in os.environ and await asyncio.to_thread(SERVICE_ACCOUNT.exists):
@@ -107,7 +122,7 @@ class Kube:
         else:
             await config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
         configuration.client_session_kwargs = {"trust_env": False}
-        return cls(configuration, request_timeout_seconds)
+        return cls(configuration, request_timeout_seconds, called)
 
     def guarded(self, before_write: Callable[[], None]) -> Kube:
         """The same client, that asks before each write."""
@@ -256,8 +271,13 @@ class Kube:
         )
         if method != "GET":
             self._before_write()
-        answer = await self._api.call_api(method, full, headers, content, _request_timeout=limit)
-        response: aiohttp.ClientResponse = answer.response
+        code = NO_ANSWER
+        try:
+            answer = await self._api.call_api(method, full, headers, content, _request_timeout=limit)
+            response: aiohttp.ClientResponse = answer.response
+            code = str(response.status)
+        finally:
+            self._called(method, kind_of(url), code)
         return response
 
 

@@ -25,8 +25,12 @@ def key_in_logs(key: Key) -> Iterator[None]:
         _current.reset(token)
 
 
+FIELDS = ("phase", "stage", "attempt", "reason", "retry")
+"""What a line may say of its job besides, to be searched by."""
+
+
 class JsonFormatter(logging.Formatter):
-    """One object a line: time, level, logger, finetunejob, message."""
+    """One object a line: time, level, logger, finetunejob, those of `FIELDS` that there are, message."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
@@ -35,6 +39,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
             "logger": record.name,
             "finetunejob": _current.get() or None,
+            **{name: getattr(record, name, None) for name in FIELDS},
             "message": record.getMessage(),
             "exception": self.formatException(record.exc_info) if record.exc_info else None,
         }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,14 +30,18 @@ class Key:
 class Queue:
     """Keys to be worked on, some of them later."""
 
-    def __init__(self, jitter: Callable[[], float] = random.random) -> None:
-        self._ready: dict[Key, None] = {}
+    def __init__(
+        self, jitter: Callable[[], float] = random.random, waited: Callable[[float], None] = lambda _: None
+    ) -> None:
+        """`waited` is told of each key that is handed out how many seconds it was ready for that."""
+        self._ready: dict[Key, float] = {}
         self._working: set[Key] = set()
         self._again: set[Key] = set()
         self._later: dict[Key, asyncio.TimerHandle] = {}
         self._failures: dict[Key, int] = {}
         self._filled = asyncio.Event()
         self._jitter = jitter
+        self._waited = waited
 
     def __len__(self) -> int:
         return len(self._ready)
@@ -47,7 +52,7 @@ class Queue:
             self._again.add(key)
             return
         self._cancel_later(key)
-        self._ready[key] = None
+        self._ready.setdefault(key, time.monotonic())
         self._filled.set()
 
     def add_after(self, key: Key, seconds: float) -> None:
@@ -79,7 +84,7 @@ class Queue:
             self._filled.clear()
             await self._filled.wait()
         key = next(iter(self._ready))
-        del self._ready[key]
+        self._waited(time.monotonic() - self._ready.pop(key))
         self._working.add(key)
         return key
 

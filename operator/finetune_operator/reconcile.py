@@ -30,6 +30,7 @@ from finetune_operator.manifests import (
     build_service,
     build_stage_job,
 )
+from finetune_operator.metrics import Metrics
 from finetune_operator.progress import ProgressReader
 from finetune_operator.queue import Key
 from finetune_operator.settings import Settings
@@ -69,6 +70,7 @@ class World:
     progress: ProgressReader
     settings: Settings
     clock: Callable[[], datetime]
+    metrics: Metrics
 
 
 async def reconcile(key: Key, world: World) -> float | None:
@@ -89,7 +91,7 @@ async def reconcile(key: Key, world: World) -> float | None:
     except RefusedError as refused:
         decision = decide(replace(facts, refusal=refused.refusal), world.settings, world.clock())
         error = refused.error
-    await write_status(facts.job, decision.status, world.kube)
+    await write_status(facts.job, decision.status, world)
     await tell(facts.job, decision.events, world)
     if error is not None and not decision.status.finished:
         raise error
@@ -212,14 +214,28 @@ async def _check_owner(job: FineTuneJob, manifest: JSON, kube: Kube) -> None:
 # --- tell ------------------------------------------------------------------------------------------------------------
 
 
-async def write_status(job: FineTuneJob, status: Status, kube: Kube) -> None:
+async def write_status(job: FineTuneJob, status: Status, world: World) -> None:
     """Write the status if it says anything new."""
     told = status.to_dict()
     if told == job.stored_status or job.deleting or job.status.finished:
         return
-    await kube.apply_status(job.namespace, job.name, job.uid, job.resource_version, told)
-    if status.phase != job.status.phase or status.reason != job.status.reason:
-        log.info("%s (%s): %s", status.phase, status.reason, status.message)
+    await world.kube.apply_status(job.namespace, job.name, job.uid, job.resource_version, told)
+    world.metrics.wrote(job.status, status)
+    log_changes(job.status, status)
+
+
+def log_changes(before: Status, after: Status) -> None:
+    """A line for each attempt that failed and was not known to have, and one for a new phase or reason."""
+    known = {(each.stage, each.number) for each in before.attempts or () if each.completion_time is not None}
+    for each in after.attempts or ():
+        if each.retry is not None and (each.stage, each.number) not in known:
+            fields = {"stage": each.stage, "attempt": each.number, "reason": each.reason, "retry": each.retry}
+            log.warning(
+                "Attempt %d of %s failed (%s): %s", each.number, each.stage, each.reason, each.message, extra=fields
+            )
+    if after.phase != before.phase or after.reason != before.reason:
+        fields = {"phase": after.phase, "reason": after.reason}
+        log.info("%s (%s): %s", after.phase, after.reason, after.message, extra=fields)
 
 
 async def tell(job: FineTuneJob, news: tuple[News, ...], world: World) -> None:

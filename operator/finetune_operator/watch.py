@@ -8,13 +8,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 
 from finetune_operator.api import JSON, KIND, MANAGER, Label
 from finetune_operator.kube import GoneError, Kube, KubeError
+from finetune_operator.metrics import Jobs
 from finetune_operator.queue import Key
 
 WATCH_SECONDS = 240
@@ -36,7 +38,7 @@ def key_of_child(body: JSON) -> Key | None:
     return Key(metadata["namespace"], name) if name else None
 
 
-def key_of_job(body: JSON) -> Key:
+def key_of_job(body: Mapping[str, Any]) -> Key:
     """The key of a FineTuneJob."""
     return Key(body["metadata"]["namespace"], body["metadata"]["name"])
 
@@ -93,18 +95,36 @@ class ChildWatch:
             self.on_key(key)
 
 
-async def resync(kube: Kube, namespace: str | None, seconds: float, on_key: Callable[[Key], None], beat: Beat) -> None:
-    """Put every FineTuneJob into the queue now and then, whatever was or was not heard. Never returns."""
-    while True:
-        beat()
-        try:
-            async for page in kube.pages(KIND, namespace):
-                for body in page.get("items") or ():
-                    if not is_finished(body):
-                        on_key(key_of_job(body))
-        except ERRORS as error:
-            log.warning("Listing all FineTuneJobs failed, trying again in %.0f s: %s", seconds, error or type(error))
-        await asyncio.sleep(seconds * (0.9 + 0.2 * random.random()))  # noqa: S311 - jitter
+@dataclass(frozen=True)
+class Resync:
+    """A look at all FineTuneJobs now and then, whatever was or was not heard."""
+
+    kube: Kube
+    namespace: str | None
+    seconds: float
+    on_key: Callable[[Key], None]
+    jobs: Jobs
+    beat: Beat
+
+    async def run(self) -> None:
+        """Never returns."""
+        while True:
+            self.beat()
+            try:
+                await self._look()
+            except ERRORS as error:
+                log.warning("FineTuneJobs cannot be listed, again in %.0f s: %s", self.seconds, error or type(error))
+            await asyncio.sleep(self.seconds * (0.9 + 0.2 * random.random()))  # noqa: S311 - jitter
+
+    async def _look(self) -> None:
+        """Put those that have not ended into the queue; forget those of whose deletion no watch told."""
+        known, listed = self.jobs.known(), set()
+        async for page in self.kube.pages(KIND, self.namespace):
+            for body in page.get("items") or ():
+                listed.add(key_of_job(body))
+                if not is_finished(body):
+                    self.on_key(key_of_job(body))
+        self.jobs.forget(known - listed)
 
 
 def is_finished(body: JSON) -> bool:

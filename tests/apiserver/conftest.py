@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
 import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ from cluster.api import Api
 from cluster.control_plane import ControlPlane
 from cluster.processes import free_ports
 from finetune_operator.crd import render
+from finetune_trainer.progress import PROGRESS_PORT, Progress
 from tests.apiserver.api import JSON, Space, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,6 +197,30 @@ def operator(operator_kubeconfig: Path, tmp_path_factory: pytest.TempPathFactory
     assert started.running.poll() is None
     assert started.stop() == 0
     check_log(started)
+
+
+@pytest.fixture
+def teller() -> Iterator[tuple[str, list[Progress]]]:
+    """A pod's /progress on an address of its own; the list's last entry is told."""
+    told: list[Progress] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            content = told[-1].to_json().encode()
+            self.send_response(200 if self.path == "/progress" else 404)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    address = f"127.{os.getpid() % 200 + 20}.7.9"
+    server = http.server.ThreadingHTTPServer((address, PROGRESS_PORT), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield address, told
+    server.shutdown()
+    server.server_close()
 
 
 def check_log(operator: Operator) -> None:

@@ -5,17 +5,13 @@ No kubelet: pods are played by the test, and say their last words as the trainer
 
 from __future__ import annotations
 
-import http.server
 import json
-import os
 import re
-import threading
-from collections.abc import Iterator
 
 import pytest
 
 from finetune_operator.api import API_VERSION, KIND, Label
-from finetune_trainer.progress import PROGRESS_PORT, Progress, Reason, Stage
+from finetune_trainer.progress import Progress, Reason, Stage
 from tests.apiserver import players
 from tests.apiserver.api import Space, wait_for
 from tests.apiserver.cases import spec
@@ -73,30 +69,6 @@ def test_a_pod_asked_of_played_pods_passes_pod_security_and_holds_no_token(space
 
 
 # --- progress --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def teller() -> Iterator[tuple[str, list[Progress]]]:
-    """A pod's /progress on an address of its own; the list's last entry is told."""
-    told: list[Progress] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            content = told[-1].to_json().encode()
-            self.send_response(200 if self.path == "/progress" else 404)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            return
-
-    address = f"127.{os.getpid() % 200 + 20}.7.9"
-    server = http.server.ThreadingHTTPServer((address, PROGRESS_PORT), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield address, told
-    server.shutdown()
-    server.server_close()
 
 
 def test_played_pods_progress_reaches_the_status(space: Space, teller: tuple[str, list[Progress]]) -> None:
