@@ -23,6 +23,7 @@ from finetune_operator.api import (
     parse_time,
 )
 from finetune_operator.names import Position
+from finetune_operator.queueing import QUEUE_LABEL, Queueing
 from finetune_trainer.progress import LastWord, Progress, Stage
 
 CONTAINER = 0
@@ -30,6 +31,9 @@ CONTAINER = 0
 
 CONTROLLER_UID = "batch.kubernetes.io/controller-uid"
 """Kubernetes' own label of a Job's pods."""
+
+TRACKING = "batch.kubernetes.io/job-tracking"
+"""Kubernetes' own finalizer of a Job's pods: a pod that has it still counts for its Job."""
 
 RUN = re.compile(r"(prepare|train|merge|quantize-[0-9]{1,4}) [0-9]{1,9}")
 """Labels of stage and attempt that make sense."""
@@ -74,6 +78,10 @@ class StageJob:
     """How many pods it has at once."""
     suspended: bool = False
     """Whether it is held back: by the queue that it is in, for the operator never does so."""
+    queue: str = ""
+    """The LocalQueue that it asks for."""
+    started: datetime | None = None
+    """When it was last allowed to make pods; unset again by a queue that holds it back."""
     overrides: Overrides | None = None
     """What its pods were told to change of the resolved settings."""
 
@@ -124,6 +132,8 @@ class StagePod:
     ended_at: datetime | None = None
     gone_by: datetime | None = None
     """When a pod being deleted has been given all its time."""
+    dismissed: bool = False
+    """Whether its Job was suspended and sent it away: how it ends says nothing of the attempt."""
 
     @property
     def stage(self) -> Stage:
@@ -250,13 +260,17 @@ class Facts:
     conflicts: tuple[Conflict, ...] = field(default=())
     refusal: Refusal | None = None
 
+    queueing: Queueing | None = None
+    """How the live attempt's Job fares in its queue, if it is in one and anything is known."""
     claim_modes: tuple[str, ...] | None = None
     """Access modes of a claim that the job brings, where it matters and can be read."""
 
     def gang(self, position: Position) -> Gang:
-        """The pods of an attempt."""
+        """The pods of an attempt, without those that a Job which goes on has sent away."""
         job = self.job_of(position)
         ours = [pod for pod in self.pods if pod.position == position and pod.belongs_to(job)]
+        if job is not None and not job.ended:
+            ours = [pod for pod in ours if not pod.dismissed]
         newest = {pod.index: pod for pod in sorted(ours, key=lambda pod: (pod.index, pod.created))}
         return Gang(tuple(newest.values()), job.size if job is not None else max(len(newest), 1))
 
@@ -322,6 +336,8 @@ def parse_job(body: Mapping[str, Any]) -> StageJob:
         completed=_time(status.get("completionTime") or (failure or {}).get("lastTransitionTime")),
         size=spec.get("completions") or 1,
         suspended=bool(spec.get("suspend")),
+        queue=labels.get(QUEUE_LABEL, ""),
+        started=_time(status.get("startTime")),
         overrides=_overrides(metadata),
     )
 
@@ -352,11 +368,18 @@ def parse_pod(body: Mapping[str, Any]) -> StagePod:
         reason=status.get("reason", ""),
         message=status.get("message", ""),
         gone_by=_time(metadata.get("deletionTimestamp")),
+        dismissed=_dismissed(metadata, conditions),
         claims=_claims(body),
         **_disruption(conditions.get("DisruptionTarget")),
         **_scheduling(conditions.get("PodScheduled")),
         **_container(status),
     )
+
+
+def _dismissed(metadata: JSON, conditions: Mapping[str, JSON]) -> bool:
+    """A Job that is suspended stops counting its pods, then deletes them; any other pod counts until it has ended."""
+    counts = TRACKING in (metadata.get("finalizers") or ())
+    return "deletionTimestamp" in metadata and not counts and "DisruptionTarget" not in conditions
 
 
 def _index(metadata: JSON) -> int:

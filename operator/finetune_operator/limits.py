@@ -93,7 +93,7 @@ def start_begin(gang: Gang, job: StageJob | None) -> datetime | None:
     """From when on the pods should have started: time without a node does not count."""
     if gang.late:
         return max(pod.scheduled or pod.created for pod in gang.late)
-    return job.created if job is not None else None
+    return job.started or job.created if job is not None else None
 
 
 def _overdue_end(scene: Scene, settings: Settings) -> datetime | None:

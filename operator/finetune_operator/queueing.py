@@ -25,6 +25,7 @@ JOB_UID_LABEL = f"{KUEUE}/job-uid"
 ADMITTED = "Admitted"
 NOT_TAKEN_UP = "NotTakenUp"
 NO_KUEUE = "NoKueue"
+HELD_BY_HAND = "HeldByHand"
 
 REMEDIES = {
     "WaitingForQuota": "It starts when others in the queue end, or the queue gets more quota.",
@@ -51,6 +52,10 @@ NO_KUEUE_MESSAGE = (
     f"Job {{job}} has the label {QUEUE_LABEL}, but this cluster has no Kueue that could ever start it. Install Kueue,"
     " or take the label off and set spec.suspend to true and back to false."
 )
+HELD_BY_HAND_MESSAGE = (
+    "Somebody suspended Job {job}, which is in no queue. Set its spec.suspend to false; to hold the job back, set"
+    " spec.suspend of the FineTuneJob."
+)
 NOT_TAKEN_UP_MESSAGE = (
     "Kueue has not taken up Job {job} yet. If this stays so, check that Kueue runs and manages Jobs of this namespace."
 )
@@ -67,6 +72,11 @@ class Queueing:
     evicted_at: str | None = None
     """Since when it waits again after Kueue stopped it; tells one eviction from the next."""
 
+    @property
+    def admitted(self) -> bool:
+        """Whether Kueue lets it run."""
+        return self.reason == ADMITTED
+
 
 def build_queue_labels(job: FineTuneJob) -> dict[str, str]:
     """Kueue's labels for a stage's Job: those of the FineTuneJob, none without a queue."""
@@ -82,6 +92,8 @@ def admitted(job: str, queue: str) -> Queueing:
 
 def parse_waiting(job: str, queue: str, workloads: Sequence[JSON] | None) -> Queueing:
     """Why a suspended Job waits, from its Workloads (one, or none yet); None where the cluster has no Kueue."""
+    if not queue:
+        return Queueing(HELD_BY_HAND, HELD_BY_HAND_MESSAGE.format(job=job))
     if workloads is None:
         return Queueing(NO_KUEUE, NO_KUEUE_MESSAGE.format(job=job))
     if not workloads:

@@ -33,6 +33,7 @@ from finetune_operator.manifests import (
 from finetune_operator.metrics import Metrics
 from finetune_operator.progress import ProgressReader
 from finetune_operator.queue import Key
+from finetune_operator.queueing import NOT_TAKEN_UP, Queueing, admitted, parse_waiting
 from finetune_operator.settings import Settings
 from finetune_operator.status import Decision, Remove, Start, Stop, decide
 
@@ -116,7 +117,18 @@ async def observe(key: Key, world: World) -> Facts | None:
     latest = jobs[-1] if jobs else None
     if latest is None or latest.ended:
         return facts
+    facts = replace(facts, queueing=await _queueing(job, latest, world))
     return await _look_closer(facts, latest, facts.gang(latest.position), world)
+
+
+async def _queueing(job: FineTuneJob, live: StageJob, world: World) -> Queueing | None:
+    """How the Job fares in its queue; None of one without a queue, and as long as Kueue may not have seen it yet."""
+    if not live.suspended:
+        return admitted(live.name, live.queue) if live.queue else None
+    workloads = await world.kube.workloads(job.namespace, live.uid) if live.queue else []
+    found = parse_waiting(live.name, live.queue, workloads)
+    fresh = world.clock() < after(live.created, SETTLE_SECONDS)
+    return None if found.reason == NOT_TAKEN_UP and fresh else found
 
 
 async def _claim_modes(job: FineTuneJob, kube: Kube) -> tuple[str, ...] | None:
@@ -137,8 +149,8 @@ async def _look_closer(facts: Facts, job: StageJob, gang: Gang, world: World) ->
     if gang.started:
         return await _hear(facts, leader, world)
     late = gang.late[0] if gang.complete and gang.late else None
-    since = (late.scheduled or late.created) if late is not None else job.created
-    if (late is None and gang.complete) or world.clock() < after(since, SETTLE_SECONDS):
+    since = (late.scheduled or late.created) if late is not None else job.started or job.created
+    if job.suspended or (late is None and gang.complete) or world.clock() < after(since, SETTLE_SECONDS):
         return facts
     about = late.uid if late is not None else job.uid
     return replace(facts, warnings=parse_warnings(await world.kube.events(facts.job.namespace, about)))

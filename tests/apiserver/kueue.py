@@ -28,35 +28,38 @@ GONE = None
 """In a merge patch: take it away."""
 
 OPEN = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-CRD: JSON = {
-    "apiVersion": "apiextensions.k8s.io/v1",
-    "kind": "CustomResourceDefinition",
-    "metadata": {"name": f"workloads.{KUEUE}"},
-    "spec": {
-        "group": KUEUE,
-        "scope": "Namespaced",
-        "names": {"kind": "Workload", "listKind": "WorkloadList", "plural": "workloads", "singular": "workload"},
-        "versions": [
-            {
-                "name": version,
-                "served": True,
-                "storage": version == "v1beta2",
-                "subresources": {"status": {}},
-                "schema": {"openAPIV3Schema": {"type": "object", "properties": {"spec": OPEN, "status": OPEN}}},
-            }
-            for version in ("v1beta1", "v1beta2")
-        ],
-    },
-}
+
+
+def build_crd(served: tuple[str, ...]) -> JSON:
+    """Kueue's kind, open to whatever is written."""
+    names = {"kind": "Workload", "listKind": "WorkloadList", "plural": "workloads", "singular": "workload"}
+    schema = {"openAPIV3Schema": {"type": "object", "properties": {"spec": OPEN, "status": OPEN}}}
+    versions = [
+        {
+            "name": version,
+            "served": True,
+            "storage": version == served[0],
+            "subresources": {"status": {}},
+            "schema": schema,
+        }
+        for version in served
+    ]
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"workloads.{KUEUE}"},
+        "spec": {"group": KUEUE, "scope": "Namespaced", "names": names, "versions": versions},
+    }
 
 
 @contextmanager
-def workload_api(space: Space) -> Iterator[None]:
-    """Kueue's kind, for as long as this lasts."""
-    space.call("POST", CRDS, CRD)
+def workload_api(space: Space, *served: str) -> Iterator[None]:
+    """Kueue's kind in these versions, for as long as this lasts."""
+    crd = build_crd(served)
+    space.call("POST", CRDS, crd)
     wait_for(lambda: space.api.get(space.path("workloads")), "Workloads in service")
     yield
-    space.call("DELETE", f"{CRDS}/{CRD['metadata']['name']}")
+    space.call("DELETE", f"{CRDS}/{crd['metadata']['name']}")
     wait_for(lambda: space.api.get(space.path("workloads")) is None, "Workloads out of service")
 
 
@@ -324,7 +327,7 @@ def build_workload(job: JSON) -> JSON:
     name, uid = job["metadata"]["name"], job["metadata"]["uid"]
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": uid, "controller": True}
     return {
-        "apiVersion": f"{KUEUE}/v1beta2",
+        "apiVersion": f"{KUEUE}/v1beta1",
         "kind": "Workload",
         "metadata": {
             "name": f"job-{name}-{hashlib.sha256(uid.encode()).hexdigest()[:5]}",

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import yaml
 
 from finetune_operator.api import JSON
-from finetune_operator.queueing import QUEUE_LABEL, Queueing, parse_waiting
-from tests.unit.operator.builders import condition
+from finetune_operator.queueing import (
+    NO_KUEUE,
+    NOT_TAKEN_UP,
+    PRIORITY_LABEL,
+    QUEUE_LABEL,
+    REMEDIES,
+    Queueing,
+    build_queue_labels,
+    parse_waiting,
+)
+from tests.unit.operator.builders import a_job, condition
 
 SHORT = (
     "couldn't assign flavors to pod set main: insufficient unused quota for nvidia.com/gpu in flavor gpu, 4 more needed"
@@ -86,3 +98,15 @@ def test_the_longest_words_leave_room_for_the_way_out() -> None:
     found = waiting(condition("Evicted", "Preempted", "x" * 2000), quota("WaitingForQuota", "y" * 2000))
     assert len(found.message) <= 1024
     assert "last checkpoint" in found.message
+
+
+def test_the_example_asks_for_a_queue_and_a_priority() -> None:
+    body = yaml.safe_load((Path(__file__).parents[3] / "examples" / "queued.yaml").read_text())
+    job = a_job(body["spec"], labels=body["metadata"]["labels"])
+    assert job.problem is None
+    assert build_queue_labels(job) == body["metadata"]["labels"]
+
+
+@pytest.mark.parametrize("reason", [*REMEDIES, NO_KUEUE, NOT_TAKEN_UP, QUEUE_LABEL, PRIORITY_LABEL])
+def test_the_docs_tell_every_reason_for_which_a_job_waits(reason: str) -> None:
+    assert f"`{reason}`" in (Path(__file__).parents[3] / "docs" / "queueing.md").read_text()
