@@ -31,7 +31,7 @@ import numpy as np
 
 from finetune_trainer.config import LossOn
 from finetune_trainer.errors import InvalidDataset
-from finetune_trainer.files import Place
+from finetune_trainer.files import Place, first_line
 from finetune_trainer.rows import (
     ChatRow,
     InstructionRow,
@@ -43,7 +43,7 @@ from finetune_trainer.rows import (
     TemplateRow,
     TextRow,
 )
-from finetune_trainer.templates import RENDER_ERRORS, RowTemplate, bounded_time
+from finetune_trainer.templates import RENDER_ERRORS, RowTemplate, bounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -285,7 +285,7 @@ class Renderer:
         template = self._tokenizer.get_chat_template(None, tools)
         marks = bool(GENERATION.search(template))
         try:
-            with bounded_time():
+            with bounded():
                 texts, ranges = render(
                     conversations=[[dict(message) for message in row.messages]],
                     tools=tools,
@@ -294,9 +294,9 @@ class Renderer:
                     add_generation_prompt=prompting,
                     **{**self._tokenizer.special_tokens_map, **self.template_kwargs},
                 )
-        except (*RENDER_ERRORS, RecursionError, MemoryError) as error:
+        except (*RENDER_ERRORS, RecursionError) as error:
             roles = ", ".join(message["role"] for message in row.messages)[:100]
-            problem = f"the model's chat template refuses the row (roles {roles}): {error or type(error).__name__}"
+            problem = f"the model's chat template refuses the row (roles {roles}): {first_line(error)}"
             return place.refuse(problem, "Order the messages as the template asks, or leave the row out.", error)
         return str(texts[0]), list(ranges[0]) if marks else []
 

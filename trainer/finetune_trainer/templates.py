@@ -1,23 +1,27 @@
-"""Prompts and responses from a row's fields, by Jinja in its sandbox: bounded in time, loops and length.
+"""Prompts and responses from a row's fields, by Jinja in its sandbox: bounded in time, memory, loops and length.
 
 A template comes from the user or from a model's repository. In the sandbox it reaches nothing of the process
 (`ImmutableSandboxedEnvironment`; there is no loader, so nothing can be included); what is left is to keep it from
-running for ever.
+running for ever, and from filling the memory (`'%999999999d' % 1`).
 """
 
 from __future__ import annotations
 
 import json
+import os
+import resource
 import signal
+import sys
 import threading
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from finetune_trainer.errors import InvalidConfig
+from finetune_trainer.files import first_line
 from finetune_trainer.wording import first_of
 
 if TYPE_CHECKING:
@@ -29,26 +33,64 @@ if TYPE_CHECKING:
 
 RENDER_SECONDS = 2.0
 """CPU time that a row's rendering may take; a usual one takes a tenth of a millisecond."""
+RENDER_BYTES = 512 << 20
+"""Memory that it may take besides what the process has."""
 RENDER_CHARACTERS = 10_000_000
 RANGE_LIMIT = 10_000
 RENDER_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError)
 """What templates raise besides their own errors: they call Python's functions on whatever a row holds."""
 
 
-class OutOfTimeError(TemplateError):
-    """A template does not come to an end."""
+class OutOfBoundsError(TemplateError):
+    """A template does not come to an end, or takes the memory of others."""
 
 
 @contextmanager
-def bounded_time(seconds: float = RENDER_SECONDS) -> Iterator[None]:
-    """OutOfTimeError once the body has used so much CPU time. Works in the main thread, where prepare renders."""
+def bounded() -> Iterator[None]:
+    """OutOfBoundsError once the body has used too much CPU time or memory."""
+    with _bounded_time(), _bounded_memory():
+        yield
+
+
+@contextmanager
+def _bounded_memory(size: int = RENDER_BYTES) -> Iterator[None]:
+    """By the limit of a process's own memory, which Linux alone counts and shows: elsewhere there is none."""
+    if sys.platform != "linux":
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min([_data_bytes(os.getpid()) + size, *limits]), hard))
+    try:
+        yield
+    except MemoryError as error:
+        msg = f"it takes more than {size >> 20} MiB of memory"
+        raise OutOfBoundsError(msg) from error
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _data_bytes(process: int) -> int:
+    """What RLIMIT_DATA counts of this process, the stack besides."""
+    return int(os.pread(_statm(process), 256, 0).split()[5]) * resource.getpagesize()
+
+
+@cache
+def _statm(process: int) -> int:
+    """Kept open: to open it for each row would take a fifth of a rendering's time."""
+    return os.open(f"/proc/{process}/statm", os.O_RDONLY | os.O_CLOEXEC)
+
+
+@contextmanager
+def _bounded_time(seconds: float = RENDER_SECONDS) -> Iterator[None]:
+    """Works in the main thread, where prepare renders."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_: object) -> None:
         msg = f"it runs for more than {seconds:g} s"
-        raise OutOfTimeError(msg)
+        raise OutOfBoundsError(msg)
 
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
@@ -114,14 +156,14 @@ class RowTemplate:
     def render(self, record: Mapping[str, Any], place: Place) -> str:
         """The text of a row. InvalidDataset names the place, the template and the field that is missing."""
         try:
-            with bounded_time():
+            with bounded():
                 return self._joined(record)
         except UndefinedError as error:
             names = first_of(f"'{name}'" for name in record)
             remedy = "Correct the template, or write {% if name is defined %} around what rows may lack."
             place.refuse(f"{self._field}: {error.message} (the row has {names})", remedy, error)
-        except (*RENDER_ERRORS, RecursionError, MemoryError) as error:
-            place.refuse(f"{self._field} cannot be rendered: {error or type(error).__name__}", "Correct it.", error)
+        except (*RENDER_ERRORS, RecursionError) as error:
+            place.refuse(f"{self._field} cannot be rendered: {first_line(error)}", "Correct it.", error)
 
     def _joined(self, record: Mapping[str, Any]) -> str:
         pieces, length = [], 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_trainer.config import ChatTemplatePreset, MethodType
 from finetune_trainer.errors import InvalidConfig, InvalidModel
 from finetune_trainer.model import shapes_in
-from finetune_trainer.templates import RENDER_ERRORS, bounded_time
+from finetune_trainer.templates import RENDER_ERRORS, bounded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -138,7 +138,7 @@ def _set_special(tokenizer: Any, field: str, text: str) -> None:  # noqa: ANN401
 def _try_template(tokenizer: Any) -> None:  # noqa: ANN401 - any of transformers' tokenizers
     """InvalidConfig if the template cannot render a question and its answer."""
     try:
-        with bounded_time():
+        with bounded():
             text = tokenizer.apply_chat_template(list(SAMPLE), tokenize=False)
     except RENDER_ERRORS as error:
         msg = f"model.chatTemplate.jinja cannot render a question and its answer: {error}. Correct the template."
@@ -175,7 +175,7 @@ def check_trained(config: JobConfig, folder: Path, tokenizer: Any, kwargs: Mappi
     """
     if config.method_type in {MethodType.FULL, MethodType.GALORE} or _saves_embeddings(config):
         return
-    with bounded_time():
+    with bounded():
         text = tokenizer.apply_chat_template(list(SAMPLE), tokenize=False, **kwargs)
     ids = set(tokenizer(text, add_special_tokens=False)["input_ids"])
     named = set((config.model.tokens.add or ()) if config.model.tokens else ())

@@ -1,6 +1,7 @@
 """What counts in the loss: the answers and their end, nothing else; and what never becomes a control token."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +370,7 @@ def test_compared_answers_have_a_templates_prompt(tmp_path: Path) -> None:
 
 
 LOOPS = "{% for i in row %}{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}{% endfor %}"
+DOUBLES = "{% set all = namespace(x=text) %}{% for i in range(40) %}{% set all.x = all.x ~ all.x %}{% endfor %}"
 HOSTILE = [
     ("a missing field", "{{ contxt }}", r"'contxt' is undefined \(the row has 'text'\). Correct the template"),
     ("a missing part of a field", "{{ text.summary }}", "has no attribute 'summary'"),
@@ -379,6 +381,10 @@ HOSTILE = [
     ("loops in loops", LOOPS, "runs for more than 2 s"),
     ("a long text", "{% for i in range(9999) %}{{ text | center(9999) }}{% endfor %}", "more than 10,000,000 char"),
     ("a product", "{{ 'a' * 1000000000 }}", r"'\*' is for numbers alone"),
+    ("a wide filter", "{{ text | center(1000000000) }}", "it takes more than 512 MiB of memory"),
+    ("a wide word", "{{ '%999999999d' % 1 }}", "it takes more than 512 MiB of memory"),
+    ("a wide form", "{{ '{:>999999999}'.format(1) }}", "it takes more than 512 MiB of memory"),
+    ("a text that doubles", DOUBLES, "it takes more than 512 MiB of memory"),
     ("a power", "{{ 9 ** 999999999 }}", r"'\*\*' is not there"),
     ("no end", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
     ("a division by zero", "{{ 1 / 0 }}", "division by zero"),
@@ -391,6 +397,18 @@ def test_a_template_that_cannot_be_rendered_is_told_with_its_row(tmp_path: Path,
     renderer = Renderer(tokenizer_with(tmp_path / "tokenizer"))
     with pytest.raises(InvalidDataset, match=f"dataset 'dolly', file rows.jsonl, line 1: promptTemplate.*({words})"):
         renderer.render(row, PLACE)
+
+
+def test_a_models_template_that_takes_all_memory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidDataset, match=r"template refuses the row .*it takes more than 512 MiB of memory"):
+        tokens_of(tokenizer_with(tmp_path, "{{ 'a'.center(1000000000) }}"), TALK)
+
+
+def test_memory_is_bounded_only_while_a_template_is_rendered(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    row = from_row(tmp_path, {"text": "t"}, promptTemplate="{{ text }}", responseTemplate="x")
+    Renderer(tokenizer_with(tmp_path / "tokenizer")).render(row, PLACE)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
 def test_a_models_template_that_never_ends_is_refused(tmp_path: Path) -> None:
