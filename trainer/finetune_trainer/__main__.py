@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import traceback
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -206,12 +206,14 @@ def _run_stage(config: JobConfig, arguments: argparse.Namespace, name: str | Non
     try:
         if stage is Stage.TRAIN and launch.is_parent(config):
             return _end(arguments, launch.run(config, arguments.line, arguments.attempt, stopping))
-        with reporting(report, port), _together(config, arguments, stopping):
+        with reporting(report, port), _together(config, arguments, stopping), ExitStack() as held:
             target = distributed.lead(lambda: _enter(config, arguments, name))
+            alone = fence.alone(target.folder, arguments.attempt, stopping)
+            distributed.lead(lambda: held.enter_context(alone))
             context = _context(arguments, report, target, name, stopping)
             found = distributed.lead(lambda: _done_already(target, work, report)) or _work(config, context, target)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every end is told
-        return _end_badly(arguments, error)
+        return _end_badly(arguments, fence.explained(work.root, arguments.attempt, error))
     return _end(arguments, manifest.last_word(found, target, arguments.attempt))
 
 

@@ -26,6 +26,7 @@ from finetune_trainer.errors import NO_SPACE_ERRNOS, InvalidConfig, TrainerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from finetune_trainer.manifest import Target
@@ -84,8 +85,15 @@ class Checkpoints:
 
     def _finish(self, partial: Path, target: Target, result: manifest.Result, best_first: Sequence[int]) -> None:
         manifest.seal(partial, target, result)
-        self._commit(partial, target.folder)
-        self._drop_old(best_first)
+        with self._committing():
+            partial.rename(target.folder)
+            manifest.sync(self.folder)
+            dropped = self._put_away_old(best_first)
+        for path in dropped:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _committing(self) -> AbstractContextManager[None]:
+        return fence.committing(self.root, self.attempt)
 
     def newest_good(self) -> Path | None:
         """The newest checkpoint of this run whose every byte is as written. Damaged ones are set aside and told.
@@ -121,29 +129,18 @@ class Checkpoints:
         name = f"step-{step:08d}"
         return replace(self.run, folder=self.folder / name, path=str(PurePath("checkpoints", name)))
 
-    def _commit(self, partial: Path, folder: Path) -> None:
-        with fence.committing(self.root, self.attempt):
-            partial.rename(folder)
-        manifest.sync(self.folder)
-
     def _all(self) -> list[Path]:
         """Oldest first."""
         if not self.folder.is_dir():
             return []
         return sorted(path for path in self.folder.iterdir() if NAME_PATTERN.fullmatch(path.name))
 
-    def _drop_old(self, best_first: Sequence[int]) -> None:
+    def _put_away_old(self, best_first: Sequence[int]) -> list[Path]:
+        """Rename those to be dropped. Killed on the way, half a checkpoint would look like a damaged one."""
         saved = {step_of(path): path for path in self._all()}
         best = next((step for step in best_first if step in saved), None)
-        for step in sorted(saved)[: -self.keep]:
-            if step != best:
-                self._drop(saved[step])
-
-    def _drop(self, path: Path) -> None:
-        """Gone under its name at once: killed on the way, half a checkpoint would look like a damaged one."""
-        leftover = self._partial(path)
-        path.rename(leftover)
-        shutil.rmtree(leftover, ignore_errors=True)
+        old = [saved[step] for step in sorted(saved)[: -self.keep] if step != best]
+        return [path.rename(self._partial(path)) for path in old]
 
     def _partial(self, folder: Path) -> Path:
         return self.folder / f".{folder.name}.partial-{self.attempt}"
@@ -151,9 +148,10 @@ class Checkpoints:
     def _set_aside(self, path: Path, error: TrainerError) -> None:
         """Keep it for whoever wants to know why, in the place of the one kept before."""
         aside = path.with_name(f"damaged-{path.name}-{self.attempt}")
-        log.warning("checkpoint %s is damaged and set aside as %s: %s", path.name, aside.name, error)
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+        with self._committing():
+            log.warning("checkpoint %s is damaged and set aside as %s: %s", path.name, aside.name, error)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
         damaged = [path for path in self.folder.iterdir() if DAMAGED_PATTERN.fullmatch(path.name)]
         for older in sorted(damaged, key=_attempt_and_step)[:-1]:
             shutil.rmtree(older, ignore_errors=True)

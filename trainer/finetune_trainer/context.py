@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from finetune_trainer import distributed, manifest, memory
+from finetune_trainer import distributed, fence, manifest, memory
 from finetune_trainer.errors import Interrupted, OutOfMemory, TrainerError, translate
 from finetune_trainer.overrides import Overrides
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from finetune_trainer.manifest import Manifest, Result, Target
@@ -50,6 +51,10 @@ class Context:
             msg = f"{self.report.current.stage} needs a target"
             raise ValueError(msg)
         return self.target
+
+    def committing(self) -> AbstractContextManager[None]:
+        """Hold the fence around what other processes see: Interrupted if a newer attempt has started."""
+        return fence.committing(self.work.root, self.attempt)
 
     @contextmanager
     def naming_rank(self) -> Iterator[None]:

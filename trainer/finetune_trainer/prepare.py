@@ -61,7 +61,8 @@ def run(config: JobConfig, context: Context) -> Manifest:
         resolved = resolve.resolve(config, sources, facts, prepared.facts, added_tokens)
         tokens.check_embedded(tokenizer, prepared.highest_token, facts.vocabulary, added_tokens)
         tokenizer.save_pretrained(folder / context.work.tokenizer.name)
-        data.write_preview(folder, tokenizer, context.work.report / data.PREVIEW_NAME)
+        with context.committing():
+            data.write_preview(folder, tokenizer, context.work.report / data.PREVIEW_NAME)
         message = " ".join([_summary(prepared.facts, resolved), *prepared.remarks])
         return Result(message=message, resolved=resolved, data=prepared.facts)
 

@@ -16,10 +16,11 @@ import sys
 import threading
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from finetune_trainer import manifest
+from finetune_trainer import fence, manifest
 from finetune_trainer.config import (
     MLFLOW_CREDENTIALS,
     MLFLOW_SLOT,
@@ -35,13 +36,20 @@ from finetune_trainer.errors import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from finetune_trainer.context import Context
 
+    Guard = Callable[[], AbstractContextManager[None]]
+    """Entered around what a tracker does; it may raise."""
+
 log = logging.getLogger(__name__)
 
 LINES_NAME = "training.jsonl"
+TENSORBOARD = "TensorBoard"
+WRITTEN_HERE = (LINES_NAME, TENSORBOARD)
+"""Trackers that are files of the work folder and wait for nobody."""
 RUN_ID_NAME = "run-id"
 WANDB_FOLDER = "wandb"
 """As its client names it, in report/."""
@@ -80,9 +88,9 @@ class Tracker(Protocol):
 class Follower:
     """A tracker in a thread of its own: it may be slow, away, or come back."""
 
-    def __init__(self, name: str, open_tracker: Callable[[], Tracker]) -> None:
-        """`open_tracker` is called in the thread, again after each failure."""
-        self._name, self._open = name, open_tracker
+    def __init__(self, name: str, open_tracker: Callable[[], Tracker], guard: Guard = nullcontext) -> None:
+        """`open_tracker` is called in the thread, again after each failure. What a tracker does, it does guarded."""
+        self._name, self._open, self._guard = name, open_tracker, guard
         self._tracker: Tracker | None = None
         self._lines: list[Line] = []
         self._shown = 0
@@ -110,9 +118,10 @@ class Follower:
             while last is None and not self._wake.empty():
                 last = self._wake.get()
             try:
-                self._show()
-                if last is not None and self._tracker is not None:
-                    self._tracker.end(*last)
+                with self._guard():
+                    self._show()
+                    if last is not None and self._tracker is not None:
+                        self._tracker.end(*last)
             except Exception as error:  # noqa: BLE001 - whatever a client raises, the training goes on
                 self._tell(error)
 
@@ -182,18 +191,26 @@ def build_followers(tracking: Tracking, context: Context) -> list[Follower]:
     report, settings = context.work.report, _settings(context)
     opens: dict[str, Callable[[], Tracker]] = {LINES_NAME: lambda: LinesFile(report / LINES_NAME)}
     if tracking.tensorboard:
-        opens["TensorBoard"] = lambda: TensorBoard(report / "tensorboard", settings)
+        opens[TENSORBOARD] = lambda: TensorBoard(report / "tensorboard", settings)
     if (wandb := tracking.wandb) is not None:
         opens["W&B"] = lambda: WandbRun(wandb, context, settings)
     if (mlflow := tracking.mlflow) is not None:
         opens["MLflow"] = lambda: MLflowRun(mlflow, context, settings)
-    return [Follower(name, open_tracker) for name, open_tracker in opens.items()]
+    return [Follower(name, open_tracker, partial(_guard, name, context)) for name, open_tracker in opens.items()]
+
+
+def _guard(name: str, context: Context) -> AbstractContextManager[None]:
+    """Interrupted if a newer attempt has started. Files are written behind the lock, which no server may hold."""
+    if name in WRITTEN_HERE:
+        return context.committing()
+    fence.refuse_if_fenced(context.work.root, context.attempt)
+    return nullcontext()
 
 
 def _settings(context: Context) -> dict[str, Any]:
     """The run's settings, as the resource names them; blocks joined by dots."""
     flat: dict[str, Any] = {}
-    for name, value in context.resolved.model_dump(mode="json", by_alias=True, exclude_none=True).items():
+    for name, value in context.prepared.model_dump(mode="json", by_alias=True, exclude_none=True).items():
         inner = value.items() if isinstance(value, dict) else ()
         flat |= {f"{name}.{key}": each for key, each in inner} or {name: value}
     return flat

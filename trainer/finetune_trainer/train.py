@@ -86,8 +86,9 @@ def run(config: JobConfig, context: Context) -> Manifest:
         loop = _take_steps(trainer, rows, checkpoints, start, context, followers)
         after = _answers("after", trainer, tokenizer, rows, context)
         if distributed.leads():
-            samples.write(context.work.report / "samples.json", tokenizer, rows.prompts, before.answers, after)
-            census.write(context.work.report / LAYERS_NAME, layers, count_layers(trainer.model))
+            with context.committing():
+                samples.write(context.work.report / "samples.json", tokenizer, rows.prompts, before.answers, after)
+                census.write(context.work.report / LAYERS_NAME, layers, count_layers(trainer.model))
         result = _result(loop, before, resolved)
         figures.update(_figures(result))
     return _publish(trainer, tokenizer, result, context)
@@ -139,7 +140,8 @@ def _write_before(path: Path, before: Before, run: dict[str, Any], context: Cont
     aside = path.with_name(f".{path.name}.partial-{context.attempt}")
     aside.write_text(json.dumps({"run": run, "evalLoss": before.eval_loss, "answers": before.answers}), "utf-8")
     manifest.sync(aside)
-    aside.replace(path)
+    with context.committing():
+        aside.replace(path)
 
 
 def _run_of(context: Context) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from finetune_trainer import manifest
+from finetune_trainer import fence, manifest
 from finetune_trainer.config import Model
 from finetune_trainer.errors import InvalidConfig, Unavailable, VerificationFailed
 from finetune_trainer.sources.base import Listing, RemoteFile
@@ -169,7 +169,8 @@ class Download:
         if not self._is_proven():
             self._start_over()
             raise VerificationFailed(self._broken(f"its hash ({self._algorithm}) is not the one listed"))
-        self._store.put(self._file)
+        with self._context.committing():
+            self._store.put(self._file)
 
     def _take_up(self) -> bool:
         """Hash what an earlier attempt left; whether there is any."""
@@ -211,6 +212,7 @@ class Download:
             with self._part.open("ab") as part:
                 for chunk in body.chunks:
                     self._leave_if_asked()
+                    self._leave_if_fenced(len(chunk))
                     if self._size + len(chunk) > self._file.size:
                         raise VerificationFailed(
                             self._broken(f"it is longer than the {self._file.size:,} bytes listed")
@@ -247,6 +249,11 @@ class Download:
             f"{self._remote.where}: {self._file.name} is not what it should be: {how}. "
             "Try again; if it stays so, the file is damaged where it comes from: put it there again."
         )
+
+    def _leave_if_fenced(self, more: int) -> None:
+        """A newer attempt fills the same part: look now and then, as a look is a file read."""
+        if self._size // CHUNK_BYTES != (self._size + more) // CHUNK_BYTES:
+            fence.refuse_if_fenced(self._context.work.root, self._context.attempt)
 
     def _leave_if_asked(self) -> None:
         self._context.raise_if_stopping()
