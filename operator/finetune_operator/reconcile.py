@@ -70,8 +70,8 @@ class World:
     kube: Kube
     progress: ProgressReader
     settings: Settings
-    clock: Callable[[], datetime]
     metrics: Metrics
+    clock: Callable[[], datetime]
 
 
 async def reconcile(key: Key, world: World) -> float | None:
