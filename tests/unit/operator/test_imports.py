@@ -18,9 +18,3 @@ print([name for name in {HEAVY!r} if name in sys.modules])
 def test_importing_all_of_the_operator_imports_nothing_heavy() -> None:
     answer = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, timeout=120)
     assert answer.stdout.strip() == "[]"
-
-
-def test_help_lists_the_settings() -> None:
-    command = [sys.executable, "-m", "finetune_operator", "--help"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert "FINETUNE_TRAINER_IMAGE (required)" in answer.stdout
