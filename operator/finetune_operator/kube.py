@@ -221,18 +221,19 @@ class Kube:
             return
 
     async def apply_status(self, namespace: str, name: str, uid: str, resource_version: str, status: JSON) -> None:
-        """Write the whole status, unless the resource has changed since it was read (`StaleError`).
+        """Write the whole status, unless the resource is gone, or has changed since it was read (`StaleError`).
 
         Without the resource version a write could land on a recreated namesake.
         """
         metadata = {"name": name, "namespace": namespace, "uid": uid, "resourceVersion": resource_version}
         body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": status}
-        await self._request(
-            "PATCH",
-            url_of(KIND, namespace, name, "status"),
-            query={"fieldManager": MANAGER, "force": "true"},
-            body=body,
-        )
+        with contextlib.suppress(NotFoundError):
+            await self._request(
+                "PATCH",
+                url_of(KIND, namespace, name, "status"),
+                query={"fieldManager": MANAGER, "force": "true"},
+                body=body,
+            )
 
     # --- below
 

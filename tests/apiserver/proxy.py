@@ -194,7 +194,7 @@ class Proxy:
         app = web.Application(client_max_size=2**24)
         app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(
-            app, handle_signals=False, access_log=None, shutdown_timeout=0, handler_cancellation=True
+            app, handle_signals=False, access_log=None, shutdown_timeout=0.1, handler_cancellation=True
         )
         await self._runner.setup()
         await web.TCPSite(self._runner, HOST, self.port).start()
@@ -205,7 +205,8 @@ class Proxy:
             answer = await self.rule.before(call)
             if answer is None and call.watches:
                 return await self._stream(request, call)
-            answer = answer or await asyncio.shield(self._forward(request, call))  # done, whoever asked for it is gone
+            if answer is None:
+                answer = await asyncio.shield(self._forward(request, call))  # also if whoever asked is gone
         except (CutError, aiohttp.ClientError):
             if request.transport is not None:
                 request.transport.abort()

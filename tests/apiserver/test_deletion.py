@@ -81,6 +81,10 @@ LIVES = {
 }
 
 
+def left(space: Space) -> list[str]:
+    return [name for plural in (*OURS, "pods") for name in space.names(plural) if name not in KEPT]
+
+
 @pytest.mark.parametrize("life", LIVES)
 def test_a_job_deleted_in_any_phase_of_played_pods_leaves_its_claim_and_nothing_else(
     space: Space, operator: Operator, life: str
@@ -89,8 +93,7 @@ def test_a_job_deleted_in_any_phase_of_played_pods_leaves_its_claim_and_nothing_
     finalizers = {plural: [item["metadata"].get("finalizers") for item in space.all(plural)] for plural in OURS}
     assert not any(any(each) for each in finalizers.values()), finalizers
     space.delete("finetunejobs", "demo")
-    left = lambda: [name for plural in (*OURS, "pods") for name in space.names(plural) if name not in KEPT]  # noqa: E731
-    wait_for(lambda: not left(), "all of it gone")
+    wait_for(lambda: not left(space), "all of it gone")
     assert len(space.names("persistentvolumeclaims")) == 1
-    assert quiet_for(1, lambda: str(left())), "nothing is made any more"
+    assert quiet_for(1, lambda: str(left(space))), "nothing is made any more"
     assert not re.search(r"\b(WARNING|ERROR)\b", operator.log.read_text())
