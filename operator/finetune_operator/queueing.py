@@ -68,9 +68,7 @@ class Queueing:
     reason: str
     message: str
     reserved: bool = False
-    """Whether quota is set aside for it."""
-    evicted_at: str | None = None
-    """Since when it waits again after Kueue stopped it; tells one eviction from the next."""
+    """Whether quota is set aside for it, and not about to be taken away."""
 
     @property
     def admitted(self) -> bool:
@@ -104,10 +102,9 @@ def parse_waiting(job: str, queue: str, workloads: Sequence[JSON] | None) -> Que
 def _parse_workload(body: Mapping[str, Any], queue: str) -> Queueing:
     """What its conditions say: an eviction that stands first, then why there is no quota, or what else is missing."""
     conditions = {c["type"]: c for c in (body.get("status") or {}).get("conditions") or ()}
-    quota = conditions.get("QuotaReserved") or {}
+    quota, evicted = conditions.get("QuotaReserved") or {}, conditions.get("Evicted") or {}
     reserved = quota.get("status") == "True"
     lacking = (conditions.get("Admitted") or {}) if reserved else quota
-    evicted = conditions.get("Evicted") or {}
     if evicted.get("status") != "True":
         evicted = {}
     told = evicted or lacking
@@ -116,7 +113,7 @@ def _parse_workload(body: Mapping[str, Any], queue: str) -> Queueing:
     said = [_sentence(told.get("message") or "Kueue has not said yet why it waits"), remedy]
     if evicted and not reserved and lacking.get("message") not in (None, "", evicted.get("message")):
         said.append(f"Now: {_sentence(lacking['message'])}")
-    return Queueing(reason, cut(" ".join(said)), reserved, evicted.get("lastTransitionTime"))
+    return Queueing(reason, cut(" ".join(said)), reserved and not evicted)
 
 
 def _sentence(text: str) -> str:

@@ -574,15 +574,11 @@ def _news(job: FineTuneJob, journal: Journal, status: Status) -> tuple[News, ...
     return tuple(news)
 
 
-COME_AGAIN = {Phase.QUEUED: ConditionType.QUOTA_RESERVED, Phase.SUSPENDED: ConditionType.SUSPENDED}
-"""Phases in which an attempt may be more than once, and the condition whose time tells one from the next."""
-
-
 def _since(status: Status) -> str:
-    """What makes the news of such a phase new."""
-    kind = COME_AGAIN.get(Phase(status.phase)) if status.phase else None
-    condition = status.condition(kind) if kind is not None else None
-    return f"-{condition.last_transition_time.replace(':', '')}" if condition is not None else ""
+    """What makes news of a phase in which the attempt was before: when it was last held back or let go on."""
+    held = (status.condition(kind) for kind in (ConditionType.SUSPENDED, ConditionType.QUOTA_RESERVED))
+    last = max((condition.last_transition_time for condition in held if condition is not None), default="")
+    return f"-{last.replace(':', '')}" if last else ""
 
 
 def _run(journal: Journal, attempt: AttemptStatus) -> str:

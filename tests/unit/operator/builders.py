@@ -9,10 +9,11 @@ from typing import Any
 
 from finetune_operator import names
 from finetune_operator.api import JSON, FineTuneJob, Label, format_time
-from finetune_operator.facts import Facts, parse_jobs, parse_pods
+from finetune_operator.facts import TRACKING, Facts, parse_jobs, parse_pods
 from finetune_operator.journal import Journal, alive
 from finetune_operator.manifests import build_stage_job
 from finetune_operator.names import Position
+from finetune_operator.queueing import Queueing
 from finetune_operator.settings import Settings
 from finetune_operator.status import Decision, Remove, Start, Stop, decide
 from finetune_trainer.progress import (
@@ -77,6 +78,7 @@ def pod_body(step: str = "train", attempt: int = 1, uid: str = UID, *, index: in
             "creationTimestamp": format_time(START),
             "labels": {Label.JOB_UID: uid, Label.STAGE: step, Label.ATTEMPT: str(attempt)},
             "annotations": {Label.INDEX: str(index)},
+            "finalizers": [TRACKING],
         },
         "status": {"phase": "Pending", **status},
     }
@@ -198,6 +200,8 @@ class Cluster:
     progress: Progress | None = None
     still_since: datetime | None = None
     warnings: tuple[str, ...] = ()
+    labels: dict[str, str] = field(default_factory=dict)
+    queueing: Queueing | None = None
     lose_status: bool = False
     slow: bool = False
     """Whether pods that are told to leave take their time."""
@@ -207,12 +211,12 @@ class Cluster:
 
     @property
     def job(self) -> FineTuneJob:
-        return a_job(self.spec, copy.deepcopy(self.status))
+        return a_job(self.spec, copy.deepcopy(self.status), labels=self.labels)
 
     @property
     def facts(self) -> Facts:
         jobs, pods = parse_jobs(self.jobs.values(), UID), parse_pods(self.pods.values(), UID)
-        return Facts(self.job, jobs, pods, self.progress, self.still_since, self.warnings)
+        return Facts(self.job, jobs, pods, self.progress, self.still_since, self.warnings, queueing=self.queueing)
 
     def step(self) -> Decision:
         """One pass: decide, act, write."""
