@@ -93,12 +93,15 @@ PARTS = (
     Part("registry", "github.com/distribution/distribution/v3"),
     Part("versitygw", "github.com/versity/versitygw"),
     Part("kwok", "sigs.k8s.io/kwok"),
+    Part("prometheus", "github.com/prometheus/prometheus", tags="remove_all_sd"),
 )
 CONTROL_PLANE_PARTS = ("kubernetes", "etcd")
 SERVER_PARTS = ("registry", "versitygw")
 """No part of the cluster: servers that tests of the trainer's sources start by themselves."""
 FAKE_NODE_PARTS = ("kwok",)
 """No part of the cluster either: nodes without machines, for the operator's benchmark."""
+RULE_CHECKER_PARTS = ("prometheus",)
+"""Nor this: promtool, for the tests of the chart's alerts."""
 
 
 def command(name: str) -> Path:
@@ -114,7 +117,8 @@ def build_all() -> None:
     requirements.require_root()
     requirements.require_kernel()
     packages = requirements.missing_packages()
-    parts = [part for part in PARTS if part.name not in SERVER_PARTS + FAKE_NODE_PARTS and not part.built.exists()]
+    others = SERVER_PARTS + FAKE_NODE_PARTS + RULE_CHECKER_PARTS
+    parts = [part for part in PARTS if part.name not in others and not part.built.exists()]
     base_missing = not base_image.archive().exists()
     progress = Progress("build", bool(packages) + len(parts) + base_missing)
     if packages:
@@ -139,6 +143,11 @@ def build_servers() -> None:
 def build_fake_nodes() -> None:
     """Build only what plays nodes and kubelets; any user may."""
     _build_missing(FAKE_NODE_PARTS)
+
+
+def build_rule_checker() -> None:
+    """Build only promtool; any user may."""
+    _build_missing(RULE_CHECKER_PARTS)
 
 
 def _build_missing(names: tuple[str, ...]) -> None:

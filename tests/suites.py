@@ -43,7 +43,7 @@ SUITES: dict[str, list[Command]] = {
     ],
     "unit": [
         [sys.executable, "-m", "cluster", "build"],
-        [sys.executable, "-c", "from cluster import build; build.build_servers()"],
+        [sys.executable, "-c", "from cluster import build; build.build_servers(); build.build_rule_checker()"],
         pytest("tests/unit", "--durations=5"),
     ],
     "apiserver": [pytest("tests/apiserver", "--durations=5")],
