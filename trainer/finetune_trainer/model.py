@@ -455,7 +455,10 @@ def _check_complete(folder: Path, config: Any) -> None:  # noqa: ANN401 - any of
     except (ValueError, KeyError, RuntimeError) as error:
         msg = f"The weights do not go into the model that {CONFIG} describes: {error}. Copy the model again."
         raise InvalidModel(msg) from error
-    _, found = loaded
+    model, found = loaded
+    if further := _further_blocks(found["unexpected_keys"], config, model):
+        msg = f"The weights have {first_of(further)}, which {CONFIG} does not ask for: nobody would use them. "
+        raise InvalidModel(msg + f"{CONFIG} and weights are of different models: copy both from the same one.")
     if mismatched := sorted(name for name, *_ in found["mismatched_keys"]):
         msg = f"The weights of {mismatched[0]} are not all there, or not of the shape that {CONFIG} asks for. "
         raise InvalidModel(msg + "Copy the model again, all of it.")
@@ -464,6 +467,25 @@ def _check_complete(folder: Path, config: Any) -> None:  # noqa: ANN401 - any of
         raise InvalidModel(msg + "Copy the model again, all of it.")
     if unknown := sorted(name for name in found["unexpected_keys"] if name.rpartition(".")[0] not in packed):
         log.warning("%d weights are left out, which the model does not know: %s", len(unknown), first_of(unknown))
+
+
+def _further_blocks(unknown: Iterable[str], config: Any, model: Any) -> list[str]:  # noqa: ANN401 - transformers' config, model
+    """Blocks, or experts in them, that the weights have and the model does not, beside others of their kind.
+
+    Those that predict further tokens come after the last block in some models, and are left out on purpose.
+    """
+    if getattr(config, "num_nextn_predict_layers", 0):
+        return []
+    modules = {name for name, _ in model.named_modules()}
+    lists = {name.rpartition(".")[0] for name in modules if name.rpartition(".")[2].isdecimal()}
+    full = (start + name for name in unknown for start in ("", f"{model.base_model_prefix}."))
+    blocks = {block for name in full for block in _numbered(name)}
+    return sorted(block for block in blocks - modules if block.rpartition(".")[0] in lists)
+
+
+def _numbered(name: str) -> list[str]:
+    """`model.layers.3` and `model.layers.3.mlp.experts.7` of model.layers.3.mlp.experts.7.up_proj.weight."""
+    return [name[: found.end()] for found in re.finditer(r"\.\d+(?=\.)", name)]
 
 
 def _packed_layers(folder: Path) -> set[str]:

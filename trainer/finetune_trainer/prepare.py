@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer import data, ingest, manifest, pack, resolve, tokens
-from finetune_trainer.config import LossOn, Training
+from finetune_trainer.config import HuggingFaceSource, LossOn, ModelScopeSource, Training
 from finetune_trainer.fetch import fetch_models, reusable, revision
 from finetune_trainer.manifest import Manifest, Result
 from finetune_trainer.model import describe, load_tokenizer
@@ -21,9 +21,10 @@ from finetune_trainer.render import Renderer
 from finetune_trainer.sources import fetch_source, forget
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from finetune_trainer.config import JobConfig
+    from finetune_trainer.config import BaseModelSource, JobConfig
     from finetune_trainer.context import Context
     from finetune_trainer.model import ModelFacts
     from finetune_trainer.progress import DataFacts, Resolved
@@ -63,7 +64,8 @@ def run(config: JobConfig, context: Context) -> Manifest:
         tokenizer.save_pretrained(folder / context.work.tokenizer.name)
         with context.committing():
             data.write_preview(folder, tokenizer, context.work.report / data.PREVIEW_NAME)
-        message = " ".join([_summary(prepared.facts, resolved), *prepared.remarks])
+        remarks = (*_on_another_base(config.model, facts), *prepared.remarks)
+        message = " ".join([_summary(prepared.facts, resolved), *remarks])
         return Result(message=message, resolved=resolved, data=prepared.facts)
 
     made = manifest.publish(target, context.attempt, build)
@@ -80,6 +82,15 @@ def _open_datasets(config: JobConfig, context: Context) -> tuple[ingest.Datasets
         if found.revision is not None:
             revisions.append(f"{name}@{found.revision}")
     return ingest.open_datasets(config, fetched), tuple(revisions)
+
+
+def _on_another_base(source: BaseModelSource, facts: ModelFacts) -> Iterator[str]:
+    """A remark where the adapter to go on from names another model than the repository given. Names are but a hint."""
+    kind, named = source.kind, str((facts.adapter or {}).get("base_model_name_or_path") or "")
+    if not isinstance(kind, HuggingFaceSource | ModelScopeSource) or not named or named.startswith((".", "/")):
+        return
+    if named.rpartition("/")[2].lower() != kind.repo.rpartition("/")[2].lower():  # mirrors have other owners
+        yield f"model.adapter says that it was trained on {named}, the model is {kind.repo}: see that this is meant."
 
 
 def _build_renderer(config: JobConfig, tokenizer: Any) -> Renderer:  # noqa: ANN401 - any of transformers' tokenizers

@@ -101,6 +101,28 @@ def test_an_adapter_to_go_on_from_lies_in_the_models_folder(desk: Desk, adapter:
 
 
 @pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        pytest.param("owner/other", True, id="another model"),
+        pytest.param("mirror/Tiny", False, id="the same of another owner"),
+        pytest.param("../model", False, id="a folder"),
+    ],
+)
+def test_stand_in_hub_an_adapter_that_names_another_base_is_taken_with_a_remark(
+    desk: Desk, hub: StandInHub, adapter: Path, named: str, told: bool
+) -> None:
+    change(adapter / "adapter_config.json", base_model_name_or_path=named)
+    source = {
+        "huggingFace": {"repo": "owner/tiny"},
+        "adapter": {"volume": {"claimName": "models", "path": adapter.name}},
+    }
+    code, word = desk.run("prepare", {**make_config(), "model": source})
+    assert (hub.asked != [], code) == (True, ExitCode.COMPLETED)
+    assert word is not None
+    assert (f"trained on {named}, the model is owner/tiny" in word.message) is told
+
+
+@pytest.mark.parametrize(
     ("spoil", "words"),
     [
         pytest.param({"peft_type": "IA3"}, "of type IA3", id="no LoRA"),

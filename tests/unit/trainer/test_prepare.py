@@ -340,6 +340,8 @@ MODELS: list[tuple[str, Callable[[Path], object], str]] = [
     ("unknown type", edit(CONFIG, model_type="llamma"), "'llamma'.* not understood by transformers"),
     ("no type", edit(CONFIG, model_type=None), "has no model_type"),
     ("another model's config", edit(CONFIG, hidden_size=32), "are of different models"),
+    ("more blocks than its config asks for", edit(CONFIG, num_hidden_layers=1),
+     "weights have model.layers.1, which config.json does not ask for: nobody would use them.*of different models"),
     ("a missing weight", without("model.layers.1.mlp.up_proj.weight"),
      r"has no model.layers.1.mlp.up_proj.weight \(1 of the weights .* missing\).*Copy the model again"),
     ("a missing head", edit(CONFIG, tie_word_embeddings=False), "has no lm_head.weight"),
