@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer import sharding
-from finetune_trainer.distributed import local_rank
+from finetune_trainer.distributed import lead, local_rank
 from finetune_trainer.errors import InvalidConfig, InvalidModel
 from finetune_trainer.model import trusts_code
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
+    from finetune_trainer.context import Context
     from finetune_trainer.progress import Resolved
 
 log = logging.getLogger(__name__)
@@ -277,6 +278,32 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device, **options: Any
         msg = f"The model in {folder} cannot be loaded: {error}. Delete {folder} and run the stage that makes it again."
         raise InvalidModel(msg) from error
     return model.eval()
+
+
+def refuse_broken_weights(folder: Path, progress: Callable[[int, int], None]) -> None:
+    """InvalidModel names the first weight of a model's files that has NaN or infinite values.
+
+    Reads all of them: for when a loss was lost before any step. `progress(bytes done, bytes in all)`.
+    """
+    from safetensors import safe_open  # noqa: PLC0415 - slow
+
+    paths, done = sorted(folder.rglob("*.safetensors")), 0
+    total = sum(path.stat().st_size for path in paths)
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                tensor = file.get_tensor(name)
+                if tensor.is_floating_point() and not tensor.float().isfinite().all():
+                    msg = f"{path.relative_to(folder.parent)}: the weight {name} has values that are NaN or infinite. "
+                    raise InvalidModel(msg + "Get the model's files again, or use another model.")
+                done += tensor.nbytes
+                progress(done, total)
+
+
+def refuse_broken_model(context: Context) -> None:
+    """InvalidModel on all ranks if a weight of the base, or of the adapter to go on from, is no number."""
+    context.report.begin("looking for weights that are no numbers", unit="bytes")
+    lead(lambda: refuse_broken_weights(context.work.model, context.report.bytes_progress))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -22,7 +22,7 @@ from finetune_trainer.context import TRAINING
 from finetune_trainer.course import EVAL_LOSS, Course, Line, best_first, epochs_done, is_due, stops_early
 from finetune_trainer.distributed import leads, rank, total, world_size
 from finetune_trainer.errors import Interrupted, NonFiniteLoss
-from finetune_trainer.loading import peak_memory_bytes
+from finetune_trainer.loading import peak_memory_bytes, refuse_broken_model
 from finetune_trainer.methods import remedy_for_lost_numbers
 from finetune_trainer.progress import Resolved, TrainFacts
 
@@ -198,6 +198,8 @@ class Loop(TrainerCallback):
         value: float = total([math.nan if loss is None else float(loss)])[0] / world_size()
         lost = not math.isfinite(value) or (value == 0.0 and self._trainer.zero_loss_is_failure)
         if lost or not self._gradients_are_finite:
+            if step == 1:
+                refuse_broken_model(self._context)
             what = f"The loss is {value}" if lost else "The gradients are not finite"
             raise NonFiniteLoss(f"{what} at step {step}. {self._remedy}; the checkpoint before it is kept.")
         return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from finetune_trainer.drill import read_drill
 from finetune_trainer.errors import InvalidDataset
 from finetune_trainer.evaluate import perplexity, read_pair_rows, read_token_rows, rounded
 from finetune_trainer.finished import write_finished
-from finetune_trainer.loading import compute_dtype, load_base, set_up_torch, training_device
+from finetune_trainer.loading import compute_dtype, load_base, refuse_broken_model, set_up_torch, training_device
 from finetune_trainer.manifest import Made, Manifest, Result
 from finetune_trainer.model import load_tokenizer
 from finetune_trainer.progress import Measured, Resolved, TrainFacts
@@ -118,6 +119,8 @@ def _measure_before(trainer: Exact, tokenizer: Any, rows: Rows, context: Context
     if rows.held_out:
         context.report.begin("measuring the base model", len(rows.held_out), "rows")
         loss = trainer.measure(rows.held_out, context.polled).loss
+        if not math.isfinite(loss):
+            refuse_broken_model(context)
         log.info("held-out loss before training: %.4f", loss)
     before = Before(loss, _answers("before", trainer, tokenizer, rows, context))
     distributed.lead(lambda: _write_before(path, before, run, context))

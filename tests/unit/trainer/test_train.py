@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from finetune_trainer import samples
@@ -17,6 +19,7 @@ from finetune_trainer.errors import NonFiniteLoss
 from finetune_trainer.evaluate import IGNORED, TokenRow, batches, compare, measure_loss, pad
 from finetune_trainer.loading import keep_weights_on_cpu, load_base, set_up_torch, usable_cores
 from finetune_trainer.order import RowOrder
+from finetune_trainer.progress import ExitCode
 from tests.unit.trainer.runs import CPU, SETTINGS, Run, make_rows, make_table, replace_settings
 
 if TYPE_CHECKING:
@@ -76,6 +79,35 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_moves_a_weight(tiny_mo
     with pytest.raises(NonFiniteLoss, match=r"The loss is nan at step 5. Lower training.learningRate; the checkpoint"):
         trainer.train()
     assert run.checkpoints.newest_good() == tmp_path / "checkpoints" / "step-00000004"
+
+
+@pytest.mark.parametrize("held_out", [10, 0], ids=["measured before", "nothing held out"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_base_with_lost_numbers_is_named_before_a_step_is_taken(
+    desk: Desk, config: dict[str, Any], value: float, held_out: int
+) -> None:
+    path, name = desk.models / "tiny" / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(path)
+    tensors[name][3, 5] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    config |= {"training": {"globalBatchSize": 8, "maxSteps": 3}, "evaluation": {"percent": held_out}}
+    config["method"] = {"type": "LoRA", "baseWeights": {"format": "FP32"}}
+    assert desk.run("prepare", config)[0] == 0
+    code, word = desk.run("train", config)
+    assert code == ExitCode.INVALID_MODEL
+    assert word is not None
+    assert f"model/model.safetensors: the weight {name} has values that are NaN or infinite" in word.message
+    assert not list((desk.work / "checkpoints").glob("step-*"))
+
+
+def test_a_loss_that_is_lost_with_good_weights_is_no_fault_of_the_model(tiny_model: Path, tmp_path: Path) -> None:
+    run = Run(tiny_model, tmp_path)
+    run.attempt = 1
+    shutil.copytree(tiny_model, tmp_path / "model")
+    trainer, _ = run.build()
+    trainer.add_callback(Poison(trainer.model, 0))
+    with pytest.raises(NonFiniteLoss, match="The loss is nan at step 1"):
+        trainer.train()
 
 
 def test_a_loss_of_exactly_zero_is_no_training(tiny_model: Path, tmp_path: Path) -> None:
