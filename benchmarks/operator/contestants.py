@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from benchmarks.operator.calls import OURS, PLAIN
+from benchmarks.operator.ground import NAMESPACE
 from cluster.processes import Component, free_ports, spawn, stop
 
 if TYPE_CHECKING:
@@ -40,7 +41,11 @@ FINETUNE = Contestant(
     title="ours",
     user=OURS,
     arguments=("finetune_operator",),
-    environment={"FINETUNE_TRAINER_IMAGE": "registry.test/trainer:1", "FINETUNE_LOG_FORMAT": "text"},
+    environment={
+        "FINETUNE_TRAINER_IMAGE": "registry.test/trainer:1",
+        "FINETUNE_LOG_FORMAT": "text",
+        "FINETUNE_LEASE": f"{NAMESPACE}/{OURS}",
+    },
 )
 KOPF = Contestant(
     title="plain kopf",
