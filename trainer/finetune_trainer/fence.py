@@ -16,7 +16,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from finetune_trainer.errors import Interrupted, NotFound
+from finetune_trainer.errors import Interrupted, NotFound, translate
 
 if TYPE_CHECKING:
     import threading
@@ -33,14 +33,23 @@ LOOK_EVERY_SECONDS = 0.5
 
 
 def enter(root: Path, attempt: int) -> None:
-    """Make this the live attempt of the work folder. Interrupted if a newer one has started already; NotFound."""
+    """Make this the live attempt of the work folder: the first that is written there.
+
+    Interrupted if a newer one has started already; NotFound, AccessDenied, VolumeFull.
+    """
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        _enter(root, attempt)
     except (FileExistsError, NotADirectoryError):
         msg = (
             f"--work {root} is not a folder, or lies below what is none. Give a folder; it is made if it is not there."
         )
         raise NotFound(msg) from None
+    except OSError as error:
+        raise translate(error) or error from None
+
+
+def _enter(root: Path, attempt: int) -> None:
+    root.mkdir(parents=True, exist_ok=True)
     with _lock(root):
         refuse_if_fenced(root, attempt)
         aside = root / f"{LIVE_NAME}.{attempt}"

@@ -113,6 +113,18 @@ def test_a_work_folder_that_is_a_file_is_told(
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("work", ["/sys", "/sys/finetune"], ids=["that is there", "that is to be made"])
+def test_a_work_folder_that_nobody_may_write_to_is_told_in_a_sentence(
+    tmp_path: Path, config: dict[str, Any], work: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(config))
+    assert command.main(["prepare", "--config", str(path), "--work", work]) == ExitCode.ACCESS_DENIED
+    told = capsys.readouterr().err
+    assert f"No permission for {work}" in told
+    assert "Traceback" not in told
+
+
 def test_later_stages_say_what_is_missing(desk: Desk, config: dict[str, Any]) -> None:
     code, word = desk.run("train", config)
     assert code == ExitCode.NOT_FOUND
