@@ -161,10 +161,13 @@ def decisive(gang: Gang) -> Failure | None:
     What is seen of a pod that leaves may soon be gone with it. What a pod ends for because of another one is not
     believed before all have ended.
     """
-    if gang.size == 1:
-        return None
-    found = _strongest(replace(gang, pods=tuple(pod for pod in gang.pods if pod.ended or pod.gone_by is not None)))
+    found = parting(gang) if gang.size > 1 else None
     return None if found is None or found.reason in LATE_REASONS else found
+
+
+def parting(gang: Gang) -> Failure | None:
+    """The strongest evidence of those that have ended or leave. It is there to be seen only as long as they are."""
+    return _strongest(replace(gang, pods=tuple(pod for pod in gang.pods if pod.ended or pod.gone_by is not None)))
 
 
 def _strongest(gang: Gang) -> Failure | None:

@@ -27,7 +27,7 @@ from finetune_operator.api import (
     parse_time,
 )
 from finetune_operator.facts import Facts, Gang, StageJob, StagePod, after
-from finetune_operator.failures import Failure, classify, decisive, ending_with
+from finetune_operator.failures import Failure, classify, decisive, ending_with, parting
 from finetune_operator.figures import artifact_status, data_status, final_training, resolved_status
 from finetune_operator.healing import describe, relieve
 from finetune_operator.limits import Scene, exceeded
@@ -217,8 +217,22 @@ def _look(journal: Journal, facts: Facts, step: Step, settings: Settings, now: d
         return journal
     found = verdict(gang, job, now) or exceeded(scene(journal, facts, step, now), settings)
     if found is None:
-        return journal
-    return close(journal, facts.job, step, _in_vain(found, facts.job), _ended_at(gang, job, now))
+        return _note(journal, parting(gang))
+    found = _in_vain(_noted(journal, found), facts.job)
+    return close(journal, facts.job, step, found, _ended_at(gang, job, now))
+
+
+def _note(journal: Journal, seen: Failure | None) -> Journal:
+    """Keep why a pod leaves with its attempt: by the next look it may be gone, and its word with it."""
+    return journal if seen is None else journal.with_live(reason=str(seen.reason), message=seen.message)
+
+
+def _noted(journal: Journal, found: Failure) -> Failure:
+    """Of a pod that vanished, what was seen of it before."""
+    live = journal.attempts[-1]
+    if found.reason != Reason.POD_LOST or live.reason is None:
+        return found
+    return Failure(live.reason, live.message or found.message, TABLE[live.reason].retry)
 
 
 def on_hold(facts: Facts, job: StageJob | None) -> bool:

@@ -191,6 +191,25 @@ def test_it_is_too_late_to_cancel_what_is_complete() -> None:
     assert cluster.job.status.phase == "Succeeded"
 
 
+# --- a pod that is taken away ----------------------------------------------------------------------------------------
+
+
+def test_why_a_pod_was_taken_away_is_told_even_if_it_is_gone_at_the_next_look() -> None:
+    cluster = training()
+    pod = cluster.pods["demo-train-1"]
+    pod["status"]["conditions"] = [condition("DisruptionTarget", "EvictionByEvictionAPI", "Eviction API: evicting")]
+    pod["metadata"]["deletionTimestamp"] = format_time(cluster.now)
+    cluster.step()
+    assert cluster.created[-1] == "demo-train-1", "it saves its checkpoint first"
+    del cluster.pods["demo-train-1"]
+    cluster.fail_job()
+    cluster.settle()
+    told = next(attempt for attempt in cluster.job.status.attempts or () if attempt.stage == "train")
+    assert (told.reason, told.retry) == ("Evicted", "Free")
+    assert "evicted" in (told.message or "")
+    assert cluster.created[-1] == "demo-train-2"
+
+
 FULL = condition("PodScheduled", "Unschedulable", "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.", "False")
 
 # --- time ------------------------------------------------------------------------------------------------------------
