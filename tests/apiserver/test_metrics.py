@@ -14,7 +14,7 @@ from finetune_trainer.progress import Progress, Stage
 from tests.apiserver import players
 from tests.apiserver.api import Space, wait_for
 from tests.apiserver.cases import spec
-from tests.apiserver.conftest import Operator
+from tests.apiserver.conftest import ACCOUNT, Operator
 
 FIGURES = (
     "finetune_training_step",
@@ -95,7 +95,7 @@ def test_the_figures_move_with_a_played_job_and_are_right_after_a_restart(
     assert scrape.value("controller_runtime_reconcile_total", result="error") == 0
     passes = scrape.value("controller_runtime_reconcile_total")
     assert passes <= scrape.value("workqueue_queue_duration_seconds_count")
-    assert passes == scrape.value("controller_runtime_reconcile_time_seconds_count") > 5
+    assert passes == scrape.value("controller_runtime_reconcile_time_seconds_count") > 0
 
     players.end(space, "demo-train-1", 1, "Traceback: boom")
     players.next_job(space, "demo", "train", 2)
@@ -116,6 +116,16 @@ def test_the_figures_move_with_a_played_job_and_are_right_after_a_restart(
     space.delete("finetunejobs", "demo")
     scrape_when(operator, lambda s: s.phases() == {}, "a deleted job gone")
     check_lines(operator, f"{space.namespace}/demo")
+
+
+def test_of_two_operators_that_is_the_leader_which_works(new_operator: Callable[..., Operator]) -> None:
+    first = new_operator(FINETUNE_LEASE=f"default/{ACCOUNT}")
+    scrape_when(first, lambda s: s.value("finetune_operator_leader") == 1, "a leader")
+    second = new_operator(FINETUNE_LEASE=f"default/{ACCOUNT}")
+    wait_for(lambda: second.get("/readyz") == 200, "the standby ready")
+    assert Scrape(second).value("finetune_operator_leader") == 0
+    assert first.stop() == 0
+    scrape_when(second, lambda s: s.value("finetune_operator_leader") == 1, "the standby in the place of the leader")
 
 
 def check_lines(operator: Operator, key: str) -> None:

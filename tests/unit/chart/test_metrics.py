@@ -15,6 +15,7 @@ import yaml
 
 from cluster import build
 from finetune_operator.metrics import PER_JOB, Metrics
+from finetune_operator.queue import Key
 
 from .conftest import CHART, ROOT, Helm, HelmError, Manifest
 from .test_templates import one, pod_of
@@ -102,6 +103,15 @@ def exported() -> dict[str, set[str]]:
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)
     return found | {name: {"namespace", "name"} for name in PER_JOB}
+
+
+def test_promtool_finds_nothing_amiss_in_what_a_scrape_gets(promtool: str) -> None:
+    metrics = Metrics()
+    metrics.called("GET", "Job", "200")
+    metrics.jobs.see(Key("ns", "demo"), {"status": {"phase": "Training", "retries": 1}})
+    text, _ = metrics.render("")
+    done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, b"")
 
 
 def queries(helm: Helm) -> Iterator[str]:

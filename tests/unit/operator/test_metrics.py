@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from finetune_operator.api import JSON, AttemptStatus, Condition, Phase, Status
+from finetune_operator.kube import Kube, KubeError, StaleError
 from finetune_operator.metrics import Metrics, Result
+from finetune_operator.progress import ProgressReader
 from finetune_operator.queue import Key, Queue
 from finetune_operator.reasons import Reason
-from tests.unit.operator.builders import job_body
+from finetune_operator.reconcile import World, write_status
+from tests.unit.operator.builders import SETTINGS, START, a_job, job_body
 
 DEMO = Key("default", "demo")
 NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC).timestamp()
@@ -195,6 +199,33 @@ def test_an_end_and_a_new_begin_in_one_write_count_too(metrics: Metrics) -> None
 def test_what_is_not_run_again_is_no_restart(metrics: Metrics, before: Status, after: Status) -> None:
     metrics.wrote(before, after)
     assert restarts(metrics) == {}
+
+
+@dataclass
+class Writes:
+    """A stand-in for the API server's answer to a write of the status."""
+
+    answer: KubeError | None = None
+
+    async def apply_status(self, *_: Any) -> None:
+        if self.answer is not None:
+            raise self.answer
+
+
+async def test_a_restart_counts_when_a_stand_in_took_the_status_and_only_then(metrics: Metrics) -> None:
+    before, after = status(failed(reason="NodeLost")), status(failed(reason="NodeLost"), attempt(number=2))
+    found, taken = a_job(status=before.to_dict()), a_job(status=after.to_dict())
+
+    def world(answer: KubeError | None) -> World:
+        return World(cast("Kube", Writes(answer)), ProgressReader(30), SETTINGS, metrics, lambda: START)
+
+    for refusal in (StaleError(409, "it has changed"), KubeError(503, "busy")):
+        with pytest.raises(KubeError):
+            await write_status(found, after, world(refusal))
+    assert restarts(metrics) == {}, "a write that was lost"
+    await write_status(found, after, world(None))
+    await write_status(taken, after, world(None))
+    assert restarts(metrics) == {"NodeLost": 1}, "a pass more, that has nothing to write"
 
 
 @pytest.mark.parametrize("reason", [Reason.NODE_LOST, Reason.STALLED_TRAINING, "OutOfMemory"])

@@ -1,0 +1,69 @@
+"""A look at all jobs there are. A stand-in gives the pages: the API server cannot be made to lose a watch."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+
+from finetune_operator.api import JSON
+from finetune_operator.kube import Kube, KubeError
+from finetune_operator.metrics import Jobs
+from finetune_operator.queue import Key
+from finetune_operator.watch import Resync
+from tests.unit.operator.builders import job_body
+
+FINISHED = {"phase": "Failed", "conditions": [{"type": "Finished", "status": "True"}]}
+
+
+@dataclass
+class StandIn:
+    """Gives these pages, or breaks off after them."""
+
+    pages_there: list[list[JSON]]
+    breaks: bool = False
+    jobs: Jobs = field(default_factory=lambda: Jobs(clock=lambda: 0.0))
+
+    async def pages(self, *_: Any) -> AsyncIterator[JSON]:
+        for items in self.pages_there:
+            yield {"items": items}
+        if self.breaks:
+            raise KubeError(503, "busy")
+
+    async def look(self, on_key: Callable[[Key], None] = lambda _: None) -> None:
+        await Resync(cast("Kube", self), None, 1, on_key, self.jobs, beat=lambda: None)._look()
+
+
+def key(name: str) -> Key:
+    return Key("default", name)
+
+
+async def test_a_resync_of_a_stand_in_queues_what_has_not_ended() -> None:
+    there = StandIn([[job_body(name="a")], [job_body(name="b", status=FINISHED), job_body(name="c")]])
+    queued: list[Key] = []
+    await there.look(queued.append)
+    assert queued == [key("a"), key("c")]
+
+
+async def test_a_job_whose_deletion_no_watch_told_of_is_counted_until_the_next_list_of_a_stand_in() -> None:
+    there = StandIn([[job_body(name="a")], [job_body(name="b", status=FINISHED)]])
+    for name in ("a", "b", "gone"):
+        there.jobs.see(key(name), job_body(name=name))
+    await there.look()
+    assert there.jobs.known() == {key("a"), key("b")}
+
+
+async def test_a_job_first_seen_while_a_stand_in_lists_is_not_forgotten() -> None:
+    there = StandIn([[job_body(name="a")]])
+    await there.look(lambda _: there.jobs.see(key("new"), job_body(name="new")))
+    assert there.jobs.known() == {key("new")}
+
+
+async def test_a_list_of_a_stand_in_that_breaks_off_forgets_nothing() -> None:
+    there = StandIn([[job_body(name="a")]], breaks=True)
+    there.jobs.see(key("b"), job_body(name="b"))
+    with pytest.raises(KubeError):
+        await there.look()
+    assert there.jobs.known() == {key("b")}
