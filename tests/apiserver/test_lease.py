@@ -203,6 +203,7 @@ def test_a_leader_that_was_paused_beyond_its_lease_writes_nothing_more_and_stand
     space.submit("demo", SPEC)
     play(space, "prepare")
     train = players.next_job(space, "demo", "train", 1)
+    wait_for(lambda: calm_since(paused), "all calls answered")
     paused.operator.running.send_signal(signal.SIGSTOP)
     try:
         before = list(paused.proxy.writes)

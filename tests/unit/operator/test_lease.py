@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, NoReturn, cast
 
 import pytest
+from kubernetes.aio.client.configuration import Configuration
 
 from finetune_operator.api import JSON
 from finetune_operator.kube import ExistsError, Kube, NotFoundError, StaleError
@@ -425,6 +426,25 @@ def test_a_write_after_the_lease_has_run_out_ends_the_work_before_it_is_sent() -
             first.elector.check()
 
     in_its_own_time(story)
+
+
+async def test_a_client_that_asks_before_each_write_sends_nothing_that_is_refused() -> None:
+    def refuse() -> NoReturn:
+        raise LostError
+
+    kube = Kube(Configuration(host="http://127.0.0.1:1"), 5, lambda *_: None)  # where nobody listens
+    guarded = kube.guarded(refuse)
+    body = {"kind": "Job", "metadata": {"namespace": "ns", "name": "x"}}
+    for write in (guarded.create(body), guarded.replace(body), guarded.delete("Job", "ns", "x", "uid")):
+        with pytest.raises(LostError):
+            await write
+    with pytest.raises(LostError):
+        await guarded.apply_status("ns", "x", "uid", "1", {})
+    with pytest.raises(OSError, match="Cannot connect"):
+        await guarded.read("Job", "ns", "x")
+    with pytest.raises(OSError, match="Cannot connect"):
+        await kube.create(body)
+    await kube.close()
 
 
 @pytest.mark.parametrize("seed", range(12))
