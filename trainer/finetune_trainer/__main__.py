@@ -26,7 +26,7 @@ from finetune_trainer.farewell import say, shortened, write_last_word
 from finetune_trainer.overrides import CHECKPOINTING_OPTION, MICRO_BATCH_OPTION, Overrides
 from finetune_trainer.parsing import load_config
 from finetune_trainer.progress import ExitCode, LastWord, Reason, Stage, exit_code
-from finetune_trainer.report import Report, reporting
+from finetune_trainer.report import Report, beating_with_bars, reporting
 from finetune_trainer.work import WorkFolder
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ def _work(config: JobConfig, context: Context, target: Target) -> Manifest:
     """Verify what the stage reads, then run it."""
     distributed.lead(lambda: _verify_inputs(context, target))
     module = importlib.import_module(f"finetune_trainer.{target.stage.value}")
-    with context.naming_rank():
+    with context.naming_rank(), beating_with_bars(context.report):
         made = module.run(config, context)
     if not isinstance(made, manifest.Manifest):
         msg = f"finetune_trainer.{target.stage.value}.run returned no manifest"

@@ -48,6 +48,8 @@ class Checkpoints:
     """What the run is to make: checkpoints of any other run are refused."""
     attempt: int
     keep: int
+    progress: Callable[[int, int], None] | None = None
+    """Of reading and hashing: bytes done, bytes in all."""
 
     @property
     def folder(self) -> Path:
@@ -84,7 +86,7 @@ class Checkpoints:
         partial.mkdir()
 
     def _finish(self, partial: Path, target: Target, result: manifest.Result, best_first: Sequence[int]) -> None:
-        manifest.seal(partial, target, result)
+        manifest.seal(partial, target, result, self.progress)
         with self._committing():
             partial.rename(target.folder)
             manifest.sync(self.folder)
@@ -113,7 +115,7 @@ class Checkpoints:
 
     def _is_good(self, path: Path) -> bool:
         try:
-            found = manifest.verify(path)
+            found = manifest.verify(path, self.progress)
         except TrainerError as error:
             self._set_aside(path, error)
             return False

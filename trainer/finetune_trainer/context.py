@@ -78,7 +78,12 @@ class Context:
 
     def publish(self, build: Callable[[Path], Result]) -> Manifest:
         """Put the stage's artifact in its place, complete or not at all. Rank 0 builds it; all know its manifest."""
-        return distributed.lead(lambda: manifest.publish(self.goal, self.attempt, build, self.report.bytes_progress))
+
+        def watched(folder: Path) -> Result:
+            with self.report.growing(folder):
+                return build(folder)
+
+        return distributed.lead(lambda: manifest.publish(self.goal, self.attempt, watched, self.report.bytes_progress))
 
     @property
     def asked_to_leave(self) -> bool:

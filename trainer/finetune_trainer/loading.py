@@ -60,8 +60,16 @@ def set_up_torch() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a cost, and nothing here reads such memory
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_tqdm_hook(_hidden_bar)
     for noisy in NOISY:
         logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def _hidden_bar(_: object, args: tuple[Any, ...], settings: dict[str, Any]) -> Any:  # noqa: ANN401 - a tqdm
+    """A bar that is not drawn; transformers (5.23) has a stand-in for it that `report.beating_with_bars` cannot see."""
+    from tqdm import tqdm  # noqa: PLC0415 - lazy
+
+    return tqdm(*args, **{**settings, "disable": True})
 
 
 def import_peft() -> Any:  # noqa: ANN401 - a module

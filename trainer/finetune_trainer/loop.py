@@ -139,6 +139,7 @@ class Loop(TrainerCallback):
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:  # noqa: ANN401 - Trainer's signature
         """Leave within a step as well: a micro-batch is the longest that anybody waits."""
+        self._context.report.beat()
         self._leave_if_asked()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:  # noqa: ANN401 - Trainer's signature
@@ -255,7 +256,7 @@ class Loop(TrainerCallback):
         if not self._lacks_measurement:
             return
         self._context.report.update(activity="measuring the held-out loss")
-        found = self._trainer.measure(self._held_out, lambda *_: self._leave_if_asked())
+        found = self._trainer.measure(self._held_out, self._poll)
         if not math.isfinite(found.loss):
             raise NonFiniteLoss(f"The held-out loss is {found.loss} at step {self._step}. {self._remedy}.")
         figures = {f"eval_{name}": value for name, value in asdict(found).items() if value is not None}
@@ -275,7 +276,8 @@ class Loop(TrainerCallback):
         """A checkpoint as of the end of the last step, also in the middle of the next one."""
 
         def write(folder: Path) -> None:
-            states.write_state(self._trainer, folder, self._random)
+            with self._context.report.growing(folder):
+                states.write_state(self._trainer, folder, self._random)
             if leads():
                 self._course.write(folder)
 
@@ -283,6 +285,11 @@ class Loop(TrainerCallback):
         self._checkpoints.save(self._step, write, self.facts(), ranking)
         self._saved = self._step
         self._context.report.update(checkpoint_step=self._step, checkpoint_time=datetime.now(UTC))
+
+    def _poll(self, *_: int) -> None:
+        """Between two batches of a measurement: its rows are not counted, `done` are steps."""
+        self._context.report.beat()
+        self._leave_if_asked()
 
     def _leave_if_asked(self) -> None:
         if not self._context.asked_to_leave:

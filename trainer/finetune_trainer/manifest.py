@@ -276,15 +276,17 @@ def seal(folder: Path, target: Target, result: Result, progress: Callable[[int, 
         result=result,
     )
     (folder / MANIFEST_NAME).write_bytes(manifest.to_bytes())
-    make_durable(folder)
+    make_durable(folder, _shifted(progress, total, total))
     return manifest
 
 
-def make_durable(folder: Path) -> None:
+def make_durable(folder: Path, progress: Callable[[int], None] | None = None) -> None:
     """Modes that other users can read (safetensors writes 0600), and every file and folder on the disk."""
     for path in files_in(folder):
         path.chmod(0o644)
         sync(path)
+        if progress is not None:
+            progress(0)
     for path in [*sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True), folder]:
         path.chmod(0o755)
         sync(path)

@@ -68,7 +68,7 @@ def run(config: JobConfig, context: Context) -> Manifest:
         message = " ".join([_summary(prepared.facts, resolved), *remarks])
         return Result(message=message, resolved=resolved, data=prepared.facts)
 
-    made = manifest.publish(target, context.attempt, build)
+    made = manifest.publish(target, context.attempt, build, context.report.bytes_progress)
     forget(context)
     return made
 

@@ -104,6 +104,11 @@ class Progress(Model):
     done: int = 0
     total: int = 0
     unit: str = Field(default="steps", description="steps, rows, layers, answers or bytes.")
+    pulse: int = Field(
+        default=0,
+        description="Grows with every piece of work of whatever kind: a tensor read, a micro-batch, a chunk hashed. As "
+        "long as it stands still, nothing is done.",
+    )
     epoch: float | None = None
     loss: float | None = Field(default=None, description="Mean training loss since the last log line, nats a token.")
     eval_loss: float | None = Field(default=None, description="Held-out loss, nats a token.")

@@ -18,7 +18,7 @@ import os
 import random
 import shutil
 import tempfile
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,12 +126,25 @@ def write_quantized(
         layers = int(model.model.config.get_text_config().num_hidden_layers)
         context.report.begin(f"quantizing to {settings.bits} bits on {len(calibration)} rows", layers, "layers")
         model.layer_callback = LayerCallback(context)
-        model.quantize(calibration, batch_size=1, backend=_packer(gptqmodel, settings))
+        with _beating_with_modules(context):
+            model.quantize(calibration, batch_size=1, backend=_packer(gptqmodel, settings))
         context.raise_if_stopping()
         model.save(str(folder))
         del model
         gc.collect()
     clean(folder)
+
+
+@contextmanager
+def _beating_with_modules(context: Context) -> Iterator[None]:
+    """Beat with each forward pass of a module: on a CPU a layer takes many minutes, and nothing else tells of them."""
+    from torch.nn.modules.module import register_module_forward_pre_hook  # noqa: PLC0415 - slow
+
+    hook = register_module_forward_pre_hook(context.report.beat)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def build_settings(gptqmodel: Any, settings: ResolvedQuantize, device: torch.device, aside: str) -> Any:  # noqa: ANN401 - a module of gptqmodel and its config

@@ -10,7 +10,7 @@ import logging
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from finetune_trainer.progress import Progress, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
     from prometheus_client.core import GaugeMetricFamily
     from tqdm import tqdm
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 LINE_EVERY_SECONDS = 30.0
 ETA_AFTER_SECONDS = 2.0
+GROWTH_EVERY_SECONDS = 5.0
 
 
 class Report:
@@ -36,6 +38,7 @@ class Report:
         """`bar`: draw on the terminal; by default where stderr is one."""
         self._lock = threading.RLock()
         self._progress = Progress(stage=stage, attempt=attempt, activity="starting")
+        self._pulse = 0
         self._began = self._last_line = time.monotonic()
         self._bar: tqdm[Any] | None = None
         self._draws = sys.stderr.isatty() if bar is None else bar
@@ -44,7 +47,7 @@ class Report:
     def current(self) -> Progress:
         """The Progress of this moment."""
         with self._lock:
-            return self._progress
+            return self._progress.model_copy(update={"pulse": self._pulse})
 
     def begin(self, activity: str, total: int = 0, unit: str = "steps") -> None:
         """Start on something else: counts from zero, `total` 0 if unknown. What was measured stays."""
@@ -68,6 +71,31 @@ class Report:
         with self._lock:
             self.update(done=self._progress.done + count)
 
+    def beat(self, *_: object) -> None:
+        """Something was done that no figure tells of. Takes any arguments, to be a callback of many kinds."""
+        with self._lock:
+            self._pulse += 1
+
+    @contextmanager
+    def growing(self, folder: Path) -> Iterator[None]:
+        """Beat whenever the files of a folder have grown: for libraries that write for minutes without a word."""
+        stop = threading.Event()
+
+        def look() -> None:
+            size = 0
+            while not stop.wait(GROWTH_EVERY_SECONDS):
+                before, size = size, _bytes_in(folder)
+                if size != before:
+                    self.beat()
+
+        watcher = threading.Thread(target=look, name="growth", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            watcher.join()
+
     def bytes_progress(self, done: int, total: int) -> None:
         """Take the progress of hashing or copying: a callback for `manifest.verify` and `manifest.publish`."""
         self.update(done=done, total=total, unit="bytes")
@@ -87,6 +115,7 @@ class Report:
             self._close_bar()
 
     def _change(self, **changes: Any) -> None:  # noqa: ANN401 - fields of Progress
+        self._pulse += 1
         self._progress = Progress.model_validate({**self._progress.model_dump(), **changes})
 
     def _eta(self) -> float | None:
@@ -121,6 +150,37 @@ class Report:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _bytes_in(folder: Path) -> int:
+    """Of all files below a folder, some of which may vanish meanwhile."""
+    found = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            found += path.stat().st_size
+    return found
+
+
+@contextmanager
+def beating_with_bars(report: Report) -> Iterator[None]:
+    """Beat with every step of what libraries would draw a bar for: tensors they load, layers they merge.
+
+    Their bars are switched off, and iterated over all the same.
+    """
+    from tqdm import tqdm  # noqa: PLC0415 - lazy
+
+    iterate = tqdm.__iter__
+
+    def counted(bar: Any) -> Iterator[Any]:  # noqa: ANN401 - a tqdm
+        for each in iterate(bar):
+            report.beat()
+            yield each
+
+    tqdm.__iter__ = counted
+    try:
+        yield
+    finally:
+        tqdm.__iter__ = iterate
 
 
 def describe(progress: Progress, elapsed_seconds: float) -> str:

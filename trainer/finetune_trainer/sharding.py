@@ -18,7 +18,7 @@ from finetune_trainer.errors import InvalidModel
 from finetune_trainer.model import trusts_code
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import torch
@@ -130,8 +130,8 @@ def reshard(model: Any) -> None:  # noqa: ANN401 - a torch module
             module.reshard()
 
 
-def gather(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ANN401 - a torch module
-    """The whole weights in host memory, in `dtype`: on rank 0; the others help, and hold none."""
+def gather(model: Any, dtype: torch.dtype, beat: Callable[[], None]) -> dict[str, torch.Tensor]:  # noqa: ANN401 - a torch module
+    """The whole weights in host memory, in `dtype`: on rank 0; the others help, and hold none. `beat()` with each."""
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow
 
     reshard(model)
@@ -144,4 +144,5 @@ def gather(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: 
             seen[id(value)] = whole.detach().to("cpu", wanted) if leads() else whole.new_empty(0)
         if leads():
             found[name] = seen[id(value)]
+        beat()
     return found

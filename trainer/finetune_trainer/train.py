@@ -96,7 +96,7 @@ def run(config: JobConfig, context: Context) -> Manifest:
 
 
 def _checkpoints(context: Context, resolved: Resolved) -> Checkpoints:
-    return Checkpoints(context.work.root, context.goal, context.attempt, resolved.checkpoint_keep)
+    return Checkpoints(context.work.root, context.goal, context.attempt, resolved.checkpoint_keep, context.report.beat)
 
 
 def _read_rows(context: Context) -> Rows:
@@ -201,7 +201,7 @@ def _publish(trainer: Exact, tokenizer: Any, result: Result, context: Context) -
     """What was trained: an adapter in PEFT's format, or a model that can be served; complete or absent."""
     from finetune_trainer.adapters import save_adapter  # noqa: PLC0415 - brings peft, slow
 
-    weights = _gathered(trainer, context.resolved)
+    weights = _gathered(trainer, context)
 
     def build(folder: Path) -> Result:
         context.report.begin("saving what was trained", unit="bytes")
@@ -216,11 +216,14 @@ def _publish(trainer: Exact, tokenizer: Any, result: Result, context: Context) -
     return distributed.lead(lambda: context.publish(build))
 
 
-def _gathered(trainer: Exact, resolved: Resolved) -> dict[str, torch.Tensor] | None:
+def _gathered(trainer: Exact, context: Context) -> dict[str, torch.Tensor] | None:
     """Weights that were trained sharded, whole on rank 0; None where they are whole anyway, as adapters are."""
     import torch  # noqa: PLC0415 - slow
 
-    return gather(trainer.model, torch.bfloat16) if is_to_shard(resolved) and resolved.lora is None else None
+    if not is_to_shard(context.resolved) or context.resolved.lora is not None:
+        return None
+    context.report.begin("gathering what was trained")
+    return gather(trainer.model, torch.bfloat16, context.report.beat)
 
 
 def _forget_machine(folder: Path) -> None:

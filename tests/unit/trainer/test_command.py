@@ -220,6 +220,53 @@ def test_a_log_gets_a_line_each_half_minute(caplog: pytest.LogCaptureFixture, mo
     ]
 
 
+LONG = {
+    "prepare": ("copying", "proving model/"),
+    "train": (
+        "verifying model/",
+        "loading the base model",
+        "measuring the base model",
+        "writing answers before",
+        "training",
+        "saving what was trained",
+    ),
+    "merge": ("loading the weights", "merging the adapter", "loading the merged model", "comparing with the adapter"),
+}
+"""What takes long with a large model."""
+
+
+def test_whatever_takes_long_with_a_large_model_is_seen_to_move(
+    desk: Desk, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config["training"] = {"globalBatchSize": 8, "maxSteps": 2}
+    begin, seen = Report.begin, list[tuple[str, Report, int]]()
+
+    def noted(report: Report, activity: str, *rest: Any, **named: Any) -> None:
+        begin(report, activity, *rest, **named)
+        seen.append((activity, report, report.current.pulse))
+
+    monkeypatch.setattr(Report, "begin", noted)
+    for stage, activities in LONG.items():
+        seen.clear()
+        assert desk.run(stage, config)[0] == 0
+        begin(seen[-1][1], "ended")
+        ends = [*(pulse for _, _, pulse in seen[1:]), seen[-1][1].current.pulse]
+        beats = {activity: end - pulse - 1 for (activity, _, pulse), end in zip(seen, ends, strict=True)}
+        for activity in activities:
+            moved = [count for name, count in beats.items() if name.startswith(activity)]
+            assert moved and min(moved) > 1, (stage, activity, beats)  # noqa: PT018 - one thing
+
+
+def test_a_folder_that_grows_is_seen_to_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune_trainer.report.GROWTH_EVERY_SECONDS", 0.01)
+    report, moved = Report(Stage.TRAIN, 1, bar=False), threading.Event()
+    monkeypatch.setattr(report, "beat", moved.set)
+    with report.growing(tmp_path):
+        (tmp_path / "part").mkdir()
+        (tmp_path / "part" / "weights").write_bytes(b"some")
+        assert moved.wait(60)
+
+
 def test_a_new_activity_keeps_what_was_measured() -> None:
     report = Report(Stage.TRAIN, 1, bar=False)
     report.update(done=5, total=5, loss=2.0)

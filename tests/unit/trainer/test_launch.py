@@ -9,6 +9,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from finetune_trainer.launch import Node, Rank, _last_word, word_path
-from finetune_trainer.progress import ExitCode, LastWord, Reason, Stage
+from finetune_trainer.progress import ExitCode, LastWord, Progress, Reason, Stage
 from tests.tiny import make_config
 from tests.unit.trainer.conftest import Desk
 from tests.unit.trainer.gang import ROOT, free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 NODES = 2
 FULL: dict[str, Any] = {"method": {"type": "Full"}, "parallelism": {"numNodes": NODES, "gpusPerNode": 0}}
@@ -64,10 +67,10 @@ class Nodes:
     port: int
     started: list[Started]
 
-    def start(self, index: int, **environment: str) -> Started:
+    def start(self, index: int, *arguments: str, **environment: str) -> Started:
         word = self.desk.root / f"word-{index}"
         folders = ["--work", str(self.desk.work), "--sources", str(self.desk.sources)]
-        options = ["--config", str(self.desk.root / "job.json"), *folders, "--termination-log", str(word)]
+        options = ["--config", str(self.desk.root / "job.json"), *folders, "--termination-log", str(word), *arguments]
         own = {"FINETUNE_RENDEZVOUS": f"localhost:{self.port}", "JOB_COMPLETION_INDEX": str(index)}
         paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'trainer'}", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         process = subprocess.Popen(
@@ -150,6 +153,39 @@ def test_one_node_asked_to_leave_takes_all_along_with_a_checkpoint(nodes: Nodes)
         code, word = node.end()
         assert (code, word.reason) == (ExitCode.INTERRUPTED, Reason.INTERRUPTED)
     assert list((nodes.desk.work / "checkpoints").glob("step-*"))
+
+
+def test_where_a_peer_hangs_progress_is_told_and_stands_still(nodes: Nodes) -> None:
+    prepare(nodes.desk, **QLORA, training={**TRAINING, "maxSteps": 10_000, "warmupSteps": 1})
+    port = free_port()
+    first, second = nodes.start(0, "--progress-port", str(port)), nodes.start(1)
+    first.wait_for("step 2/")
+    hanging = second.rank
+    os.kill(hanging, signal.SIGSTOP)
+    try:
+        wait_until(lambda: still_for(port, 20))
+        stopped = read_progress(port)
+        assert stopped.activity == "training"
+    finally:
+        os.kill(hanging, signal.SIGCONT)
+    wait_until(lambda: read_progress(port).pulse > stopped.pulse)
+
+
+def read_progress(port: int) -> Progress:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/progress", timeout=10) as answer:
+        return Progress.model_validate_json(answer.read())
+
+
+def still_for(port: int, looks: int) -> bool:
+    """Whether so many looks in a row, a step of this training apart, tell the same."""
+    told = read_progress(port)
+    return all(not threading.Event().wait(0.2) and read_progress(port) == told for _ in range(looks))
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not is_so():
+        assert time.monotonic() < deadline
 
 
 @pytest.mark.parametrize(
