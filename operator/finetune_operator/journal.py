@@ -27,7 +27,7 @@ from finetune_operator.api import (
     parse_time,
 )
 from finetune_operator.facts import Facts, Gang, StageJob, StagePod, after
-from finetune_operator.failures import Failure, classify, decisive, ending_with, parting
+from finetune_operator.failures import Failure, classify, decisive, ending_with, failure, parting
 from finetune_operator.figures import artifact_status, data_status, final_training, resolved_status
 from finetune_operator.healing import describe, relieve
 from finetune_operator.limits import Scene, exceeded
@@ -215,11 +215,22 @@ def _look(journal: Journal, facts: Facts, step: Step, settings: Settings, now: d
         return prove(journal, facts.job, step, word, _ended_at(gang, job, now))
     if on_hold(facts, job):
         return journal
-    found = verdict(gang, job, now) or exceeded(scene(journal, facts, step, now), settings)
+    found = verdict(gang, job, now) or _unreplaced(facts, gang, job, now)
+    found = found or exceeded(scene(journal, facts, step, now), settings)
     if found is None:
         return _note(journal, parting(gang))
     found = _in_vain(_noted(journal, found), facts.job)
     return close(journal, facts.job, step, found, _ended_at(gang, job, now))
+
+
+def _unreplaced(facts: Facts, gang: Gang, job: StageJob | None, now: datetime) -> Failure | None:
+    """A pod that a queue sent away, and that never left, keeps its Job from making another: its node is lost."""
+    if job is None or job.suspended or job.ended:
+        return None
+    made = {pod.index for pod in gang.pods}
+    sent_away = (pod for pod in facts.pods if pod.dismissed and pod.position == job.position and pod.belongs_to(job))
+    stuck = next((pod for pod in sent_away if not (pod.ended or alive(pod, now) or pod.index in made)), None)
+    return failure(Reason.NODE_LOST, f"Pod {stuck.name} was told to leave and never did") if stuck else None
 
 
 def _note(journal: Journal, seen: Failure | None) -> Journal:

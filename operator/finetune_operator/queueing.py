@@ -77,9 +77,7 @@ class Queueing:
 
 
 def build_queue_labels(job: FineTuneJob) -> dict[str, str]:
-    """Kueue's labels for a stage's Job: those of the FineTuneJob, none without a queue."""
-    if not job.labels.get(QUEUE_LABEL):
-        return {}
+    """Kueue's labels for a stage's Job: those of the FineTuneJob."""
     return {name: job.labels[name] for name in (QUEUE_LABEL, PRIORITY_LABEL) if job.labels.get(name)}
 
 

@@ -9,7 +9,7 @@ from finetune_operator.api import JSON, OVERRIDES_ANNOTATION, FineTuneJob, Label
 from finetune_operator.manifests.meta import build_labels, build_metadata
 from finetune_operator.manifests.volumes import TMP, build_volumes
 from finetune_operator.names import Step
-from finetune_operator.queueing import build_queue_labels
+from finetune_operator.queueing import QUEUE_LABEL, build_queue_labels
 from finetune_operator.settings import Settings
 from finetune_trainer.config import REMOTE_CODE_VARIABLE, RENDEZVOUS_PORT, RENDEZVOUS_VARIABLE
 from finetune_trainer.progress import PROGRESS_PORT, Stage
@@ -24,8 +24,7 @@ def build_stage_job(
 ) -> JSON:
     """The Job of this attempt. Never retried by Kubernetes: the operator owns retries, each under a new number."""
     labels = {Label.STAGE: step.key, Label.ATTEMPT: str(attempt)}
-    queue = build_queue_labels(job)
-    metadata = build_metadata(job, names.stage_job(job, step, attempt), labels | queue)
+    metadata = build_metadata(job, names.stage_job(job, step, attempt), labels | build_queue_labels(job))
     pod = build_pod_spec(job, step, attempt, settings)
     if overrides is not None:
         metadata["annotations"] = {OVERRIDES_ANNOTATION: overrides.to_json()}
@@ -35,7 +34,9 @@ def build_stage_job(
         "kind": "Job",
         "metadata": metadata,
         "spec": {
-            **({"suspend": True} if queue else {}),  # else a pod could start before Kueue has seen the Job
+            **(
+                {"suspend": True} if QUEUE_LABEL in metadata["labels"] else {}
+            ),  # else a pod could start before Kueue has seen the Job
             "backoffLimit": 0,
             "parallelism": step.pods,
             "completions": step.pods,

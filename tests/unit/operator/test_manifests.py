@@ -103,7 +103,7 @@ def test_every_stage_of_a_queued_job_asks_for_the_queue_and_is_made_suspended(ke
 def test_a_job_without_a_queue_is_left_to_kubernetes(labels: dict[str, str]) -> None:
     job = build_stage_job(a_job(labels=labels), step("train"), 1, SETTINGS)
     assert "suspend" not in job["spec"]
-    assert not any("kueue" in name for name in job["metadata"]["labels"])
+    assert QUEUE_LABEL not in job["metadata"]["labels"], "whether there is one by default is for Kueue to say"
 
 
 @pytest.mark.parametrize("key", ["prepare", "train", "merge", "quantize-0"])

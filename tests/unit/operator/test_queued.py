@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 
 import pytest
 
 from finetune_operator import names
 from finetune_operator.api import Condition, ConditionType, format_time
 from finetune_operator.facts import parse_pods
+from finetune_operator.journal import SLACK_SECONDS
 from finetune_operator.queueing import QUEUE_LABEL, Queueing, admitted
 from finetune_trainer.progress import Reason
 from tests.unit.operator.builders import (
@@ -158,6 +160,21 @@ def test_pods_of_before_are_not_taken_for_those_of_a_job_that_was_admitted_again
     decision = cluster.settle()
     assert (decision.actions, decision.status.retries, cluster.live) == ((), 0, "demo-prepare-1")
     assert decision.status.reason == "Starting"
+
+
+def test_a_pod_that_never_leaves_does_not_hold_up_a_job_that_was_admitted_again() -> None:
+    cluster = queued()
+    let_run(cluster)
+    (name,) = cluster.live_pods
+    gone_by = format_time(cluster.now + timedelta(seconds=120))
+    cluster.pods[name]["metadata"] |= {"finalizers": [], "deletionTimestamp": gone_by}
+    decision = cluster.settle()
+    assert (decision.status.reason, decision.actions) == ("Starting", ()), "Kubernetes waits for it too"
+    cluster.later(120 + SLACK_SECONDS)
+    cluster.settle()
+    status = cluster.job.status
+    assert (cluster.live, status.retries, status.attempt_count) == ("demo-prepare-2", 0, 2)
+    assert [attempt.reason for attempt in status.attempts or ()] == ["NodeLost", None]
 
 
 @pytest.mark.parametrize(
