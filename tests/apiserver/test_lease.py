@@ -74,7 +74,7 @@ class Replica:
         return [{"method": one.call.method, "plural": one.call.plural, "name": one.call.name} for one in done]
 
 
-NewReplica = Callable[[], Replica]
+NewReplica = Callable[..., Replica]
 
 
 @pytest.fixture
@@ -85,13 +85,13 @@ def new_replica(api: Api, operator_kubeconfig: Path, space: Space, tmp_path: Pat
     with contextlib.ExitStack() as stack:
         started: list[Replica] = []
 
-        def start() -> Replica:
+        def start(lease: str = LEASE) -> Replica:
             number = len(started)
             record = Record()
             proxy = stack.enter_context(Proxy(operator_kubeconfig))
             proxy.rule = record
             kubeconfig = proxy.write_kubeconfig(tmp_path / f"kubeconfig-{number}")
-            settings = {"FINETUNE_LEASE": LEASE}
+            settings = {"FINETUNE_LEASE": lease}
             operator = Operator(kubeconfig, space.namespace, tmp_path / f"operator-{number}.log", settings)
             operator.start()
             started.append(Replica(operator, proxy, record))
@@ -102,9 +102,8 @@ def new_replica(api: Api, operator_kubeconfig: Path, space: Space, tmp_path: Pat
         assert [operator.stop() for operator in alive] == [0] * len(alive)
         for replica in started:
             check_log(replica.operator)
-        lease = api.get(LEASE_PATH)
-        assert lease is not None
-        assert not alive or "holderIdentity" not in lease["spec"]
+        left = api.get(LEASE_PATH)
+        assert left is None or "holderIdentity" not in left["spec"]
 
 
 Pair = tuple[Replica, Replica]
@@ -247,3 +246,17 @@ def test_an_api_server_away_for_longer_than_the_deadline_finds_one_leader_and_no
     assert [replica for replica in pair if replica.leads()] == led
     assert [replica.operator.running.poll() for replica in pair] == [None, None]
     assert made(*pair) == children(space)
+
+
+def test_two_operators_that_do_not_know_of_each_other_make_no_child_twice(
+    new_replica: NewReplica, space: Space
+) -> None:
+    """As after a mistake: two releases that serve one namespace."""
+    both = new_replica(lease=""), new_replica(lease="")
+    for replica in both:
+        wait_for(replica.ready, "the operator watching")
+    space.submit("demo", SPEC)
+    play(space, *LINE)
+    space.wait_status("demo", phase="Succeeded")
+    assert made(*both) == children(space)
+    assert all(replica.record.work() for replica in both)
