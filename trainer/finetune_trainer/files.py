@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 import ijson
 
 from finetune_trainer.errors import InvalidDataset
-from finetune_trainer.wording import first_of
+from finetune_trainer.wording import first_line, first_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -362,11 +362,6 @@ def _read_parquet(path: Path, dataset: str) -> Iterator[tuple[Place, Record, int
             raise
         place = Place(dataset, path.name, number + 1, "row")
         place.refuse(f"not a whole parquet file ({first_line(error)})", remedy, error)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def kind_of(value: object) -> str:

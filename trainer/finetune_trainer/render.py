@@ -31,7 +31,7 @@ import numpy as np
 
 from finetune_trainer.config import LossOn
 from finetune_trainer.errors import InvalidDataset
-from finetune_trainer.files import Place, first_line
+from finetune_trainer.files import Place
 from finetune_trainer.rows import (
     ChatRow,
     InstructionRow,
@@ -44,6 +44,7 @@ from finetune_trainer.rows import (
     TextRow,
 )
 from finetune_trainer.templates import RENDER_ERRORS, RowTemplate, bounded
+from finetune_trainer.wording import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

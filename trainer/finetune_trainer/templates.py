@@ -21,8 +21,7 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, Undefine
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from finetune_trainer.errors import InvalidConfig
-from finetune_trainer.files import first_line
-from finetune_trainer.wording import first_of
+from finetune_trainer.wording import first_line, first_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

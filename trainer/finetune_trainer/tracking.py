@@ -18,7 +18,7 @@ import time
 import uuid
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune_trainer import fence, manifest
 from finetune_trainer.config import (
@@ -33,6 +33,7 @@ from finetune_trainer.config import (
 from finetune_trainer.course import EVAL_LOSS, Line
 from finetune_trainer.distributed import leads
 from finetune_trainer.errors import Interrupted
+from finetune_trainer.wording import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +62,9 @@ CLOSE_SECONDS = 60.0
 LEAVE_SECONDS = 5.0
 """How long one that was asked to leave does: its checkpoint is saved, its grace period is short."""
 REQUEST_SECONDS = 15
+"""For a server to answer."""
+START_SECONDS = 120
+"""For W&B's own process, on a machine that may be busy with loading a model."""
 WANDB_TELLS_NOTHING_ELSE = {
     "console": "off",
     "silent": True,
@@ -135,8 +139,8 @@ class Follower:
     def _tell(self, error: Exception) -> None:
         self._tracker = None
         if not self._told:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            log.warning("%s does not follow: %s. The training goes on; it is tried again.", self._name, reason)
+            told = "%s does not follow: %s. The training goes on; it is tried again."
+            log.warning(told, self._name, first_line(error))
         self._told = True
 
 
@@ -294,34 +298,37 @@ class WandbRun:
 
     def _online(self, key: str) -> Any:  # noqa: ANN401 - a wandb run
         try:
-            return self._init(mode="online", resume="allow", api_key=key)
-        except self._client.Error as error:
-            self._client.teardown()
-            reason, folder = str(error).splitlines()[0], self._context.work.report / WANDB_FOLDER
+            return self._init({"api_key": key, "init_timeout": REQUEST_SECONDS}, mode="online", resume="allow")
+        except (self._client.Error, TimeoutError) as error:
+            reason, folder = first_line(error), self._context.work.report / WANDB_FOLDER
             log.warning("W&B does not answer (%s): the run is in %s, for `wandb sync`", reason, folder)
             return self._offline()
 
     def _offline(self) -> Any:  # noqa: ANN401 - a wandb run
         shutil.rmtree(self._context.work.report / WANDB_FOLDER, ignore_errors=True)  # all of it is told again
-        return self._init(mode="offline", resume=None, api_key=None)
+        return self._init({"init_timeout": START_SECONDS}, mode="offline")
 
-    def _init(self, mode: Literal["online", "offline"], resume: Literal["allow"] | None, api_key: str | None) -> Any:  # noqa: ANN401 - a wandb run
+    def _init(self, settings: dict[str, Any], **how: Any) -> Any:  # noqa: ANN401 - wandb's own arguments, its run
+        """Begin the run. If that fails, W&B's process knows the run and would not begin it again: it is ended too."""
         own_server = {"base_url": self._wandb.base_url} if self._wandb.base_url else {}
         report = self._context.work.report
         report.mkdir(parents=True, exist_ok=True)
-        return self._client.init(
-            project=self._wandb.project,
-            entity=self._wandb.entity,
-            id=run_id(self._context),
-            name=self._context.work.root.name,
-            config=self._settings,
-            dir=report,
-            mode=mode,
-            resume=resume,
-            settings=self._client.Settings(
-                api_key=api_key, init_timeout=REQUEST_SECONDS, **own_server, **WANDB_TELLS_NOTHING_ELSE
-            ),
-        )
+        try:
+            return self._client.init(
+                project=self._wandb.project,
+                entity=self._wandb.entity,
+                id=run_id(self._context),
+                name=self._context.work.root.name,
+                config=self._settings,
+                dir=report,
+                settings=self._client.Settings(
+                    x_service_wait=START_SECONDS, **settings, **own_server, **WANDB_TELLS_NOTHING_ELSE
+                ),
+                **how,
+            )
+        except BaseException:
+            self._client.teardown()
+            raise
 
     def add(self, lines: Sequence[Line]) -> None:
         """Tell what the server does not have; of one step all at once."""

@@ -1,4 +1,4 @@
-"""Lists of names within sentences: short ones whole, of long ones the begin."""
+"""What is put into sentences: lists of names, short ones whole, of long ones the begin; what an error says."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ def first_of(names: Iterable[str], at_most: int = NAMES_SHOWN) -> str:
 def what_is_there(names: Collection[str]) -> str:
     """`has a, b, c` in alphabetical order, or `it is empty`."""
     return f"has {first_of(sorted(names))}" if names else "it is empty"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from finetune_trainer.work import WorkFolder
 from tests.unit.trainer.runs import SETTINGS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from finetune_trainer.course import Line
 
@@ -262,6 +263,34 @@ def test_wandb_whose_server_does_not_answer_leaves_the_run_on_the_volume(
     assert [step for step, _ in history] == [1, 2]
     assert "W&B does not answer" in caplog.text
     assert "0" * 40 not in caplog.text
+
+
+def test_wandb_whose_process_answered_too_late_begins_anew(
+    context: Context, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wandb.sdk import wandb_init  # noqa: PLC0415 - slow
+
+    waits = [vars(wandb_init)["wait_with_progress"]]
+
+    def give_up(*_: object, **__: object) -> None:
+        monkeypatch.setattr(wandb_init, "wait_with_progress", waits.pop())
+        raise TimeoutError
+
+    monkeypatch.setattr(wandb_init, "wait_with_progress", give_up)
+    with following(Tracking(wandb=Wandb(project="bots")), context, {}) as followers:
+        followers.add(lines(1))
+        wait_for(lambda: "W&B does not follow: TimeoutError" in caplog.text)
+        followers.add(lines(2))
+    history, _, _ = shown_by_wandb(context.work.report / "wandb")
+    assert [step for step, _ in history] == [1, 2]
+    assert "lacks" not in caplog.text
+
+
+def wait_for(seen: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not seen():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.02)
 
 
 class closed_port:  # noqa: N801 - a context manager
