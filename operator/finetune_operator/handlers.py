@@ -185,15 +185,16 @@ async def _pass(queue: Queue, world: World, key: Key) -> tuple[Result, float | N
     except StaleError:
         return Result.REQUEUE, 0.05  # somebody else wrote: look again
     except ERRORS as error:
-        return Result.ERROR, _later(queue, key, f"The API server did not do as asked: {error or type(error)}", None)
+        return Result.ERROR, _later(queue, world, key, f"The API server did not do as asked: {error or type(error)}")
     except Exception as error:  # noqa: BLE001 - a bug in one job's pass must not stop the others
-        return Result.ERROR, _later(queue, key, "The pass failed", error)
+        return Result.ERROR, _later(queue, world, key, "The pass failed", error)
     queue.forget(key)
     return (Result.SUCCESS if requeue is None else Result.REQUEUE_AFTER), requeue
 
 
-def _later(queue: Queue, key: Key, what: str, error: Exception | None) -> float:
+def _later(queue: Queue, world: World, key: Key, what: str, error: Exception | None = None) -> float:
     pause = queue.backoff(key)
+    world.metrics.put_off()
     log.warning("%s; trying again in %.1f s", what, pause, exc_info=error)
     return pause
 

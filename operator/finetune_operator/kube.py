@@ -90,10 +90,12 @@ def url_of(kind: str, namespace: str | None, name: str | None = None, subresourc
     return "/".join([f"{root}{middle}/{plural}", *(part for part in (name, subresource) if part)])
 
 
+PATTERNS = {kind: re.compile(rf"{root}(/namespaces/[^/]+)?/{plural}(/.+)?") for kind, (root, plural) in PATHS.items()}
+
+
 def kind_of(url: str) -> str:
     """The kind that a path of `url_of` is about."""
-    patterns = ((kind, rf"{root}(/namespaces/[^/]+)?/{plural}(/.+)?") for kind, (root, plural) in PATHS.items())
-    return next(kind for kind, pattern in patterns if re.fullmatch(pattern, url))
+    return next(kind for kind, pattern in PATTERNS.items() if pattern.fullmatch(url))
 
 
 Called = Callable[[str, str, str], None]

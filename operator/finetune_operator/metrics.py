@@ -148,11 +148,11 @@ class Metrics:
 
 
 def restarted(before: Status, after: Status) -> str | None:
-    """What ended the attempt that a new one of the same stage follows, if there is a new one."""
+    """What ended the attempt that a new one follows, if there is a new one and it had to be."""
     *_, last, live = (None, None, *(after.attempts or ()))
     if last is None or live is None or _same(before, live) is not None:
         return None
-    return (last.reason or Reason.UNKNOWN) if last.stage == live.stage and last.retry is not None else None
+    return (last.reason or Reason.UNKNOWN) if last.retry is not None else None
 
 
 def begun(before: Status, after: Status) -> tuple[str, float] | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -10,7 +12,9 @@ from typing import Any, cast
 import pytest
 
 from finetune_operator.api import JSON, AttemptStatus, Condition, Phase, Status
+from finetune_operator.handlers import work
 from finetune_operator.kube import Kube, KubeError, StaleError
+from finetune_operator.logs import JsonFormatter
 from finetune_operator.metrics import Metrics, Result
 from finetune_operator.progress import ProgressReader
 from finetune_operator.queue import Key, Queue
@@ -281,6 +285,36 @@ def test_passes_are_counted_by_result_and_failed_ones_as_errors(metrics: Metrics
     assert found == {"success": 1, "requeue": 0, "requeue_after": 1, "error": 1}
     assert value(metrics, "controller_runtime_reconcile_errors_total", controller="finetunejob") == 1
     assert value(metrics, "controller_runtime_reconcile_time_seconds_sum", controller="finetunejob") == 2.06
+
+
+async def test_a_pass_that_a_stand_in_fails_counts_as_error_and_retry_and_its_line_names_the_job(
+    metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.handler.setFormatter(JsonFormatter())
+    world = World(cast("Kube", Refuses()), ProgressReader(30), SETTINGS, metrics, lambda: START)
+    queue, beats, done = Queue(), itertools.count(1), asyncio.Event()
+
+    def beat() -> None:
+        if next(beats) > 1:  # the first comes before the first pass
+            done.set()
+
+    queue.add(DEMO)
+    task = asyncio.create_task(work(queue, world, beat))
+    async with asyncio.timeout(10):
+        await done.wait()
+    task.cancel()
+    assert value(metrics, "workqueue_retries_total", name="finetunejob") == 1
+    assert value(metrics, "controller_runtime_reconcile_total", controller="finetunejob", result="error") == 1
+    (line,) = (json.loads(each) for each in caplog.text.splitlines())
+    assert (line["finetunejob"], line["level"]) == ("default/demo", "WARNING")
+    assert "503: busy; trying again in" in line["message"]
+
+
+class Refuses:
+    """A stand-in for an API server that has no time."""
+
+    async def read(self, *_: Any) -> JSON:
+        raise KubeError(503, "busy")
 
 
 async def test_the_depth_of_the_queue_is_what_waits_and_a_wait_ends_with_a_worker(metrics: Metrics) -> None:
