@@ -127,7 +127,8 @@ def _waits_for_room(scene: Scene) -> bool:
 def _waited(scene: Scene) -> Failure | None:
     if not _reached(_wait_end(scene), scene.now):
         return None
-    found = obstacle(scene.gang, scene.facts.warnings)
+    held = scene.facts.queueing if scene.job is not None and scene.job.suspended else None
+    found = held or obstacle(scene.gang, scene.facts.warnings)
     why = f": {found.message}" if found is not None else ""
     limit = scene.spec.start_deadline_seconds
     what = f"Stage {scene.step.title} did not start within runPolicy.startDeadlineSeconds of {limit} s{why}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from finetune_trainer.progress import ExitCode, Reason
 from tests.apiserver import players
 from tests.apiserver.api import JSON, Space, wait_for
 from tests.apiserver.cases import SHARED, spec
-from tests.apiserver.conftest import quiet_for
+from tests.apiserver.conftest import Operator, quiet_for
 from tests.apiserver.kueue import STOPPING, KueueStandIn, workload_api
 from tests.apiserver.webhook import broken_webhook
 from tests.unit.operator.builders import word
@@ -267,6 +267,30 @@ def test_every_time_that_a_job_gives_way_is_told(space: Space) -> None:
     players.run(space, job)
     assert no_failure(space.wait_status("low", phase="Training", reason="Running"))
     assert len([told for told in news_of(space, "low") if "Preempted to accommodate" in told]) == 2
+
+
+@pytest.mark.usefixtures("kueue")
+def test_an_operator_that_is_killed_at_every_turn_makes_each_queued_job_once(
+    new_operator: Callable[..., Operator], space: Space
+) -> None:
+    operator = new_operator()
+    job = to_training(space, "low", LOW)
+    players.run(space, job)
+    before = space.read("jobs", job)["metadata"]["uid"]
+    operator.restart()
+    space.wait_status("low", phase="Training", reason="Running")
+    operator.kill()
+    plain_job(space, "high", 4, HIGH)
+    players.run(space, "high")
+    operator.start()
+    space.wait_status("low", phase="Queued", reason="Preempted")
+    operator.kill()
+    players.end(space, "high")
+    players.run(space, job)
+    operator.start()
+    assert no_failure(space.wait_status("low", phase="Training", reason="Running"))
+    assert space.read("jobs", job)["metadata"]["uid"] == before
+    assert space.names("jobs") == ["high", "low-prepare-1", "low-train-1"]
 
 
 @pytest.mark.usefixtures("operator", "kueue")

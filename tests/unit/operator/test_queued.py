@@ -212,3 +212,4 @@ def test_a_job_that_waited_long_enough_for_its_users_patience_ends() -> None:
     cluster.later(61)
     cluster.settle()
     assert (cluster.job.status.phase, cluster.job.status.reason) == ("Failed", "DeadlineExceeded")
+    assert SHORT.message in (cluster.job.status.message or "")
