@@ -61,7 +61,13 @@ class Running:
         self.contestant = contestant
         port = free_ports(1)[0]
         kubeconfig = str(ground.kubeconfig_of(contestant.user))
-        environment = {**contestant.environment, "KUBECONFIG": kubeconfig, "FINETUNE_HEALTH_PORT": str(port)}
+        environment = {
+            **contestant.environment,
+            "KUBECONFIG": kubeconfig,
+            "FINETUNE_HEALTH_PORT": str(port),
+            "PYTHONDONTWRITEBYTECODE": "",  # compiled once, as in an image
+            "PYTHONPYCACHEPREFIX": str(ground.directory / "bytecode"),
+        }
         command = (sys.executable, "-c", AS_IN_ITS_IMAGE, *contestant.arguments)
         log = ground.layout.log(f"{contestant.user}-{replica}")
         self._component = Component(contestant.user, command, log, environment=environment)

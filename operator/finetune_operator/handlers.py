@@ -9,7 +9,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NoReturn
@@ -26,14 +26,13 @@ from finetune_operator.progress import ProgressReader
 from finetune_operator.queue import Key, Queue
 from finetune_operator.reconcile import World, reconcile
 from finetune_operator.settings import Settings
-from finetune_operator.watch import ERRORS, WATCH_SECONDS, ChildWatch, Resync, key_of_job
+from finetune_operator.watch import ERRORS, WATCH_SECONDS, ChildWatch, Ended, Resync, key_of_job
 
 PASS_LIMIT_SECONDS = 180
 """A pass is many calls, each with its own limit; one that takes longer hangs."""
 
 WORKER_WAIT_SECONDS = 30
 
-OnKey = Callable[[Key], None]
 OnEvent = Callable[..., Coroutine[Any, Any, None]]
 Loop = Coroutine[Any, Any, None]
 
@@ -74,49 +73,70 @@ async def _work_elected(world: World, health: Health, stop: asyncio.Event, start
             await _work(replace(world, kube=world.kube.guarded(elector.check)), health, stop)
 
 
+@dataclass(frozen=True)
+class Ears:
+    """Where what happens is heard, and what is put down of it."""
+
+    queue: Queue
+    ended: Ended
+    watches: tuple[ChildWatch, ...]
+
+    @classmethod
+    def of(cls, world: World, health: Health) -> Ears:
+        """The watches of Jobs and pods, and a queue that they fill."""
+        queue, ended = Queue(waited=world.metrics.waited), Ended()
+        world.metrics.queue(lambda: len(queue))
+        watches = (
+            ChildWatch(world.kube, kind, namespace_of(world), queue.add, ended, _beat_of_watch(kind, health))
+            for kind in ("Job", "Pod")
+        )
+        return cls(queue, ended, tuple(watches))
+
+
+def namespace_of(world: World) -> str | None:
+    """The one namespace that is served; None: all."""
+    return world.settings.watch_namespace or None
+
+
+def _beat_of_watch(kind: str, health: Health) -> Callable[[], None]:
+    return health.expect(f"watch of {kind}s", WATCH_SECONDS * 2)
+
+
 async def _work(world: World, health: Health, stop: asyncio.Event) -> None:
     """kopf, the watches of children, resync, workers."""
     health.begin()
     world.metrics.leads(leads=True)
     try:
-        await wait_for_resource(world.kube, world.settings, health, stop)
+        ears = Ears.of(world, health)
+        await begin_to_hear(ears, world, health, stop)
         if not stop.is_set():
-            await _run_loops(world, health, stop)
+            await _run_loops(ears, world, health, stop)
     finally:
         world.metrics.leads(leads=False)
 
 
-async def _run_loops(world: World, health: Health, stop: asyncio.Event) -> None:
+async def _run_loops(ears: Ears, world: World, health: Health, stop: asyncio.Event) -> None:
     """Until kopf ends, on `stop` or on a signal (it takes the signals over). A loop that breaks ends all."""
-    queue = Queue(waited=world.metrics.waited)
-    world.metrics.queue(lambda: len(queue))
-    namespace = world.settings.watch_namespace or None
     watching = asyncio.Event()
     async with asyncio.TaskGroup() as group:
         loops = [
-            *_watches(world.kube, namespace, queue.add, health),
-            _resync(world, namespace, queue.add, health),
-            *_workers(queue, world, health),
+            *(watch.run() for watch in ears.watches),
+            _resync(ears, world, health),
+            *_workers(ears.queue, world, health),
         ]
         tasks = [group.create_task(loop) for loop in loops]
         ready = group.create_task(_tell_ready(watching, health))
-        await run_kopf(partial(_on_event, queue.add, world.metrics.jobs), world.settings, stop, watching)
+        await run_kopf(partial(_on_event, ears, world.metrics.jobs), world.settings, stop, watching)
         log.info("Stopping")
         health.begin()
         for task in (*tasks, ready):
             task.cancel()
 
 
-def _watches(kube: Kube, namespace: str | None, on_key: OnKey, health: Health) -> Iterator[Loop]:
-    for kind in ("Job", "Pod"):
-        beat = health.expect(f"watch of {kind}s", WATCH_SECONDS * 2)
-        yield ChildWatch(kube, kind, namespace, on_key, beat).run()
-
-
-def _resync(world: World, namespace: str | None, on_key: OnKey, health: Health) -> Loop:
+def _resync(ears: Ears, world: World, health: Health) -> Loop:
     seconds = world.settings.resync_seconds
     beat = health.expect("resync", seconds * 3)
-    return Resync(world.kube, namespace, seconds, on_key, world.metrics.jobs, beat).run()
+    return Resync(world.kube, namespace_of(world), seconds, ears.queue.add, world.metrics.jobs, ears.ended, beat).run()
 
 
 def _workers(queue: Queue, world: World, health: Health) -> Iterator[Loop]:
@@ -132,13 +152,19 @@ async def _tell_ready(watching: asyncio.Event, health: Health) -> None:
     log.info("Watching FineTuneJobs")
 
 
-async def wait_for_resource(kube: Kube, settings: Settings, health: Health, stop: asyncio.Event) -> None:
-    """Until the API server knows FineTuneJobs: kopf would look for them once, and then watch nothing."""
+async def begin_to_hear(ears: Ears, world: World, health: Health, stop: asyncio.Event) -> None:
+    """Until the API server knows FineTuneJobs, for which kopf would look once, and then watch nothing.
+
+    The children's watches begin here: with kopf's list of all FineTuneJobs, which comes after, nothing is missed, and
+    there is no need to read every child there is.
+    """
     beat = health.expect("start", 120)
     for pause in EndlessBackoffs():
         beat()
         try:
-            await kube.list_page(KIND, settings.watch_namespace or None, limit=1)
+            await world.kube.list_page(KIND, namespace_of(world), limit=1)
+            for watch in ears.watches:
+                await watch.begin()
         except ERRORS as error:
             log.warning("FineTuneJobs cannot be listed yet, trying again in %.0f s: %s", pause, error or type(error))
         else:
@@ -248,11 +274,14 @@ def _login(**kwargs: Any) -> kopf.ConnectionInfo | None:  # noqa: ANN401
     return kopf.login_with_kubeconfig(**kwargs)
 
 
-async def _on_event(on_key: OnKey, jobs: Jobs, event: kopf.RawEvent, **_: Any) -> None:  # noqa: ANN401
-    """Any change of a FineTuneJob."""
+async def _on_event(ears: Ears, jobs: Jobs, event: kopf.RawEvent, **_: Any) -> None:  # noqa: ANN401
+    """Any change of a FineTuneJob; one that has ended is only counted."""
     key = key_of_job(event["object"])
-    on_key(key)
     if event["type"] == "DELETED":
         jobs.forget([key])
-    else:
-        jobs.see(key, event["object"])
+        ears.ended.forget([key])
+        ears.queue.add(key)
+        return
+    jobs.see(key, event["object"])
+    if not ears.ended.see(event["object"]):
+        ears.queue.add(key)

@@ -34,6 +34,11 @@ PAGE = 500
 CONNECT_SECONDS = 10
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
+WHOLE = "application/json"
+METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
+METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+"""What an answer has of each object; the metadata alone are a fraction of it."""
+
 CONTENT_TYPES = {"PATCH": "application/apply-patch+yaml"}
 """The only patch there is here is a server-side apply."""
 
@@ -142,15 +147,17 @@ class Kube:
         """One object, as it is now."""
         return await self._request("GET", url_of(kind, namespace, name))
 
-    async def list_page(self, kind: str, namespace: str | None, **query: str | int) -> JSON:
+    async def list_page(self, kind: str, namespace: str | None, *, accept: str = WHOLE, **query: str | int) -> JSON:
         """One page of a list: items, and metadata with resourceVersion and continue."""
-        return await self._request("GET", url_of(kind, namespace), query={"limit": PAGE, **query})
+        return await self._request("GET", url_of(kind, namespace), query={"limit": PAGE, **query}, accept=accept)
 
-    async def pages(self, kind: str, namespace: str | None, **query: str | int) -> AsyncIterator[JSON]:
+    async def pages(
+        self, kind: str, namespace: str | None, *, accept: str = WHOLE, **query: str | int
+    ) -> AsyncIterator[JSON]:
         """A list, page by page."""
         more = ""
         while True:
-            page = await self.list_page(kind, namespace, **query, **({"continue": more} if more else {}))
+            page = await self.list_page(kind, namespace, accept=accept, **query, **({"continue": more} if more else {}))
             yield page
             more = page["metadata"].get("continue", "")
             if not more:
@@ -184,13 +191,15 @@ class Kube:
         found: list[JSON] = page.get("items") or []
         return found
 
-    async def watch(self, kind: str, namespace: str | None, **query: str | int) -> AsyncIterator[JSON]:
+    async def watch(
+        self, kind: str, namespace: str | None, *, accept: str = WHOLE, **query: str | int
+    ) -> AsyncIterator[JSON]:
         """Events of a watch until the server ends it; a wrong resource version raises `GoneError`."""
         url = url_of(kind, namespace)
         seconds = int(query["timeoutSeconds"])
         limit = aiohttp.ClientTimeout(total=seconds + 30, sock_connect=CONNECT_SECONDS)
         response = await self._send(
-            "GET", url, query={"watch": "true", "allowWatchBookmarks": "true", **query}, limit=limit
+            "GET", url, query={"watch": "true", "allowWatchBookmarks": "true", **query}, limit=limit, accept=accept
         )
         async with response:
             if response.status != 200:  # noqa: PLR2004 - OK
@@ -246,8 +255,9 @@ class Kube:
         *,
         query: dict[str, Any] | None = None,
         body: JSON | None = None,
+        accept: str = WHOLE,
     ) -> JSON:
-        response = await self._send(method, url, query=query, body=body, limit=self._timeout)
+        response = await self._send(method, url, query=query, body=body, limit=self._timeout, accept=accept)
         async with response:
             content = await response.read()
         if response.status >= 400:  # noqa: PLR2004 - refused
@@ -255,7 +265,7 @@ class Kube:
         parsed: JSON = json.loads(content) if content else {}
         return parsed
 
-    async def _send(
+    async def _send(  # noqa: PLR0913 - the parts of a request
         self,
         method: str,
         url: str,
@@ -263,12 +273,13 @@ class Kube:
         limit: aiohttp.ClientTimeout,
         query: dict[str, Any] | None = None,
         body: JSON | None = None,
+        accept: str = WHOLE,
     ) -> aiohttp.ClientResponse:
         _, full, headers, content, _ = await self._api.param_serialize(
             method,
             url,
             query_params=list((query or {}).items()),
-            header_params={"Accept": "application/json", "Content-Type": CONTENT_TYPES.get(method, "application/json")},
+            header_params={"Accept": accept, "Content-Type": CONTENT_TYPES.get(method, "application/json")},
             body=body,
             auth_settings=["BearerToken"],
         )

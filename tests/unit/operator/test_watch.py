@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import pytest
 
-from finetune_operator.api import JSON
+from finetune_operator.api import JSON, Label
 from finetune_operator.kube import Kube, KubeError
 from finetune_operator.metrics import Jobs
 from finetune_operator.queue import Key
-from finetune_operator.watch import Resync
-from tests.unit.operator.builders import job_body
+from finetune_operator.watch import ChildWatch, Ended, Resync
+from tests.unit.operator.builders import SPEC, UID, job_body, pod_body
 
 FINISHED = {"phase": "Failed", "conditions": [{"type": "Finished", "status": "True"}]}
 
@@ -25,6 +25,7 @@ class StandIn:
     pages_there: list[list[JSON]]
     breaks: bool = False
     jobs: Jobs = field(default_factory=lambda: Jobs(clock=lambda: 0.0))
+    ended: Ended = field(default_factory=Ended)
 
     async def pages(self, *_: Any) -> AsyncIterator[JSON]:
         for items in self.pages_there:
@@ -33,7 +34,7 @@ class StandIn:
             raise KubeError(503, "busy")
 
     async def look(self, on_key: Callable[[Key], None] = lambda _: None) -> None:
-        await Resync(cast("Kube", self), None, 1, on_key, self.jobs, beat=lambda: None)._look()
+        await Resync(cast("Kube", self), None, 1, on_key, self.jobs, self.ended, beat=lambda: None)._look()
 
 
 def key(name: str) -> Key:
@@ -67,3 +68,50 @@ async def test_a_list_of_a_stand_in_that_breaks_off_forgets_nothing() -> None:
     with pytest.raises(KubeError):
         await there.look()
     assert there.jobs.known() == {key("b")}
+
+
+# --- children of what has ended --------------------------------------------------------------------------------------
+
+
+def heard(ended: Ended, uid: str = UID) -> list[Key]:
+    """The keys queued when a pod is heard of."""
+    body = pod_body(uid=uid)
+    body["metadata"] |= {"namespace": "default", "labels": body["metadata"]["labels"] | {Label.JOB_NAME: "demo"}}
+    queued: list[Key] = []
+    ChildWatch(cast("Kube", None), "Pod", None, queued.append, ended, beat=lambda: None)._hear(body)
+    return queued
+
+
+def test_a_pod_of_a_job_that_has_ended_calls_for_no_pass() -> None:
+    ended = Ended()
+    assert heard(ended) == [key("demo")]
+    assert ended.see(job_body(status=FINISHED))
+    assert heard(ended) == []
+
+
+def test_a_pod_of_a_namesake_of_a_job_that_has_ended_calls_for_a_pass() -> None:
+    ended = Ended()
+    ended.see(job_body(status=FINISHED))
+    assert heard(ended, "another-uid") == [key("demo")]
+
+
+def test_a_job_whose_end_was_taken_back_or_that_is_gone_has_not_ended() -> None:
+    ended = Ended()
+    ended.see(job_body(status=FINISHED))
+    assert not ended.see(job_body())
+    assert heard(ended) == [key("demo")]
+    ended.see(job_body(status=FINISHED))
+    ended.forget([key("demo")])
+    assert heard(ended) == [key("demo")]
+
+
+def test_a_job_that_has_a_time_to_live_after_its_end_is_looked_at_again() -> None:
+    assert not Ended().see(job_body(SPEC | {"runPolicy": {"ttlSecondsAfterFinished": 1}}, FINISHED))
+
+
+async def test_an_ended_job_of_whose_deletion_no_watch_told_is_forgotten_with_the_next_list_of_a_stand_in() -> None:
+    there = StandIn([[]])
+    there.jobs.see(key("demo"), job_body(status=FINISHED))
+    there.ended.see(job_body(status=FINISHED))
+    await there.look()
+    assert heard(there.ended) == [key("demo")]
