@@ -155,7 +155,7 @@ def _link_commands(state: State) -> None:
 def execute(state: State, command: list[str]) -> None:
     """Become the command, run inside the cluster's namespaces in this working folder; never returns."""
     live = namespace.require(state)
-    tools = os.pathsep.join([str(state.bin), *sorted({str(part.built) for part in build.PARTS})])
+    tools = os.pathsep.join(sorted({str(part.built) for part in build.PARTS}))
     environment = os.environ | {
         "PATH": f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{tools}",
         "KUBECONFIG": str(state.kubeconfig),

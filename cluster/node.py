@@ -265,8 +265,15 @@ def remove_containers(namespace: Namespace, node: Node) -> bool:
 
 
 def forget_containers(namespace: Namespace, node: Node) -> None:
-    """Forget containers that ended with another run; a containerd that has read of them reads its store afresh."""
-    if remove_containers(namespace, node):
+    """Forget pods of another run or node; a containerd that has read of them reads its store afresh.
+
+    Sandboxes are removed by containerd, not left to a kubelet, which would give their addresses back: those of a copied
+    store are in use by the pods of the node that it was copied from.
+    """
+    listed = _ctr(namespace, node, "sandboxes", "list").stdout.splitlines()[1:]
+    if sandboxes := [line.split()[0] for line in listed if line.strip()]:
+        _ctr(namespace, node, "sandboxes", "remove", "--force", *sandboxes)
+    if remove_containers(namespace, node) or sandboxes:
         namespace.stop(node.component("containerd"))
         namespace.start(containerd(namespace.state, node))
         wait_for_containerd(namespace, node)

@@ -298,13 +298,13 @@ def test_two_side_by_side(make_cluster: Callable[[str], LocalCluster]) -> None:
 def test_a_further_node_joins_is_lost_and_leaves(make_cluster: Callable[[str], LocalCluster]) -> None:
     cluster = make_cluster("state")
     cluster.run("up")
+    web = with_volume(pod("web", "python3", "-c", SERVE), "data")
+    cluster.apply(strict_namespace(), claim("data"), on_node("local", web), service("web", 8000))
+    cluster.kubectl("--namespace", "strict", "wait", "--for=condition=Ready", "pod/web", "--timeout=30s")
     cluster.run("node", "add", "second")
     inhabitants = inhabitants_of(cluster.state)
+    assert sandboxes(cluster, "second") == [], "its kubelet would give back addresses of the first one's pods"
     cluster.apply(
-        strict_namespace(),
-        claim("data"),
-        on_node("local", with_volume(pod("web", "python3", "-c", SERVE), "data")),
-        service("web", 8000),
         on_node("second", pod("client", "python3", "-c", FETCH)),
         on_node("second", pod("sleeper", "sleep", "1000")),
     )
@@ -330,6 +330,11 @@ def test_a_further_node_joins_is_lost_and_leaves(make_cluster: Callable[[str], L
 def on_node(name: str, manifest: dict[str, Any]) -> dict[str, Any]:
     manifest["spec"]["nodeSelector"] = {"kubernetes.io/hostname": name}
     return manifest
+
+
+def sandboxes(cluster: LocalCluster, node: str) -> list[str]:
+    socket = f"/run/containerd-{node}/containerd.sock"
+    return cluster.run("exec", "--", "ctr", "--address", socket, "sandboxes", "list").stdout.splitlines()[1:]
 
 
 def sleepers(cluster: LocalCluster) -> int:
