@@ -58,9 +58,11 @@ def workload_api(space: Space, *served: str) -> Iterator[None]:
     crd = build_crd(served)
     space.call("POST", CRDS, crd)
     wait_for(lambda: space.api.get(space.path("workloads")), "Workloads in service")
-    yield
-    space.call("DELETE", f"{CRDS}/{crd['metadata']['name']}")
-    wait_for(lambda: space.api.get(space.path("workloads")) is None, "Workloads out of service")
+    try:
+        yield
+    finally:
+        space.call("DELETE", f"{CRDS}/{crd['metadata']['name']}")
+        wait_for(lambda: space.api.get(space.path("workloads")) is None, "Workloads out of service")
 
 
 @dataclass
@@ -80,11 +82,13 @@ class KueueStandIn:
         """At work, for as long as this lasts; afterwards it holds nothing up any more."""
         thread = threading.Thread(target=self._loop, daemon=True)
         thread.start()
-        yield self
-        self._stop.set()
-        thread.join()
-        for workload in self.space.all("workloads"):
-            self._take_finalizer(workload)
+        try:
+            yield self
+        finally:
+            self._stop.set()
+            thread.join()
+            for workload in self.space.all("workloads"):
+                self._take_finalizer(workload)
 
     def _loop(self) -> None:
         while not self._stop.wait(PAUSE_SECONDS):

@@ -409,6 +409,22 @@ def test_a_workload_deleted_under_a_running_job_costs_no_retry(space: Space) -> 
 
 
 @pytest.mark.usefixtures("operator", "kueue")
+def test_a_workload_that_is_held_by_hand_holds_the_job_until_it_is_let_go(space: Space) -> None:
+    job = to_training(space, "demo")
+    players.run(space, job)
+    space.wait_status("demo", phase="Training", reason="Running")
+    workload = workload_of(space, job)
+    assert workload is not None
+    name = workload["metadata"]["name"]
+    space.merge("workloads", name, {"spec": {"active": False}})
+    status = space.wait_status("demo", phase="Queued", reason="Deactivated")
+    assert f"spec.active of Workload {name} is true again" in status["message"]
+    space.merge("workloads", name, {"spec": {"active": True}})
+    players.run(space, job)
+    assert no_failure(space.wait_status("demo", phase="Training", reason="Running"))
+
+
+@pytest.mark.usefixtures("operator", "kueue")
 def test_a_stages_job_that_others_delete_while_it_waits_lines_up_again(space: Space) -> None:
     players.run(space, to_training(space, "first"))
     second = to_training(space, "second")

@@ -24,8 +24,10 @@ def broken_webhook(space: Space) -> Iterator[None]:
     body = {"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration"}
     space.call("POST", ROOT, body | {"metadata": {"name": space.namespace}, "webhooks": [webhook]})
     wait_for(lambda: _refuses_jobs(space), "the webhook in force")
-    yield
-    space.call("DELETE", f"{ROOT}/{space.namespace}")
+    try:
+        yield
+    finally:
+        space.call("DELETE", f"{ROOT}/{space.namespace}")
 
 
 def _refuses_jobs(space: Space) -> bool:
