@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune_trainer.errors import PeerLost, TrainerError, translate
 from finetune_trainer.rendezvous import PATIENCE_SECONDS, Place, Watch, meet, told_lost
+from finetune_trainer.wording import first_line
 
 if TYPE_CHECKING:
     import threading
@@ -108,7 +109,7 @@ def _form_group(device: str, store: Any) -> None:  # noqa: ANN401 - a TCPStore
 def _explained(error: BaseException, watch: Watch) -> TrainerError | None:
     """Why the body failed, if it was another rank's fault; else the others are told of it."""
     if is_lost_peer(error):
-        return watch.heard(PATIENCE_SECONDS) or PeerLost(told_lost(str(error).splitlines()[0]))
+        return watch.heard(PATIENCE_SECONDS) or PeerLost(told_lost(first_line(error)))
     known = translate(error)
     watch.tell(known, str(known) if known else f"{type(error).__name__}: {error}")
     return None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from finetune_trainer import model
 from finetune_trainer.errors import InvalidModel, TrainerError
+from finetune_trainer.wording import first_line
 from finetune_trainer.work import require_space
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ def convert(path: Path, where: str, context: Context, folder: Path) -> dict[str,
     except (TrainerError, OSError, MemoryError):
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        msg = f"{where} cannot be converted: {reason}. Give the model's own folder with safetensors instead."
+        msg = f"{where} cannot be converted: {first_line(error)}. Give the model's own folder with safetensors instead."
         raise InvalidModel(msg) from error
     context.raise_if_stopping()
     model.check_folder(folder, f"{where}, converted")

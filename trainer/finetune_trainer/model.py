@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.config import REMOTE_CODE_VARIABLE
 from finetune_trainer.errors import InvalidModel
-from finetune_trainer.wording import first_of, what_is_there
+from finetune_trainer.wording import first_line, first_of, what_is_there
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -532,8 +532,7 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - any of transformers' 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts_code(folder))
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        msg = f"The tokenizer cannot be read: {reason}. Copy the tokenizer's files again."
+        msg = f"The tokenizer cannot be read: {first_line(error)}. Copy the tokenizer's files again."
         raise InvalidModel(msg) from error
     if not tokenizer.is_fast:
         msg = "The model has no tokenizer.json. "
