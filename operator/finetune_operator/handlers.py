@@ -18,13 +18,13 @@ import kopf
 
 from finetune_operator.api import GROUP, KIND, PLURAL, VERSION
 from finetune_operator.health import Health, serve
-from finetune_operator.kube import Kube, StaleError
+from finetune_operator.kube import Kube, KubeError, StaleError
 from finetune_operator.lease import RENEW_SECONDS, Elector
 from finetune_operator.logs import key_in_logs
 from finetune_operator.metrics import Jobs, Metrics, Result
 from finetune_operator.progress import ProgressReader
-from finetune_operator.queue import Key, Queue
-from finetune_operator.reconcile import World, reconcile
+from finetune_operator.queue import AWAY_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS, Key, Queue
+from finetune_operator.reconcile import BUSY, World, reconcile
 from finetune_operator.settings import Settings
 from finetune_operator.watch import ERRORS, WATCH_SECONDS, ChildWatch, Ended, Resync, key_of_job
 
@@ -40,11 +40,11 @@ log = logging.getLogger(__name__)
 
 
 class EndlessBackoffs:
-    """1, 2, 4 ... 30 s with jitter, for ever: a watcher must never give up (kopf's own list ends after 54 s)."""
+    """1, 2, 4 ... 15 s with jitter, for ever: a watcher must never give up (kopf's own list ends after 54 s)."""
 
     def __iter__(self) -> Iterator[float]:
         for attempt in itertools.count():
-            yield min(2.0 ** min(attempt, 5), 30.0) * (0.5 + random.random())  # noqa: S311 - jitter
+            yield min(2.0 ** min(attempt, 5), AWAY_BACKOFF_SECONDS) * (0.5 + random.random())  # noqa: S311 - jitter
 
 
 async def run(settings: Settings, stop: asyncio.Event, start_anew: Callable[[], NoReturn]) -> None:
@@ -211,15 +211,20 @@ async def _pass(queue: Queue, world: World, key: Key) -> tuple[Result, float | N
     except StaleError:
         return Result.REQUEUE, 0.05  # somebody else wrote: look again
     except ERRORS as error:
-        return Result.ERROR, _later(queue, world, key, f"The API server did not do as asked: {error or type(error)}")
+        pause = queue.backoff(key, LAST_BACKOFF_SECONDS if _refused(error) else AWAY_BACKOFF_SECONDS)
+        return Result.ERROR, _later(world, pause, f"The API server did not do as asked: {error or type(error)}")
     except Exception as error:  # noqa: BLE001 - a bug in one job's pass must not stop the others
-        return Result.ERROR, _later(queue, world, key, "The pass failed", error)
+        return Result.ERROR, _later(world, queue.backoff(key), "The pass failed", error)
     queue.forget(key)
     return (Result.SUCCESS if requeue is None else Result.REQUEUE_AFTER), requeue
 
 
-def _later(queue: Queue, world: World, key: Key, what: str, error: Exception | None = None) -> float:
-    pause = queue.backoff(key)
+def _refused(error: Exception) -> bool:
+    """Whether the API server said no, which it may do for long; else it is away or busy, and may be back any moment."""
+    return isinstance(error, KubeError) and error.status not in BUSY
+
+
+def _later(world: World, pause: float, what: str, error: Exception | None = None) -> float:
     world.metrics.put_off()
     log.warning("%s; trying again in %.1f s", what, pause, exc_info=error)
     return pause

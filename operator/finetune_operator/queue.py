@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 FIRST_BACKOFF_SECONDS = 0.5
 LAST_BACKOFF_SECONDS = 120.0
+AWAY_BACKOFF_SECONDS = 15.0
+"""The longest where nobody answers: an API server that is back is met again soon, however long it was gone."""
+
 JITTER = 0.25
 
 
@@ -67,11 +70,11 @@ class Queue:
         self._cancel_later(key)
         self._later[key] = loop.call_later(seconds, self._due, key)
 
-    def backoff(self, key: Key) -> float:
+    def backoff(self, key: Key, longest_seconds: float = LAST_BACKOFF_SECONDS) -> float:
         """The key failed: seconds until it should be tried again, ever more."""
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1
-        pause = min(FIRST_BACKOFF_SECONDS * 2.0 ** min(failures, 20), LAST_BACKOFF_SECONDS)
+        pause = min(FIRST_BACKOFF_SECONDS * 2.0 ** min(failures, 20), longest_seconds)
         return pause * (1 + JITTER * self._jitter())
 
     def forget(self, key: Key) -> None:

@@ -18,11 +18,10 @@ import aiohttp
 from finetune_operator.api import JSON, KIND, MANAGER, Label
 from finetune_operator.kube import METADATA, METADATA_LIST, GoneError, Kube, KubeError
 from finetune_operator.metrics import Jobs
-from finetune_operator.queue import Key
+from finetune_operator.queue import AWAY_BACKOFF_SECONDS, Key
 
 WATCH_SECONDS = 240
 PAUSE_SECONDS = 1.0
-LONGEST_PAUSE_SECONDS = 30.0
 SELECTOR = f"{Label.MANAGED_BY}={MANAGER}"
 TTL = "ttlSecondsAfterFinished"
 ERRORS = (KubeError, aiohttp.ClientError, TimeoutError, OSError, ValueError)
@@ -108,7 +107,7 @@ class ChildWatch:
             except ERRORS as error:
                 log.warning("The watch of %ss broke, again in about %.0f s: %s", self.kind, pause, error or type(error))
                 await asyncio.sleep(pause * (0.5 + random.random()))  # noqa: S311 - jitter
-                pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+                pause = min(pause * 2, AWAY_BACKOFF_SECONDS)
 
     async def _list(self) -> str:
         """Hear of all children there are; the version from which to watch on."""

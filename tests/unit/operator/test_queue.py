@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from finetune_operator.queue import Key, Queue
+from finetune_operator.queue import AWAY_BACKOFF_SECONDS, Key, Queue
 
 A, B = Key("ns", "a"), Key("ns", "b")
 
@@ -74,6 +74,10 @@ async def test_failures_wait_ever_longer_until_one_goes_well(queue: Queue) -> No
     assert pauses[-1] == 120
     queue.forget(A)
     assert queue.backoff(A) == 0.5
+
+
+async def test_an_api_server_that_is_away_is_tried_again_soon_however_long_it_was_gone(queue: Queue) -> None:
+    assert max(queue.backoff(A, AWAY_BACKOFF_SECONDS) for _ in range(12)) == 15
 
 
 async def test_a_waiting_worker_that_gives_up_loses_no_key(queue: Queue) -> None:
