@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from finetune_trainer import errors, memory
+from finetune_trainer import errors, memory, quantize
 from finetune_trainer.config import DRILL_OUT_OF_MEMORY_VARIABLE as VARIABLE
 from finetune_trainer.drill import Drill, read_drill
 from finetune_trainer.progress import ExitCode, LastWord, Reason
+from finetune_trainer.rendezvous import Failed
 from tests.unit.trainer.gang import ROOT, environment, free_port
 from tests.unit.trainer.runs import SETTINGS, replace_settings
 
@@ -78,7 +80,9 @@ def test_what_was_needed_is_told_as_far_as_it_is_known(text: str, told: str) -> 
     ("raised", "kind"),
     [
         pytest.param(torch.OutOfMemoryError(ALONE), errors.OutOfMemory, id="torch"),
-        pytest.param(RuntimeError("CUDA error: out of memory"), errors.OutOfMemory, id="a kernel"),
+        pytest.param(
+            torch.AcceleratorError("CUDA error: out of memory\nSearch for"), errors.OutOfMemory, id="a kernel"
+        ),
         pytest.param(RuntimeError("CUDA driver error: out of memory"), errors.OutOfMemory, id="the driver"),
         pytest.param(
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
@@ -103,6 +107,29 @@ def test_memory_is_recognised_in_all_its_wordings(raised: Exception, kind: type)
 
 def test_full_shared_memory_does_not_blame_the_claim() -> None:
     assert "claim" not in str(errors.translate(RuntimeError(SHM)))
+
+
+def test_a_quantized_model_that_does_not_fit_is_not_called_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: Any) -> None:
+        raise torch.OutOfMemoryError(ALONE)
+
+    monkeypatch.setattr(quantize, "load_tokenizer", lambda _: SimpleNamespace(bos_token_id=0, eos_token_id=1))
+    monkeypatch.setattr("finetune_trainer.samples.generate", no_room)
+    context: Any = SimpleNamespace(work=SimpleNamespace(tokenizer=None), polled=None)
+    with pytest.raises(torch.OutOfMemoryError):
+        quantize._write_answer(None, [], context)
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("Rank 1 ran out of GPU memory.", "Rank 1 ran out of GPU memory."),
+        ("No room on the volume.", "Rank 1: No room on the volume."),
+    ],
+)
+def test_the_other_ranks_name_the_rank_once(message: str, told: str) -> None:
+    error = Failed(1, Reason.OUT_OF_MEMORY, message).error()
+    assert (type(error), str(error)) == (errors.OutOfMemory, told)
 
 
 # The drill
