@@ -37,6 +37,8 @@ def ladder(start: JSON) -> list[tuple[Any, ...]]:
         (settings(2, 1, "Selective"), [(1, 2, None), (1, 2, "Full")]),
         (settings(2, 1, "Full"), [(1, 2, None)]),
         (settings(1, 1, "Full"), []),
+        (settings(4, 2) | {"dpo": {"lossType": "Aot"}}, [(4, 2, "Full")]),
+        (settings(2, 1) | {"dpo": {"lossType": "Sigmoid"}}, [(1, 2, None), (1, 2, "Full")]),
     ],
 )
 def test_micro_batches_are_divisors_of_the_ranks_batch_then_checkpointing(start: JSON, tried: list[Any]) -> None:
