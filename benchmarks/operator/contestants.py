@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.operator.calls import OURS, PLAIN
 from benchmarks.operator.ground import NAMESPACE
-from cluster.processes import Component, free_ports, spawn, stop
+from cluster.errors import ClusterError
+from cluster.processes import Component, free_ports, spawn, stop, tail
 
 if TYPE_CHECKING:
     import subprocess
@@ -85,6 +87,11 @@ class Running:
     def pid(self) -> int:
         """Its process."""
         return self._process.pid
+
+    def must_run(self) -> None:
+        """`ClusterError` with the end of its log if it has ended."""
+        if self._process.poll() is not None:
+            raise ClusterError(f"{self.contestant.title} has ended.{tail(Path(self._component.log))}")
 
     def kill(self) -> None:
         """SIGKILL: nothing is said, nothing is tidied."""

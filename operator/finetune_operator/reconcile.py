@@ -40,6 +40,9 @@ from finetune_operator.status import Decision, Remove, Start, Stop, decide
 SETTLE_SECONDS = 5
 """A pod that does not run after so long may have a warning to tell."""
 
+NEW_SECONDS = 10
+"""A job this young, of which nothing has been told, has not come further than its first attempt."""
+
 BUSY = (429, 503, 504)
 """HTTP: an API server that has no time says nothing about what it was asked."""
 
@@ -111,6 +114,8 @@ async def observe(key: Key, world: World) -> Facts | None:
     job = FineTuneJob.parse(body)
     if job.status.finished or job.deleting or job.problem is not None or job.managed_elsewhere:
         return Facts(job)
+    if _is_new(job, world.clock()):
+        return Facts(job, claim_modes=await _claim_modes(job, world.kube))
     jobs = parse_jobs(await world.kube.children("Job", key.namespace, key.name), job.uid)
     pods = parse_pods(await world.kube.children("Pod", key.namespace, key.name), job.uid)
     facts = Facts(job, jobs, pods, claim_modes=await _claim_modes(job, world.kube))
@@ -119,6 +124,16 @@ async def observe(key: Key, world: World) -> Facts | None:
         return facts
     facts = replace(facts, queueing=await _queueing(job, latest, world))
     return await _look_closer(facts, latest, facts.gang(latest.position), world)
+
+
+def _is_new(job: FineTuneJob, now: datetime) -> bool:
+    """Whether nothing can be there yet but what a first pass makes, so that two lists can be saved.
+
+    Such a pass may have been cut off before its status was written. What it made has the names that this one asks for:
+    the API server says that it is there, it is ours by its owner, and it is left as it is. A status that was lost is
+    another matter, of a job that had time to have one: only the lists tell how far it had come.
+    """
+    return not job.stored_status and now < after(job.created, NEW_SECONDS)
 
 
 async def _queueing(job: FineTuneJob, live: StageJob, world: World) -> Queueing | None:
