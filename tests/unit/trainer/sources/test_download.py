@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from finetune_trainer import fence
 from finetune_trainer.errors import (
     Interrupted,
     InvalidConfig,
@@ -146,6 +147,30 @@ def test_a_request_to_leave_is_heard_between_two_chunks(errands: Errands) -> Non
         bring(shelf, errands)
     assert shelf.given == {"a.jsonl": 3 * CHUNK}
     assert sum(errands.parts("dataset-0").values()) == 2 * CHUNK
+
+
+def test_an_overtaken_attempt_writes_no_further_into_parts_that_its_successor_fills(
+    errands: Errands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_trainer.sources.download.CHUNK_BYTES", 2 * CHUNK)
+    shelf, context = Shelf({"a.jsonl": BODY}), errands.context
+
+    def overtake(name: str) -> None:
+        if shelf.given[name] == 3 * CHUNK:
+            fence.enter(context.work.root, context.attempt + 1)
+
+    shelf.before_chunk = overtake
+    with pytest.raises(Interrupted, match="has started since"):
+        bring(shelf, errands)
+    assert sum(errands.parts("dataset-0").values()) == 3 * CHUNK
+
+
+def test_an_overtaken_attempt_puts_no_file_into_its_place(errands: Errands) -> None:
+    shelf, context = Shelf({"a.jsonl": BODY}), errands.context
+    shelf.before_chunk = lambda _: fence.enter(context.work.root, context.attempt + 1)
+    with pytest.raises(Interrupted, match="has started since"):
+        bring(shelf, errands)
+    assert not contents(errands.slot("dataset-0") / "files")
 
 
 def test_nothing_is_asked_for_after_a_request_to_leave(errands: Errands) -> None:
