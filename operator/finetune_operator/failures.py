@@ -76,8 +76,9 @@ def _disrupted(pod: StagePod) -> Failure | None:
 
 
 REFUSED_BY_NODE = re.compile(
-    r"OutOf\w+|UnexpectedAdmissionError|NodeAffinity|\w+AdmissionError|NodeShutdown|Terminated"
+    r"OutOf\w+|NodeAffinity|NodeName|NodePorts|TaintToleration|\w+AdmissionError|NodeShutdown|Terminated"
 )
+"""Predicates that a kubelet asks again, and its own (pkg/kubelet/lifecycle of Kubernetes)."""
 
 
 def _refused_by_node(pod: StagePod) -> Failure | None:

@@ -70,6 +70,12 @@ SAID = word("train", 1, Said.INVALID_DATASET, "line 3: no JSON.").to_json()
             Retry.FREE,
             id="the scheduler was mistaken",
         ),
+        pytest.param(
+            {"phase": "Failed", "reason": "TaintToleration", "message": "Predicate TaintToleration failed"},
+            "NodeRefused",
+            Retry.FREE,
+            id="a kubelet that has not heard yet that a taint is gone",
+        ),
     ],
 )
 def test_the_strongest_evidence_wins(status: JSON, reason: str, retry: Retry) -> None:
