@@ -50,12 +50,15 @@ def describe_settings() -> str:
 
 async def serve(settings: Settings) -> None:
     """The operator, stopped by a signal."""
-    from finetune_operator.handlers import run  # noqa: PLC0415 - --help and a bad environment need no kopf
-
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(
+            number, stop.set
+        )  # first of all: PID 1 of a container does not hear what it handles not
+
+    from finetune_operator.handlers import run  # noqa: PLC0415 - --help and a bad environment need no kopf
+
     await run(settings, stop, partial(start_anew, stop))
 
 

@@ -1,6 +1,7 @@
 """The chart on a real cluster: what the API server accepts, install, upgrade, uninstall, and who may do what.
 
-Every release here is called `chart-test`, serves its own namespace only, and gives the CRD back to its owner.
+Every release here is called `chart-test`, serves its own namespace only, and gives the CRD back to its owner. Operators
+of other releases rest meanwhile: one that serves every namespace would work on the jobs of these tests too.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import pytest
 import yaml
 
 from cluster.target import CHART, Target, TargetError
-from tests.e2e.jobs import eventually, tiny_spec
+from tests.e2e.jobs import eventually, in_cluster, tiny_spec
 
 Manifest = dict[str, Any]
 
 RELEASE = NAMESPACE = "chart-test"
 OBJECTS = f"{RELEASE}-finetune-operator"
+OPERATORS = "app.kubernetes.io/name=finetune-operator"
+LEASES = "leases.coordination.k8s.io"
+TAKEOVER_DEADLINE_SECONDS = 60
 CRD = "finetunejobs.finetune.dev"
 OWNER = ("meta.helm.sh/release-name", "meta.helm.sh/release-namespace")
 
@@ -35,7 +39,7 @@ class Release:
 
     def install(self, *options: str, chart: Path = CHART, **operator: object) -> None:
         """Install or upgrade, and wait until the operator is ready."""
-        where = ["--namespace", NAMESPACE, "--wait", "--timeout", "2m"]
+        where = ["--namespace", NAMESPACE, "--wait", "--timeout", "2m", "--force-conflicts"]  # `home` annotated the CRD
         self.target.helm("upgrade", "--install", RELEASE, str(chart), *where, *self.settings(**operator), *options)
 
     def settings(self, **operator: object) -> list[str]:
@@ -57,6 +61,23 @@ class Release:
         found = json.loads(self.target.kubectl("get", "pods", "-n", NAMESPACE, "-l", selector, "-o", "json"))
         return [pod for pod in found["items"] if "deletionTimestamp" not in pod["metadata"]]
 
+    def uids(self) -> set[str]:
+        """Of these pods."""
+        return {pod["metadata"]["uid"] for pod in self.pods()}
+
+    def leader(self, but: str = "") -> str:
+        """The pod that works; the others stand by. An uninstalled release could not give its Lease up any more."""
+        names = {pod["metadata"]["name"] for pod in self.pods()} - {but}
+
+        def holder() -> str | None:
+            found = self.target.get("lease", OBJECTS, NAMESPACE)["spec"].get("holderIdentity", "").rpartition("_")[0]
+            return found if found in names else None
+
+        return eventually("one of the pods leads", holder, TAKEOVER_DEADLINE_SECONDS)
+
+    def log(self, pod: str) -> str:
+        return self.target.kubectl("logs", pod, "-n", NAMESPACE)
+
     def make_job(self, name: str) -> Manifest:
         """A job that can never start: its model's claim does not exist."""
         job = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "spec": tiny_spec()}
@@ -66,12 +87,18 @@ class Release:
 
 @pytest.fixture(scope="module")
 def home(cluster: Target) -> Iterator[Target]:
-    """The cluster with the tests' namespace; the CRD is left as it was found."""
+    """The cluster with the tests' namespace; the CRD and the operators of others are left as they were found."""
     found = find_crd(cluster)
+    others = other_operators(cluster)
+    for place, name in others:
+        lay_to_rest(cluster, place, name)
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": labels}})
     yield cluster
     cluster.kubectl("delete", "namespace", NAMESPACE, "--wait")
+    for (place, name), replicas in others.items():
+        cluster.kubectl("scale", "deployment", name, "-n", place, f"--replicas={replicas}")
+        cluster.kubectl("rollout", "status", "deployment", name, "-n", place, "--timeout=2m")
     left = find_crd(cluster)
     if left is None or owner(left)[OWNER[0]] != RELEASE:
         return
@@ -90,6 +117,20 @@ def release(home: Target) -> Iterator[Release]:
     made.uninstall()
     if find_crd(home):
         home.kubectl("delete", "finetunejobs", "--all", "-n", NAMESPACE, "--wait")
+
+
+def other_operators(cluster: Target) -> dict[tuple[str, str], int]:
+    """Namespace, name and replicas of the operators that are no release of these tests."""
+    found = json.loads(cluster.kubectl("get", "deployments", "-A", "-l", OPERATORS, "-o", "json"))["items"]
+    others = [deployment for deployment in found if deployment["metadata"]["namespace"] != NAMESPACE]
+    return {(each["metadata"]["namespace"], each["metadata"]["name"]): each["spec"]["replicas"] for each in others}
+
+
+def lay_to_rest(cluster: Target, namespace: str, name: str) -> None:
+    """Have an operator work no more, until it is scaled again."""
+    cluster.kubectl("scale", "deployment", name, "-n", namespace, "--replicas=0")
+    pods = ("get", "pods", "-n", namespace, "-l", OPERATORS, "-o", "name")
+    eventually(f"{name} of {namespace} at rest", lambda: not cluster.kubectl(*pods), 60)
 
 
 def find_crd(cluster: Target) -> Manifest | None:
@@ -112,6 +153,7 @@ def columns(crd: Manifest | None) -> list[str]:
 # --- what is rendered ------------------------------------------------------------------------------------------------
 
 EVERY_OPTION: Manifest = {
+    "replicas": 3,
     "imagePullSecrets": [{"name": "registry"}],
     "operator": {"watchNamespace": NAMESPACE, "logLevel": "DEBUG", "logFormat": "text", "workers": 8},
     "trainer": {
@@ -143,16 +185,46 @@ def test_the_api_server_accepts_every_object(home: Target, values: Manifest, tmp
 
 def test_an_installed_operator_is_restricted_and_takes_on_jobs(release: Release) -> None:
     release.install("--take-ownership")
-    (pod,) = release.pods()
-    assert pod["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"]
-    assert [status["restartCount"] for status in pod["status"]["containerStatuses"]] == [0]
+    pods = release.pods()
+    assert len(pods) == 2
+    for pod in pods:
+        assert pod["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"]
+        assert [status["restartCount"] for status in pod["status"]["containerStatuses"]] == [0]
 
     release.make_job("taken-on")
-    log = ("logs", f"deployment/{OBJECTS}", "-n", NAMESPACE)
-    eventually("the operator's log tells of the job", lambda: "taken-on" in release.target.kubectl(*log), 30)
+    leader = release.leader()
+    (standby,) = {pod["metadata"]["name"] for pod in pods} - {leader}
+    eventually("the leader's log tells of the job", lambda: "taken-on" in release.log(leader), 30)
     eventually("the job's phase", lambda: release.target.get("finetunejob", "taken-on", NAMESPACE).get("status"), 30)
+    assert "taken-on" not in release.log(standby)
     for complaint in ("Forbidden", "forbidden", "Not enough permissions"):
-        assert complaint not in release.target.kubectl(*log)
+        assert complaint not in release.log(leader) + release.log(standby)
+
+
+def test_a_leader_that_was_paused_stands_by_without_its_container_having_ended(release: Release) -> None:
+    release.install("--take-ownership")
+    paused = release.leader()
+    signal_operator(paused, "STOP")
+    try:
+        leader = release.leader(but=paused)
+    finally:
+        signal_operator(paused, "CONT")
+    eventually("the paused one stands by", lambda: "Standing by" in release.log(paused), 30)
+    assert "is lost" in release.log(paused)
+    release.make_job("taken-on")
+    eventually("the new leader's log tells of the job", lambda: "taken-on" in release.log(leader), 30)
+    restarts = [status["restartCount"] for pod in release.pods() for status in pod["status"]["containerStatuses"]]
+    assert restarts == [0, 0]
+
+
+def signal_operator(pod: str, name: str) -> None:
+    """Send a signal to the operator's process in a pod."""
+    in_cluster("sh", "-c", f"""
+        for process in $(pgrep -f bin/finetune-operator); do
+          if tr '\\0' '\\n' < /proc/$process/environ | grep -qx HOSTNAME={pod}; then exec kill -{name} $process; fi
+        done
+        exit 1
+    """)  # fmt: skip
 
 
 def test_an_upgrade_rolls_out_the_crd_and_the_changed_value_and_keeps_the_jobs(
@@ -160,14 +232,15 @@ def test_an_upgrade_rolls_out_the_crd_and_the_changed_value_and_keeps_the_jobs(
 ) -> None:
     older = older_chart(tmp_path)
     release.install("--take-ownership", chart=older, logLevel="INFO")
-    (before,) = release.pods()
+    before = release.uids()
     job = release.make_job("survivor")
     assert "AGE-OF-OLD" in columns(find_crd(release.target))
 
     release.install(logLevel="DEBUG")
-    (after,) = release.pods()
-    assert after["metadata"]["uid"] != before["metadata"]["uid"]
-    assert {"name": "FINETUNE_LOG_LEVEL", "value": "DEBUG"} in after["spec"]["containers"][0]["env"]
+    assert not before & release.uids()
+    for pod in release.pods():
+        assert {"name": "FINETUNE_LOG_LEVEL", "value": "DEBUG"} in pod["spec"]["containers"][0]["env"]
+    assert release.leader()
     assert "AGE-OF-OLD" not in columns(find_crd(release.target))
     kept = release.target.get("finetunejob", "survivor", NAMESPACE)
     assert (kept["metadata"]["uid"], kept["spec"]) == (job["metadata"]["uid"], job["spec"])
@@ -175,10 +248,9 @@ def test_an_upgrade_rolls_out_the_crd_and_the_changed_value_and_keeps_the_jobs(
 
 def test_an_upgrade_that_changes_nothing_restarts_nothing(release: Release) -> None:
     release.install("--take-ownership")
-    (before,) = release.pods()
+    before = release.uids()
     release.install()
-    (after,) = release.pods()
-    assert after["metadata"]["uid"] == before["metadata"]["uid"]
+    assert release.uids() == before
 
 
 def test_uninstalling_keeps_the_crd_and_the_jobs_and_a_new_install_takes_them_on(release: Release) -> None:
@@ -186,12 +258,12 @@ def test_uninstalling_keeps_the_crd_and_the_jobs_and_a_new_install_takes_them_on
     job = release.make_job("kept")
     release.uninstall()
 
-    left = "deployments,serviceaccounts,roles,rolebindings,clusterroles,clusterrolebindings"
+    left = "deployments,poddisruptionbudgets,serviceaccounts,roles,rolebindings,clusterroles,clusterrolebindings"
     assert OBJECTS not in release.target.kubectl("get", left, "-n", NAMESPACE, "-o", "name")
     assert release.target.get("finetunejob", "kept", NAMESPACE)["metadata"]["uid"] == job["metadata"]["uid"]
 
     release.install()
-    assert len(release.pods()) == 1
+    assert len(release.pods()) == 2
 
 
 def test_a_typo_never_reaches_the_cluster(release: Release) -> None:
@@ -217,7 +289,7 @@ def older_chart(folder: Path) -> Path:
 VERBS = ("get", "list", "watch", "create", "update", "patch", "delete", "deletecollection")
 
 OPERATOR_MAY = {
-    "finetunejobs.finetune.dev": "get list watch",
+    "finetunejobs.finetune.dev": "get list watch delete",
     "finetunejobs.finetune.dev/status": "patch",
     "jobs.batch": "get list watch create delete",
     "pods": "list watch",
@@ -225,7 +297,12 @@ OPERATOR_MAY = {
     "persistentvolumeclaims": "get create",
     "services": "get create",
     "events": "list create",
+    "workloads.kueue.x-k8s.io": "get list watch",
 }
+OPERATOR_MAY_AT_HOME = {LEASES: "create"}
+"""In its own namespace, whatever it watches: RBAC cannot limit creation to a name."""
+
+OPERATOR_MAY_WITH_ITS_LEASE = {LEASES: "get create update"}
 OPERATOR_MUST_NOT = [
     "finetunejobs.finetune.dev/finalizers",
     "finetunejobs.finetune.dev/scale",
@@ -250,7 +327,8 @@ OPERATOR_MUST_NOT = [
     "deployments.apps",
     "daemonsets.apps",
     "statefulsets.apps",
-    "leases.coordination.k8s.io",
+    "workloads.kueue.x-k8s.io/status",
+    "localqueues.kueue.x-k8s.io",
     "roles.rbac.authorization.k8s.io",
     "rolebindings.rbac.authorization.k8s.io",
     "clusterroles.rbac.authorization.k8s.io",
@@ -269,21 +347,22 @@ def rights(table: dict[str, str]) -> set[Right]:
     return {(resource, verb) for resource, verbs in table.items() for verb in verbs.split()}
 
 
-def review(user: str, groups: Iterable[str], namespace: str, right: Right) -> Manifest:
-    """The question whether somebody may do something; no namespace: in all of them."""
+def review(user: str, groups: Iterable[str], namespace: str, name: str, right: Right) -> Manifest:
+    """The question whether somebody may do something; no namespace, no name: to all of them."""
     resource, _, subresource = right[0].partition("/")
     plural, _, group = resource.partition(".")
     asked = {"verb": right[1], "resource": plural, "subresource": subresource, "group": group, "namespace": namespace}
+    asked |= {"name": name}
     spec = {"user": user, "groups": [*groups, "system:authenticated"], "resourceAttributes": asked}
     return {"apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": spec}
 
 
 def allowed(
-    cluster: Target, user: str, asked: Iterable[Right], *, groups: Iterable[str] = (), where: str
+    cluster: Target, user: str, asked: Iterable[Right], *, groups: Iterable[str] = (), where: str, name: str = ""
 ) -> set[Right]:
     """Those of the rights that the API server grants."""
     questions = sorted(asked)
-    items = [review(user, groups, where, right) for right in questions]
+    items = [review(user, groups, where, name, right) for right in questions]
     reviews = json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
     answers = cluster.kubectl("create", "-f", "-", "-o", 'jsonpath={.status.allowed}{"\\n"}', stdin=reviews).split()
     assert len(answers) == len(questions)
@@ -301,12 +380,16 @@ def watched(request: pytest.FixtureRequest, home: Target) -> Iterator[str]:
 
 
 def test_the_operator_may_do_its_work_and_nothing_else(home: Target, watched: str) -> None:
-    asked = set(product([*OPERATOR_MAY, *OPERATOR_MUST_NOT], VERBS))
+    asked = set(product([*OPERATOR_MAY, *OPERATOR_MUST_NOT, LEASES], VERBS))
     who = f"system:serviceaccount:{NAMESPACE}:{OBJECTS}"
     groups = ["system:serviceaccounts", f"system:serviceaccounts:{NAMESPACE}"]
     may = rights(OPERATOR_MAY)
-    assert allowed(home, who, asked, groups=groups, where=NAMESPACE) == may
+    assert allowed(home, who, asked, groups=groups, where=NAMESPACE) == may | rights(OPERATOR_MAY_AT_HOME)
     assert allowed(home, who, asked, groups=groups, where="kube-system") == (set() if watched else may)
+    lease = set(product([LEASES], VERBS))
+    assert allowed(home, who, lease, groups=groups, where=NAMESPACE, name=OBJECTS) == rights(
+        OPERATOR_MAY_WITH_ITS_LEASE
+    )
 
 
 USER_MAY = {
