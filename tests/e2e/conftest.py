@@ -11,25 +11,36 @@ from pathlib import Path
 import pytest
 
 from cluster import staging
+from cluster.addons import SHARED_CLASS
+from cluster.joining import numbers
+from cluster.namespace import find
+from cluster.paths import default_state
 from cluster.target import ROOT, Target, local_target
-from tests.e2e.jobs import Jobs
+from tests.e2e.jobs import LONG_TRAINING, Jobs, adapter_digest
 from tests.tiny import make_tiny_model
 
 NAMESPACE = "finetune-e2e"
+FIRST_NODE = default_state().node_name
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Target]:
     """The local cluster with both images; stopped afterwards unless it was running before."""
-    status = subprocess.run([sys.executable, "-m", "cluster", "status"], cwd=ROOT, capture_output=True, check=False)
+    was_down = find(default_state()) is None
+    for left_over in () if was_down else numbers(default_state()):  # by tests that were killed; pods would go there
+        subprocess.run([sys.executable, "-m", "cluster", "node", "remove", left_over], cwd=ROOT, check=True)
     yield local_target()
-    if status.returncode:
+    if was_down:
         subprocess.run([sys.executable, "-m", "cluster", "down"], cwd=ROOT, check=True)
 
 
 def quick_operator(cluster: Target, **values: object) -> None:
-    """The operator, eager to report and with short deadlines."""
-    settings = {"operator.progressIntervalSeconds": 1, "operator.startDeadlineSeconds": 15}
+    """The operator, eager to report and with short deadlines; on the first node, beside which others come and go."""
+    settings = {
+        "operator.progressIntervalSeconds": 1,
+        "operator.startDeadlineSeconds": 15,
+        "nodeSelector": {"kubernetes.io/hostname": FIRST_NODE},
+    }
     cluster.install_chart(**(settings | values))
 
 
@@ -45,7 +56,9 @@ def staged(cluster: Target, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("staged")
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": labels}})
-    for claim in (staging.build_claim("models", "1Gi"), staging.build_claim("datasets", "1Gi")):
+    for name in ("models", "datasets"):
+        claim = staging.build_claim(name, "1Gi")
+        claim["spec"] |= {"storageClassName": SHARED_CLASS, "accessModes": ["ReadWriteMany"]}  # for pods of any node
         cluster.kubectl("apply", "-n", NAMESPACE, "-f", "-", stdin=json.dumps(claim))
     staging.put_files(cluster, NAMESPACE, files(folder))
     return NAMESPACE
@@ -67,6 +80,18 @@ def files(folder: Path) -> dict[str, Path]:
         (folder / name).write_text(text, encoding="utf-8")
     placed = {f"datasets/{name}": folder / name for name in datasets}
     return placed | {"models/tiny": folder / "tiny", "models/no-model": folder / "no-model"}
+
+
+@pytest.fixture(scope="session")
+def unbroken_adapter(cluster: Target, staged: str) -> str:
+    """The digest of the adapter that the long training comes to where nothing disturbs it."""
+    quick_operator(cluster)
+    jobs = Jobs(cluster, staged)
+    remove_jobs(cluster, staged)
+    jobs.apply("unbroken", **LONG_TRAINING)
+    assert jobs.finish("unbroken")["phase"] == "Succeeded", jobs.tell("unbroken")
+    assert jobs.stage_jobs("unbroken") == ["unbroken-merge-1", "unbroken-prepare-1", "unbroken-train-1"]
+    return adapter_digest(jobs, "unbroken")
 
 
 @pytest.fixture

@@ -8,8 +8,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
+from cluster.staging import read_file
 from cluster.target import ROOT, Target, TargetError
 
 Manifest = dict[str, Any]
@@ -52,12 +54,30 @@ class Jobs:
         job["metadata"] = {"name": name, "namespace": self.namespace}
         self.target.apply(job)
 
+    def patch(self, name: str, **spec: Any) -> None:
+        """Change what may be changed of a job's spec."""
+        change = json.dumps({"spec": spec})
+        self.target.kubectl("patch", "finetunejob", name, "-n", self.namespace, "--type=merge", "-p", change)
+
     def get(self, name: str) -> Manifest:
         return self.target.get("finetunejob", name, self.namespace)
 
     def status(self, name: str) -> Status:
         status: Status = self.get(name).get("status", {})
         return status
+
+    def ended(self, name: str, number: int, stage: str = "train") -> Status:
+        """What is told of an attempt of a stage, once it has ended."""
+
+        def found() -> Status | None:
+            attempts = self.status(name).get("attempts", [])
+            told = (a for a in attempts if (a["number"], a["stage"]) == (number, stage) and "completionTime" in a)
+            return next(told, None)
+
+        try:
+            return eventually(f"{name}'s attempt {number} of {stage} has ended", found)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.tell(name)}") from None
 
     def condition(self, name: str, kind: str) -> Manifest:
         found = [c for c in self.status(name).get("conditions", []) if c["type"] == kind]
@@ -121,6 +141,80 @@ class Jobs:
         return items
 
 
+LONG_TRAINING: Manifest = {
+    "training": {
+        "maxSteps": 100,
+        "globalBatchSize": 4,
+        "perDeviceTrainBatchSize": 2,
+        "maxLength": 64,
+        "learningRate": 0.001,
+        "checkpoint": {"everySteps": 10},
+        "eval": {"everySteps": 50},
+    },
+    "method": {"lora": {"r": 4, "dropout": 0.1}},
+}
+"""Long enough to be disturbed; what it comes to is the fixture `unbroken_adapter`."""
+
+
+def checkpoint_step(jobs: Jobs, pod: str) -> int:
+    """The checkpoint that a running train pod has reached, 0 before the first."""
+    try:
+        path = f"/api/v1/namespaces/{jobs.namespace}/pods/{pod}:8080/proxy/progress"
+        text = jobs.target.kubectl("get", "--raw", path)
+    except TargetError:
+        return 0
+    return int(json.loads(text).get("checkpointStep") or 0)
+
+
+def in_mid_run(jobs: Jobs, name: str, step: int = 20) -> str:
+    """The name of the running train pod, once it has a checkpoint of this step."""
+    pod = jobs.running_pod(name, "train")
+    eventually(f"{name}'s checkpoint of step {step}", lambda: checkpoint_step(jobs, pod) >= step)
+    return pod
+
+
+def adapter_digest(jobs: Jobs, name: str) -> str:
+    """The digest of the adapter's weights, as its manifest has it."""
+    status = jobs.status(name)
+    text = read_file(jobs.target, jobs.namespace, status["claimName"], f"{status['folder']}/adapter/manifest.json")
+    (digest,) = [f["sha256"] for f in json.loads(text)["files"] if f["path"] == "adapter_model.safetensors"]
+    return str(digest)
+
+
+def work_folder(jobs: Jobs, name: str) -> Path:
+    """The job's folder on its volume, which is a folder of this machine."""
+    status = jobs.status(name)
+    volume = jobs.target.get("pvc", status["claimName"], jobs.namespace)["spec"]["volumeName"]
+    spec = jobs.target.get("pv", volume, "")["spec"]
+    return Path(spec.get("hostPath", spec.get("local"))["path"], status["folder"])
+
+
+def processes_of(jobs: Jobs, pod: str) -> list[int]:
+    """The trainer's processes that compute, by their numbers inside the cluster: ranks, or the only process."""
+    numbers = inhabitants(jobs.target, jobs.namespace, pod)
+    ranks = [number for number in numbers if "RANK=" in _text(number, "environ")]
+    alone = [number for number in numbers if "--attempt" in _text(number, "cmdline")]
+    assert ranks or alone, f"no trainer of {pod} was found among {numbers}"
+    return ranks or alone
+
+
+def inhabitants(target: Target, namespace: str, pod: str) -> list[int]:
+    """All processes of a pod, by their numbers inside the cluster."""
+    uid = target.get("pod", pod, namespace)["metadata"]["uid"]
+    pattern = f"-e {uid} -e {uid.replace('-', '_')}"  # as the kubelet's cgroup driver writes it
+    found = in_cluster("sh", "-c", f"grep -l {pattern} /proc/[0-9]*/cgroup 2>/dev/null || true").split()
+    return [int(path.split("/")[2]) for path in found]
+
+
+def _text(process: int, file: str) -> str:
+    return in_cluster("sh", "-c", f"tr '\\0' '\\n' < /proc/{process}/{file} 2>/dev/null || true")
+
+
+def send(signal_name: str, processes: list[int]) -> None:
+    """Send a signal to processes inside the cluster."""
+    in_cluster("kill", f"-{signal_name}", *map(str, processes))
+
+
 def tiny_spec() -> Manifest:
     """A job on a random model of kilobytes, all stages, on CPU."""
     return {
@@ -129,6 +223,9 @@ def tiny_spec() -> Manifest:
         "evaluation": {"percent": 20, "maxRows": 16},
         "training": {"maxSteps": 6, "globalBatchSize": 4, "maxLength": 64, "learningRate": 0.01},
         "parallelism": {"gpusPerNode": 0},
-        "pod": {"resources": {"requests": {"cpu": "100m", "memory": "500Mi"}, "limits": {"memory": "3Gi"}}},
+        "pod": {
+            "resources": {"requests": {"cpu": "100m", "memory": "500Mi"}, "limits": {"memory": "3Gi"}},
+            "env": [{"name": "OMP_NUM_THREADS", "value": "1"}],  # threads spin while they wait for each other
+        },
         "output": {"volume": {"create": {"size": "1Gi"}}},
     }

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from cluster.addons import SHARED_CLASS
-from tests.e2e.jobs import Jobs, eventually, in_cluster
-from tests.e2e.test_faults import adapter_digest, step_of
+from cluster.target import Target
+from tests.e2e.conftest import remove_jobs
+from tests.e2e.jobs import Jobs, adapter_digest, checkpoint_step, eventually, processes_of, send
 
 TWO_PODS: dict[str, Any] = {
     "parallelism": {"numNodes": 2, "gpusPerNode": 0},
@@ -42,16 +43,23 @@ def pod_of(jobs: Jobs, name: str, index: int) -> str:
     return eventually(f"{name}'s train pod {index} runs", running)
 
 
-@pytest.mark.timeout(1200)
-def test_a_killed_peer_restarts_both_pods_which_end_with_the_same_weights(jobs: Jobs) -> None:
+@pytest.fixture(scope="module")
+def unbroken_pair(operator: Target, staged: str) -> str:
+    """The digest of the adapter that two pods come to where nothing disturbs them."""
+    remove_jobs(operator, staged)
+    jobs = Jobs(operator, staged)
     jobs.apply("pair", **TWO_PODS)
     assert jobs.finish("pair", 600)["phase"] == "Succeeded", jobs.tell("pair")
     assert "pair-train-2" not in jobs.stage_jobs("pair")
+    return adapter_digest(jobs, "pair")
 
+
+@pytest.mark.timeout(1200)
+def test_a_killed_peer_restarts_both_pods_which_end_with_the_same_weights(jobs: Jobs, unbroken_pair: str) -> None:
     jobs.apply("hurt", **TWO_PODS)
     first, peer = pod_of(jobs, "hurt", 0), pod_of(jobs, "hurt", 1)
-    eventually("a checkpoint in mid-run", lambda: step_of(jobs, first) >= 10)
-    kill_trainer(jobs, peer)
+    eventually("a checkpoint in mid-run", lambda: checkpoint_step(jobs, first) >= 10)
+    send("KILL", processes_of(jobs, peer))  # not their launcher, whose word tells what happened
     eventually("the next attempt", lambda: "hurt-train-2" in jobs.stage_jobs("hurt"))
     left = {pod["metadata"]["name"] for pod in jobs.pods("hurt", "train") if pod["status"]["phase"] == "Running"}
     assert not left & {first, peer}, "a pod of the failed attempt is still at work"
@@ -59,22 +67,22 @@ def test_a_killed_peer_restarts_both_pods_which_end_with_the_same_weights(jobs: 
     assert status["phase"] == "Succeeded", jobs.tell("hurt")
     assert status["training"]["resumedFromStep"] >= 10
     assert jobs.stage_jobs("hurt") == ["hurt-merge-2", "hurt-prepare-1", "hurt-train-1", "hurt-train-2"]
-    assert adapter_digest(jobs, "hurt") == adapter_digest(jobs, "pair")
+    assert adapter_digest(jobs, "hurt") == unbroken_pair
 
 
-def kill_trainer(jobs: Jobs, pod: str) -> None:
-    """SIGKILL all processes of a pod's container but its launcher, whose word tells what happened."""
-    uid = jobs.target.get("pod", pod, jobs.namespace)["metadata"]["uid"]
-    pattern = f"-e {uid} -e {uid.replace('-', '_')}"  # as the kubelet's cgroup driver writes it
-    found = in_cluster("sh", "-c", f"grep -l {pattern} /proc/[0-9]*/cgroup 2>/dev/null || true").split()
-    numbers = [int(path.split("/")[2]) for path in found]
-    ranks = [number for number in numbers if "RANK=" in environment(number)]
-    assert ranks, f"no rank of {pod} was found among {numbers}"
-    in_cluster("kill", "-KILL", *map(str, ranks))
-
-
-def environment(process: int) -> str:
-    return in_cluster("sh", "-c", f"tr '\\0' '\\n' < /proc/{process}/environ 2>/dev/null || true")
+@pytest.mark.timeout(1200)
+def test_a_frozen_peer_is_taken_for_hung_and_both_pods_start_again(jobs: Jobs, unbroken_pair: str) -> None:
+    jobs.apply("hung", **TWO_PODS, runPolicy={"stallTimeoutSeconds": 20, "checkpointGraceSeconds": 5})
+    first, peer = pod_of(jobs, "hung", 0), pod_of(jobs, "hung", 1)
+    eventually("a checkpoint in mid-run", lambda: checkpoint_step(jobs, first) >= 10)
+    send("STOP", processes_of(jobs, peer))
+    told = jobs.ended("hung", 1)
+    assert told["reason"] == "StalledTraining", told
+    status = jobs.finish("hung", 600)
+    assert status["phase"] == "Succeeded", jobs.tell("hung")
+    assert status["training"]["resumedFromStep"] >= 10
+    assert [name for name in jobs.stage_jobs("hung") if "train" in name] == ["hung-train-1", "hung-train-2"]
+    assert adapter_digest(jobs, "hung") == unbroken_pair
 
 
 @pytest.mark.parametrize("sharding", ["Full", "GradOp"])
