@@ -24,16 +24,16 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune_trainer.collate import build_order
-from finetune_trainer.data import INPUT_IDS, LENGTHS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK
+from finetune_trainer.data.pack import pack_rows
+from finetune_trainer.data.tokenized import INPUT_IDS, LENGTHS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK
 from finetune_trainer.evaluate import IGNORED
-from finetune_trainer.loading import compute_dtype, load_base, set_up_torch, training_device
-from finetune_trainer.model import describe, load_tokenizer
-from finetune_trainer.pack import pack_rows
-from finetune_trainer.parsing import parse_config
+from finetune_trainer.models.folder import describe, load_tokenizer
+from finetune_trainer.models.loading import compute_dtype, load_base, set_up_torch, training_device
 from finetune_trainer.progress import DataFacts, Resolved
-from finetune_trainer.resolve import SourceFacts, resolve
-from finetune_trainer.trainers import build_trainer
+from finetune_trainer.runtime.parsing import parse_config
+from finetune_trainer.settings.resolve import SourceFacts, resolve
+from finetune_trainer.training.collate import build_order
+from finetune_trainer.training.trainers import build_trainer
 from tests.tiny import make_tiny_gptq, make_tiny_model
 
 if TYPE_CHECKING:

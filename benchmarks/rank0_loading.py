@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from finetune_trainer.model import ModelFacts
-from finetune_trainer.parsing import parse_config
+from finetune_trainer.models.folder import ModelFacts
 from finetune_trainer.progress import DataFacts, Resolved
-from finetune_trainer.resolve import SourceFacts, resolve
+from finetune_trainer.runtime.parsing import parse_config
+from finetune_trainer.settings.resolve import SourceFacts, resolve
 from tests.tiny import make_config
 from tests.unit.trainer.gang import ROOT, environment, free_port
 
@@ -164,8 +164,9 @@ def measure(model: Path, how: str, kind: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or shards would go where a GPU is
     import torch  # noqa: PLC0415 - only in a rank
 
-    from finetune_trainer import distributed, sharding  # noqa: PLC0415 - after the environment is set
-    from finetune_trainer.loading import load_base, set_up_torch  # noqa: PLC0415
+    from finetune_trainer.models import sharding  # noqa: PLC0415 - after the environment is set
+    from finetune_trainer.models.loading import load_base, set_up_torch  # noqa: PLC0415
+    from finetune_trainer.runtime import distributed  # noqa: PLC0415 - after the environment is set
 
     set_up_torch()
     settings = build_settings("FSDP" if how == "sharded" else "DDP")

@@ -18,22 +18,23 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune_trainer import distributed, fence, launch, manifest, stages
+from finetune_trainer import launch
 from finetune_trainer.config import GradientCheckpointing
-from finetune_trainer.context import Context
-from finetune_trainer.errors import InvalidConfig, TrainerError, VerificationFailed, translate
-from finetune_trainer.farewell import say, shortened, write_last_word
-from finetune_trainer.overrides import CHECKPOINTING_OPTION, MICRO_BATCH_OPTION, Overrides
-from finetune_trainer.parsing import load_config
 from finetune_trainer.progress import ExitCode, LastWord, Reason, Stage, exit_code
-from finetune_trainer.report import Report, beating_with_bars, reporting
-from finetune_trainer.work import WorkFolder
+from finetune_trainer.runtime import distributed, fence, manifest, stages
+from finetune_trainer.runtime.context import Context
+from finetune_trainer.runtime.errors import InvalidConfig, TrainerError, VerificationFailed, translate
+from finetune_trainer.runtime.farewell import say, shortened, write_last_word
+from finetune_trainer.runtime.overrides import CHECKPOINTING_OPTION, MICRO_BATCH_OPTION, Overrides
+from finetune_trainer.runtime.parsing import load_config
+from finetune_trainer.runtime.report import Report, beating_with_bars, reporting
+from finetune_trainer.runtime.work import WorkFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from finetune_trainer.config import JobConfig
-    from finetune_trainer.manifest import Manifest, Target
+    from finetune_trainer.runtime.manifest import Manifest, Target
 
 log = logging.getLogger(__name__)
 
@@ -251,7 +252,7 @@ def _together(config: JobConfig, arguments: argparse.Namespace, stopping: thread
     if distributed.world_size() > 1:
         if device == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or sharded weights would go where a GPU is
-        importlib.import_module("finetune_trainer.loading").set_up_torch()  # before anybody imports torch
+        importlib.import_module("finetune_trainer.models.loading").set_up_torch()  # before anybody imports torch
 
     def leave(error: TrainerError) -> None:
         os._exit(_end_badly(arguments, error))  # the main thread may be stuck in a collective

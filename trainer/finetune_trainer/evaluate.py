@@ -22,11 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 
-from finetune_trainer.data import EVAL, INPUT_IDS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK, read_rows
-from finetune_trainer.distributed import rank, total, world_size
-from finetune_trainer.errors import NotFound
-from finetune_trainer.finished import load_quantized
-from finetune_trainer.loading import (
+from finetune_trainer.data.tokenized import EVAL, INPUT_IDS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK, read_rows
+from finetune_trainer.models.finished import load_quantized
+from finetune_trainer.models.loading import (
     compute_dtype,
     import_peft,
     load_base,
@@ -34,9 +32,11 @@ from finetune_trainer.loading import (
     set_up_torch,
     training_device,
 )
+from finetune_trainer.models.sharding import reshard
 from finetune_trainer.progress import Measured, Resolved
-from finetune_trainer.sharding import reshard
-from finetune_trainer.work import write_report
+from finetune_trainer.runtime.distributed import rank, total, world_size
+from finetune_trainer.runtime.errors import NotFound
+from finetune_trainer.runtime.work import write_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from finetune_trainer.config import JobConfig
-    from finetune_trainer.context import Context
+    from finetune_trainer.runtime.context import Context
 
 Row = TypeVar("Row")
 

@@ -7,19 +7,21 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from finetune_trainer import gguf_model, manifest, model, stages
 from finetune_trainer.config import REMOTE_CODE_VARIABLE
-from finetune_trainer.errors import InvalidConfig, VerificationFailed
-from finetune_trainer.manifest import Manifest, Result, Target
+from finetune_trainer.models import folder as model
+from finetune_trainer.models import gguf
+from finetune_trainer.runtime import manifest, stages
+from finetune_trainer.runtime.errors import InvalidConfig, VerificationFailed
+from finetune_trainer.runtime.manifest import Manifest, Result, Target
+from finetune_trainer.runtime.work import require_space
 from finetune_trainer.sources import fetch_source
-from finetune_trainer.work import require_space
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from finetune_trainer.config import JobConfig, Source
-    from finetune_trainer.context import Context
+    from finetune_trainer.runtime.context import Context
     from finetune_trainer.sources import Fetched
 
     Builder = Callable[[JobConfig, Context, Path], str]
@@ -105,8 +107,8 @@ def _take_model(  # noqa: PLR0913 - two kinds of models
     """A model's files out of its source, checked. InvalidModel and what fetching raises."""
     fetched = fetch_source(slot, field, source, context)
     told = {"source": type(source.kind).__name__, "revision": fetched.revision}
-    if (path := gguf_model.find(fetched.path, fetched.where)) is not None:
-        told |= gguf_model.convert(path, fetched.where, context, folder)
+    if (path := gguf.find(fetched.path, fetched.where)) is not None:
+        told |= gguf.convert(path, fetched.where, context, folder)
     else:
         _take(fetched, model.check_folder(fetched.path, fetched.where, gptq=gptq, code=code), context, folder)
     (folder / REVISION_FILE).write_text(json.dumps(told, sort_keys=True) + "\n")

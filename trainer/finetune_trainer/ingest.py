@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from finetune_trainer.config import DEFAULT_SEED, LongRows, ObjectiveType
-from finetune_trainer.data import EVAL, TRAIN, RowWriter, TokenizedRow, copy_chosen, copy_packed
-from finetune_trainer.errors import InvalidConfig, InvalidDataset
-from finetune_trainer.holdout import as_digests, choose_unseen, digest_of, hold_out, settings_of
-from finetune_trainer.pack import pack_windows
+from finetune_trainer.data.holdout import as_digests, choose_unseen, digest_of, hold_out, settings_of
+from finetune_trainer.data.pack import pack_windows
+from finetune_trainer.data.render import Rendered, RenderedPair, Renderer, Tokens
+from finetune_trainer.data.rows import DatasetReader, PreferenceRow
+from finetune_trainer.data.tokenized import EVAL, TRAIN, RowWriter, TokenizedRow, copy_chosen, copy_packed
 from finetune_trainer.progress import DataFacts, DatasetFacts
-from finetune_trainer.render import Rendered, RenderedPair, Renderer, Tokens
-from finetune_trainer.rows import DatasetReader, PreferenceRow
+from finetune_trainer.runtime.errors import InvalidConfig, InvalidDataset
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from finetune_trainer.config import Dataset, Evaluation, JobConfig
-    from finetune_trainer.context import Context
-    from finetune_trainer.files import Place
-    from finetune_trainer.pack import Window
-    from finetune_trainer.rows import Row
+    from finetune_trainer.data.files import Place
+    from finetune_trainer.data.pack import Window
+    from finetune_trainer.data.rows import Row
+    from finetune_trainer.runtime.context import Context
 
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 4_000_000

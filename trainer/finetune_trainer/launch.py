@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from finetune_trainer import distributed
 from finetune_trainer.config import NODE_RANK_VARIABLE, RENDEZVOUS_VARIABLE, Parallelism
-from finetune_trainer.errors import InvalidConfig
-from finetune_trainer.farewell import shortened
-from finetune_trainer.loading import usable_cores
+from finetune_trainer.models.loading import usable_cores
 from finetune_trainer.progress import ExitCode, LastWord, Reason, Stage
+from finetune_trainer.runtime import distributed
+from finetune_trainer.runtime.errors import InvalidConfig
+from finetune_trainer.runtime.farewell import shortened
 
 if TYPE_CHECKING:
     import threading

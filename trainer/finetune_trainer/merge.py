@@ -17,10 +17,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.config import FLOATING, BaseFormat, MergeBase
-from finetune_trainer.errors import InvalidConfig, VerificationFailed
 from finetune_trainer.evaluate import Comparison, compare, load_adapted, put_adapter, read_token_rows
-from finetune_trainer.finished import QUANTIZED_WEIGHT, write_finished
-from finetune_trainer.loading import (
+from finetune_trainer.models.finished import QUANTIZED_WEIGHT, write_finished
+from finetune_trainer.models.loading import (
     extend_embeddings,
     load_base,
     load_dequantized,
@@ -28,7 +27,8 @@ from finetune_trainer.loading import (
     set_up_torch,
     working_device,
 )
-from finetune_trainer.manifest import Made, Manifest, Result
+from finetune_trainer.runtime.errors import InvalidConfig, VerificationFailed
+from finetune_trainer.runtime.manifest import Made, Manifest, Result
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     import torch
 
     from finetune_trainer.config import JobConfig
-    from finetune_trainer.context import Context
     from finetune_trainer.evaluate import TokenRow
     from finetune_trainer.progress import Measured, Resolved, ResolvedMerge
+    from finetune_trainer.runtime.context import Context
 
 log = logging.getLogger(__name__)
 

@@ -11,13 +11,16 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from finetune_trainer import data, ingest, manifest, pack, resolve, tokens
+from finetune_trainer import ingest
 from finetune_trainer.config import HuggingFaceSource, LossOn, ModelScopeSource, Training
+from finetune_trainer.data import pack, tokenized, tokens
+from finetune_trainer.data.render import Renderer
 from finetune_trainer.fetch import fetch_models, reusable, revision
-from finetune_trainer.manifest import Manifest, Result
-from finetune_trainer.model import describe, load_tokenizer
-from finetune_trainer.outcome import check_original
-from finetune_trainer.render import Renderer
+from finetune_trainer.models.folder import describe, load_tokenizer
+from finetune_trainer.runtime import manifest
+from finetune_trainer.runtime.manifest import Manifest, Result
+from finetune_trainer.settings import resolve
+from finetune_trainer.settings.outcome import check_original
 from finetune_trainer.sources import fetch_source, forget
 
 if TYPE_CHECKING:
@@ -25,9 +28,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from finetune_trainer.config import BaseModelSource, JobConfig
-    from finetune_trainer.context import Context
-    from finetune_trainer.model import ModelFacts
+    from finetune_trainer.models.folder import ModelFacts
     from finetune_trainer.progress import DataFacts, Resolved
+    from finetune_trainer.runtime.context import Context
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +66,7 @@ def run(config: JobConfig, context: Context) -> Manifest:
         tokens.check_embedded(tokenizer, prepared.highest_token, facts.vocabulary, added_tokens)
         tokenizer.save_pretrained(folder / context.work.tokenizer.name)
         with context.committing():
-            data.write_preview(folder, tokenizer, context.work.report / data.PREVIEW_NAME)
+            tokenized.write_preview(folder, tokenizer, context.work.report / tokenized.PREVIEW_NAME)
         remarks = (*_on_another_base(config.model, facts), *prepared.remarks)
         message = " ".join([_summary(prepared.facts, resolved), *remarks])
         return Result(message=message, resolved=resolved, data=prepared.facts)
@@ -108,7 +111,7 @@ def _packs(config: JobConfig, model: ModelFacts, sequences: int) -> bool:
 
 def _digest_of_rows(folder: Path) -> str:
     """One digest of the rows trained and measured on."""
-    digests = [manifest.sha256_of_file(folder / f"{split}.parquet") for split in (data.TRAIN, data.EVAL)]
+    digests = [manifest.sha256_of_file(folder / f"{split}.parquet") for split in (tokenized.TRAIN, tokenized.EVAL)]
     return "sha256:" + hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

@@ -23,16 +23,16 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_trainer import samples
 from finetune_trainer.config import Calibration, QuantizeMethod
-from finetune_trainer.data import INPUT_IDS, LENGTHS, TRAIN, read_rows
-from finetune_trainer.errors import InvalidConfig, VerificationFailed, translate
+from finetune_trainer.data.tokenized import INPUT_IDS, LENGTHS, TRAIN, read_rows
 from finetune_trainer.evaluate import compare, finished_dtype, read_token_rows
-from finetune_trainer.finished import GENERATION_CONFIG, copy_companions, load_quantized
-from finetune_trainer.loading import load_finished, set_up_torch, working_device
-from finetune_trainer.manifest import Made, Manifest, Result
-from finetune_trainer.model import CONFIG, load_tokenizer
+from finetune_trainer.models.finished import GENERATION_CONFIG, copy_companions, load_quantized
+from finetune_trainer.models.folder import CONFIG, load_tokenizer
+from finetune_trainer.models.loading import load_finished, set_up_torch, working_device
 from finetune_trainer.progress import Measured
+from finetune_trainer.runtime.errors import InvalidConfig, VerificationFailed, translate
+from finetune_trainer.runtime.manifest import Made, Manifest, Result
+from finetune_trainer.training import samples
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     import torch
 
     from finetune_trainer.config import JobConfig, Quantize
-    from finetune_trainer.context import Context
     from finetune_trainer.evaluate import TokenRow
     from finetune_trainer.progress import ResolvedQuantize
+    from finetune_trainer.runtime.context import Context
 
 log = logging.getLogger(__name__)
 

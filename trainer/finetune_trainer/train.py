@@ -13,21 +13,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from finetune_trainer import census, distributed, manifest, samples
-from finetune_trainer.census import count_layers
-from finetune_trainer.checkpoint import Checkpoints
-from finetune_trainer.course import EVAL_ACCURACY, EVAL_LOSS, Line
-from finetune_trainer.data import TRAIN, read_rows
-from finetune_trainer.drill import read_drill
-from finetune_trainer.errors import InvalidDataset
+from finetune_trainer.data.tokenized import TRAIN, read_rows
 from finetune_trainer.evaluate import perplexity, read_pair_rows, read_token_rows, rounded
-from finetune_trainer.finished import write_finished
-from finetune_trainer.loading import compute_dtype, load_base, refuse_broken_model, set_up_torch, training_device
-from finetune_trainer.manifest import Made, Manifest, Result
-from finetune_trainer.model import load_tokenizer
+from finetune_trainer.models import census
+from finetune_trainer.models.census import count_layers
+from finetune_trainer.models.finished import write_finished
+from finetune_trainer.models.folder import load_tokenizer
+from finetune_trainer.models.loading import compute_dtype, load_base, refuse_broken_model, set_up_torch, training_device
+from finetune_trainer.models.sharding import gather, is_to_shard
 from finetune_trainer.progress import Measured, Resolved, TrainFacts
-from finetune_trainer.sharding import gather, is_to_shard
-from finetune_trainer.tracking import following, unasked
+from finetune_trainer.runtime import distributed, manifest
+from finetune_trainer.runtime.errors import InvalidDataset
+from finetune_trainer.runtime.manifest import Made, Manifest, Result
+from finetune_trainer.training import samples
+from finetune_trainer.training.checkpoint import Checkpoints
+from finetune_trainer.training.course import EVAL_ACCURACY, EVAL_LOSS, Line
+from finetune_trainer.training.drill import read_drill
+from finetune_trainer.training.tracking import following, unasked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,10 +39,10 @@ if TYPE_CHECKING:
     import torch
 
     from finetune_trainer.config import JobConfig
-    from finetune_trainer.context import Context
-    from finetune_trainer.exact import Exact
-    from finetune_trainer.loop import Loop
-    from finetune_trainer.tracking import Followers
+    from finetune_trainer.runtime.context import Context
+    from finetune_trainer.training.exact import Exact
+    from finetune_trainer.training.loop import Loop
+    from finetune_trainer.training.tracking import Followers
 
 log = logging.getLogger(__name__)
 
@@ -164,8 +166,8 @@ def _read_before(path: Path, run: dict[str, Any]) -> Before | None:
 def _build_trainer(tokenizer: Any, rows: Rows, device: torch.device, context: Context) -> Exact:  # noqa: ANN401 - a transformers tokenizer
     """The base in memory, and TRL's trainer around it."""
     with unasked():
-        from finetune_trainer.trainers import build_trainer  # noqa: PLC0415 - brings trl, slow
-    from finetune_trainer.adapters import go_on_from  # noqa: PLC0415 - brings peft, slow
+        from finetune_trainer.training.trainers import build_trainer  # noqa: PLC0415 - brings trl, slow
+    from finetune_trainer.training.adapters import go_on_from  # noqa: PLC0415 - brings peft, slow
 
     resolved, folder = context.resolved, context.work.model
     context.report.begin("loading the base model")
@@ -186,7 +188,7 @@ def _take_steps(  # noqa: PLR0913 - the pieces of a training
     followers: Followers,
 ) -> Loop:
     """Take the steps that are left, if any; the model has the weights to publish then."""
-    from finetune_trainer.loop import Loop  # noqa: PLC0415 - brings transformers' trainer, slow
+    from finetune_trainer.training.loop import Loop  # noqa: PLC0415 - brings transformers' trainer, slow
 
     loop = Loop(trainer, context.resolved, rows.held_out, checkpoints, context, followers)
     loop.begin(start)
@@ -199,7 +201,7 @@ def _take_steps(  # noqa: PLR0913 - the pieces of a training
 
 def _publish(trainer: Exact, tokenizer: Any, result: Result, context: Context) -> Manifest:  # noqa: ANN401 - a transformers tokenizer
     """What was trained: an adapter in PEFT's format, or a model that can be served; complete or absent."""
-    from finetune_trainer.adapters import save_adapter  # noqa: PLC0415 - brings peft, slow
+    from finetune_trainer.training.adapters import save_adapter  # noqa: PLC0415 - brings peft, slow
 
     weights = _gathered(trainer, context)
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from finetune_operator.api import Spec
-from finetune_trainer.templates import Sandbox
+from finetune_trainer.data.templates import Sandbox
 
 RECIPES = Path(__file__).parents[3] / "examples" / "recipes"
 KEYS = sorted(path.name for path in RECIPES.glob("*.yaml"))

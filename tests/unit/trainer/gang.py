@@ -110,8 +110,8 @@ class Gang:
 
 def serve(folder: Path) -> None:
     """Be one of the ranks: a call a line on stdin, a file's name a line on stdout."""
-    from finetune_trainer import distributed  # noqa: PLC0415 - after the environment is set
-    from finetune_trainer.loading import set_up_torch  # noqa: PLC0415
+    from finetune_trainer.models.loading import set_up_torch  # noqa: PLC0415
+    from finetune_trainer.runtime import distributed  # noqa: PLC0415 - after the environment is set
 
     answers, number = os.fdopen(os.dup(1), "w"), 0
     os.dup2(2, 1)  # whatever else is printed

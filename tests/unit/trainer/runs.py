@@ -9,24 +9,25 @@ import pyarrow as pa
 import torch
 from transformers import TrainerCallback
 
-from finetune_trainer import distributed, manifest, state
-from finetune_trainer.checkpoint import Checkpoints
-from finetune_trainer.context import Context
-from finetune_trainer.data import INPUT_IDS, LENGTHS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK
+from finetune_trainer.data.tokenized import INPUT_IDS, LENGTHS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK
 from finetune_trainer.evaluate import IGNORED, PairRow, TokenRow
-from finetune_trainer.loading import compute_dtype, load_base, set_up_torch
-from finetune_trainer.manifest import Result, Target
-from finetune_trainer.model import load_tokenizer
+from finetune_trainer.models.folder import load_tokenizer
+from finetune_trainer.models.loading import compute_dtype, load_base, set_up_torch
 from finetune_trainer.progress import Resolved, ResolvedLora, ResolvedParallelism, Stage
-from finetune_trainer.report import Report
-from finetune_trainer.tracking import Followers
-from finetune_trainer.work import WorkFolder
+from finetune_trainer.runtime import distributed, manifest
+from finetune_trainer.runtime.context import Context
+from finetune_trainer.runtime.manifest import Result, Target
+from finetune_trainer.runtime.report import Report
+from finetune_trainer.runtime.work import WorkFolder
+from finetune_trainer.training import state
+from finetune_trainer.training.checkpoint import Checkpoints
+from finetune_trainer.training.tracking import Followers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from finetune_trainer.loop import Loop
+    from finetune_trainer.training.loop import Loop
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CPU = torch.device("cpu")
@@ -163,9 +164,9 @@ class Run:
 
     def build(self) -> tuple[Any, Loop]:
         """Trainer and loop, on a freshly loaded base."""
-        from finetune_trainer.adapters import go_on_from  # noqa: PLC0415 - slow
-        from finetune_trainer.loop import Loop  # noqa: PLC0415 - slow
-        from finetune_trainer.trainers import build_trainer  # noqa: PLC0415 - slow
+        from finetune_trainer.training.adapters import go_on_from  # noqa: PLC0415 - slow
+        from finetune_trainer.training.loop import Loop  # noqa: PLC0415 - slow
+        from finetune_trainer.training.trainers import build_trainer  # noqa: PLC0415 - slow
 
         set_up_torch()
         held_out: Sequence[Any]

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from finetune_trainer import manifest
-from finetune_trainer.checkpoint import Checkpoints, step_of
-from finetune_trainer.errors import VolumeFull
-from finetune_trainer.manifest import Target
 from finetune_trainer.progress import Stage, TrainFacts
+from finetune_trainer.runtime import manifest
+from finetune_trainer.runtime.errors import VolumeFull
+from finetune_trainer.runtime.manifest import Target
+from finetune_trainer.training.checkpoint import Checkpoints, step_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from finetune_trainer import __main__ as command
-from finetune_trainer.farewell import fitted, shortened
 from finetune_trainer.progress import (
     LAST_WORD_LIMIT_BYTES,
     MESSAGE_LIMIT_CHARACTERS,
@@ -23,7 +22,8 @@ from finetune_trainer.progress import (
     Reason,
     Stage,
 )
-from finetune_trainer.report import Report, build_server, describe, reporting
+from finetune_trainer.runtime.farewell import fitted, shortened
+from finetune_trainer.runtime.report import Report, build_server, describe, reporting
 from tests.unit.trainer.conftest import Desk
 
 
@@ -206,7 +206,7 @@ def test_the_report_is_served() -> None:
 
 def test_a_log_gets_a_line_each_half_minute(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("finetune_trainer.report.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("finetune_trainer.runtime.report.time.monotonic", lambda: now[0])
     report = Report(Stage.PREPARE, 1, bar=False)
     with caplog.at_level("INFO"):
         report.begin("copying", 100, "bytes")
@@ -258,7 +258,7 @@ def test_whatever_takes_long_with_a_large_model_is_seen_to_move(
 
 
 def test_a_folder_that_grows_is_seen_to_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune_trainer.report.GROWTH_EVERY_SECONDS", 0.01)
+    monkeypatch.setattr("finetune_trainer.runtime.report.GROWTH_EVERY_SECONDS", 0.01)
     report, moved = Report(Stage.TRAIN, 1, bar=False), threading.Event()
     monkeypatch.setattr(report, "beat", moved.set)
     with report.growing(tmp_path):

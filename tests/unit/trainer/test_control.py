@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from finetune_trainer import manifest
-from finetune_trainer.checkpoint import Checkpoints
-from finetune_trainer.errors import NonFiniteLoss
 from finetune_trainer.evaluate import HeldOut
-from finetune_trainer.manifest import Target
 from finetune_trainer.progress import ResolvedEarlyStopping, Stage, TrainFacts
-from finetune_trainer.state import TRAINED_NAME
+from finetune_trainer.runtime import manifest
+from finetune_trainer.runtime.errors import NonFiniteLoss
+from finetune_trainer.runtime.manifest import Target
+from finetune_trainer.training.checkpoint import Checkpoints
+from finetune_trainer.training.state import TRAINED_NAME
 from tests.tiny import EOS
 from tests.unit.trainer.runs import CrashAfter, CrashError, Run, make_rows, same_bits, weights
 from tests.unit.trainer.test_resume import figures, flip_a_byte
@@ -36,7 +36,7 @@ RISING = {1: 3.0, 2: 2.0, 3: 2.5, 4: 2.1, 5: 1.0, 6: 9.0, 7: 9.0, 8: 9.0}
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let the held-out losses be RISING, while training itself is real; the steps that were measured."""
-    from finetune_trainer.sft import SftTrainer  # noqa: PLC0415 - slow
+    from finetune_trainer.training.sft import SftTrainer  # noqa: PLC0415 - slow
 
     steps: list[int] = []
 
@@ -114,7 +114,7 @@ def test_the_best_weights_are_published_where_asked_for(tiny_model: Path, tmp_pa
 def test_figures_are_those_of_the_weights_that_are_published(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune_trainer.sft import SftTrainer  # noqa: PLC0415 - slow
+    from finetune_trainer.training.sft import SftTrainer  # noqa: PLC0415 - slow
 
     truly: Any = SftTrainer.measure
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.course import Course, Line, best_first, epochs_done, is_due, stops_early, without_better
 from finetune_trainer.progress import ResolvedEarlyStopping
+from finetune_trainer.training.course import Course, Line, best_first, epochs_done, is_due, stops_early, without_better
 
 
 def measured(*losses: float) -> list[Line]:

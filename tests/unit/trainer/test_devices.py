@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.devices import resolve_parallelism
-from finetune_trainer.errors import InvalidConfig
-from finetune_trainer.parsing import parse_config
+from finetune_trainer.runtime.errors import InvalidConfig
+from finetune_trainer.runtime.parsing import parse_config
+from finetune_trainer.settings.devices import resolve_parallelism
 from tests.tiny import make_config
 
 TWO = {"gpusPerNode": 2}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from finetune_trainer.errors import InvalidConfig
-from finetune_trainer.overrides import Overrides
+from finetune_trainer.runtime.errors import InvalidConfig
+from finetune_trainer.runtime.overrides import Overrides
 from tests.unit.trainer.gang import ROOT, Gang, environment, free_port
 from tests.unit.trainer.runs import SETTINGS, CrashAfter, CrashError, Run, replace_settings, same_bits
 
@@ -50,7 +50,7 @@ def train(
     checkpointing: str | None = None,
 ) -> dict[str, Any]:
     """Train to the end, or to a crash; whole weights, losses and what kind of tensors they were held as."""
-    from finetune_trainer.state import trained  # noqa: PLC0415 - in a rank
+    from finetune_trainer.training.state import trained  # noqa: PLC0415 - in a rank
 
     run = Run(Path(model), Path(root), Overrides(micro_batch, checkpointing).applied(settings(*changes)))
     run.attempt = attempt - 1
@@ -72,7 +72,7 @@ def train(
 
 def train_unsharded(model: str, root: str, changes: list[dict[str, Any]]) -> None:
     """Train with a base of which one weight is whole, as where a library falls back to DDP without a word."""
-    from finetune_trainer import sharding  # noqa: PLC0415 - in a rank
+    from finetune_trainer.models import sharding  # noqa: PLC0415 - in a rank
 
     check = sharding.check_sharded
 
@@ -203,8 +203,8 @@ def test_a_batch_that_the_processes_do_not_share_evenly_is_refused(
 
 FAIL = """
 import os, sys, threading
-from finetune_trainer import distributed
-from finetune_trainer.errors import TrainerError, VolumeFull
+from finetune_trainer.runtime import distributed
+from finetune_trainer.runtime.errors import TrainerError, VolumeFull
 
 def leave(error):
     print("LEFT", error.reason, error, flush=True)

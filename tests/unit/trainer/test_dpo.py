@@ -13,19 +13,19 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from finetune_trainer import state
-from finetune_trainer.adapters import go_on_from
-from finetune_trainer.arguments import DPO_LOSSES
 from finetune_trainer.config import DpoLossType
-from finetune_trainer.dpo import collate
-from finetune_trainer.errors import InvalidConfig
 from finetune_trainer.evaluate import IGNORED, TokenRow
-from finetune_trainer.loading import load_base
-from finetune_trainer.model import ModelFacts, load_tokenizer
-from finetune_trainer.parsing import parse_config
+from finetune_trainer.models.folder import ModelFacts, load_tokenizer
+from finetune_trainer.models.loading import load_base
 from finetune_trainer.progress import Resolved, ResolvedDpo
-from finetune_trainer.resolve import check_early, resolve_dpo
-from finetune_trainer.trainers import build_trainer
+from finetune_trainer.runtime.errors import InvalidConfig
+from finetune_trainer.runtime.parsing import parse_config
+from finetune_trainer.settings.resolve import check_early, resolve_dpo
+from finetune_trainer.training import state
+from finetune_trainer.training.adapters import go_on_from
+from finetune_trainer.training.arguments import DPO_LOSSES
+from finetune_trainer.training.dpo import collate
+from finetune_trainer.training.trainers import build_trainer
 from tests.tiny import make_config, make_jsonl
 from tests.unit.trainer.gang import Gang
 from tests.unit.trainer.runs import (

@@ -4,8 +4,8 @@ import errno
 
 import pytest
 
-from finetune_trainer import errors
 from finetune_trainer.progress import ExitCode, Reason, exit_code
+from finetune_trainer.runtime import errors
 
 
 class OutOfMemoryError(RuntimeError):

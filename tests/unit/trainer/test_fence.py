@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from finetune_trainer import fence, manifest
-from finetune_trainer.checkpoint import Checkpoints
-from finetune_trainer.errors import Interrupted
-from finetune_trainer.manifest import Result, Target
 from finetune_trainer.progress import ExitCode, Stage, TrainFacts
-from finetune_trainer.report import Report
+from finetune_trainer.runtime import fence, manifest
+from finetune_trainer.runtime.errors import Interrupted
+from finetune_trainer.runtime.manifest import Result, Target
+from finetune_trainer.runtime.report import Report
+from finetune_trainer.training.checkpoint import Checkpoints
 from tests.tiny import make_config, make_instructions, make_jsonl
 from tests.unit.trainer.conftest import Desk
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from finetune_trainer import manifest
 from finetune_trainer.config import REMOTE_CODE_VARIABLE
 from finetune_trainer.fetch import REVISION_FILE
 from finetune_trainer.progress import ExitCode
+from finetune_trainer.runtime import manifest
 from tests.tiny import make_config
 from tests.unit.trainer.sources.standins import COMMIT, StandInHub
 

@@ -10,18 +10,19 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from finetune_trainer import data, ingest
-from finetune_trainer.collate import build_order
+from finetune_trainer import ingest
 from finetune_trainer.config import JobConfig
-from finetune_trainer.context import Context
-from finetune_trainer.errors import InvalidConfig, TrainerError
+from finetune_trainer.data import tokenized
+from finetune_trainer.data.render import Renderer
 from finetune_trainer.evaluate import read_pair_rows, read_token_rows
 from finetune_trainer.ingest import PreparedData
-from finetune_trainer.model import load_tokenizer
+from finetune_trainer.models.folder import load_tokenizer
 from finetune_trainer.progress import Stage
-from finetune_trainer.render import Renderer
-from finetune_trainer.report import Report
-from finetune_trainer.work import WorkFolder
+from finetune_trainer.runtime.context import Context
+from finetune_trainer.runtime.errors import InvalidConfig, TrainerError
+from finetune_trainer.runtime.report import Report
+from finetune_trainer.runtime.work import WorkFolder
+from finetune_trainer.training.collate import build_order
 from tests.tiny import EOS, make_config, make_instructions, make_jsonl, make_tokenizer
 from tests.unit.trainer.runs import SETTINGS, replace_settings
 
@@ -69,7 +70,7 @@ class Bench:
         return ingest.prepare_data(config, opened, renderer, max_length, packs, self.folder, self.context)
 
     def read(self, split: str = "train") -> pa.Table:
-        return data.read_rows(self.folder, split)
+        return tokenized.read_rows(self.folder, split)
 
     def texts(self, split: str = "train") -> list[str]:
         return [self.tokenizer.decode(row) for row in self.read(split)["input_ids"].to_pylist()]
@@ -217,7 +218,7 @@ def test_weighted_datasets_share_no_sequence(bench: Bench) -> None:
 
 
 def test_windows_are_packed_one_after_the_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune_trainer.pack.WINDOW_TOKENS", 1000)
+    monkeypatch.setattr("finetune_trainer.data.pack.WINDOW_TOKENS", 1000)
     bench.prepare(make_instructions(1500), packs=EVERYBODY_PACKS, max_length=200, **WHOLE)
     found = rows_of(bench.read())
     assert len(set(found)) == len(found) == 1500
@@ -254,7 +255,7 @@ def test_the_preview_shows_both_answers(bench: Bench) -> None:
 
 def preview(bench: Bench) -> list[dict[str, Any]]:
     path = bench.folder / "preview.jsonl"
-    data.write_preview(bench.folder, bench.tokenizer, path)
+    tokenized.write_preview(bench.folder, bench.tokenizer, path)
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -298,8 +299,8 @@ def test_rows_in_memory_cost_about_their_bytes(tmp_path: Path) -> None:
     mask = pa.array(np.arange(rows * length) % 2 == 0)
     offsets = pa.array(np.arange(0, rows * length + 1, length, dtype=np.int32))
     columns = [pa.ListArray.from_arrays(offsets, values) for values in (ids, mask)]
-    table = pa.Table.from_arrays([*columns, pa.array(np.zeros(rows, dtype=np.int8))], schema=data.build_schema())
-    parquet.write_table(table, tmp_path / "train.parquet", row_group_size=data.GROUP_ROWS)
+    table = pa.Table.from_arrays([*columns, pa.array(np.zeros(rows, dtype=np.int8))], schema=tokenized.build_schema())
+    parquet.write_table(table, tmp_path / "train.parquet", row_group_size=tokenized.GROUP_ROWS)
     before = pa.total_allocated_bytes()
     read = read_token_rows(tmp_path, "train")
     assert sum(len(row.input_ids) for row in read) == rows * length

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune_trainer.errors import InvalidModel
-from finetune_trainer.loading import GPU_SLACK_BYTES, load_finished, working_device
+from finetune_trainer.models.loading import GPU_SLACK_BYTES, load_finished, working_device
+from finetune_trainer.runtime.errors import InvalidModel
 from tests.unit.trainer.runs import CPU
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer import manifest
-from finetune_trainer.errors import NotFound, VerificationFailed
-from finetune_trainer.manifest import Made, Result, Target, publish, verify
 from finetune_trainer.progress import Stage
+from finetune_trainer.runtime import manifest
+from finetune_trainer.runtime.errors import NotFound, VerificationFailed
+from finetune_trainer.runtime.manifest import Made, Result, Target, publish, verify
 
 RESULT = Result(message="done", artifact=Made(name="merged", type="Merged"))
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from finetune_trainer import errors, memory, quantize
+from finetune_trainer import quantize
 from finetune_trainer.config import DRILL_OUT_OF_MEMORY_VARIABLE as VARIABLE
-from finetune_trainer.drill import Drill, read_drill
 from finetune_trainer.progress import ExitCode, LastWord, Reason
-from finetune_trainer.rendezvous import Failed
+from finetune_trainer.runtime import errors, memory
+from finetune_trainer.runtime.rendezvous import Failed
+from finetune_trainer.training.drill import Drill, read_drill
 from tests.unit.trainer.gang import ROOT, environment, free_port
 from tests.unit.trainer.runs import SETTINGS, replace_settings
 
@@ -114,7 +115,7 @@ def test_a_quantized_model_that_does_not_fit_is_not_called_broken(monkeypatch: p
         raise torch.OutOfMemoryError(ALONE)
 
     monkeypatch.setattr(quantize, "load_tokenizer", lambda _: SimpleNamespace(bos_token_id=0, eos_token_id=1))
-    monkeypatch.setattr("finetune_trainer.samples.generate", no_room)
+    monkeypatch.setattr("finetune_trainer.training.samples.generate", no_room)
     context: Any = SimpleNamespace(work=SimpleNamespace(tokenizer=None), polled=None)
     with pytest.raises(torch.OutOfMemoryError):
         quantize._write_answer(None, [], context)

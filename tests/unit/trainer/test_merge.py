@@ -13,15 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_trainer import merge
-from finetune_trainer.adapters import build_lora
-from finetune_trainer.context import Context
-from finetune_trainer.errors import VerificationFailed
 from finetune_trainer.evaluate import Comparison, compare, load_adapted
-from finetune_trainer.finished import end_tokens
-from finetune_trainer.loading import import_peft, load_base, load_dequantized, load_finished, set_up_torch
+from finetune_trainer.models.finished import end_tokens
+from finetune_trainer.models.loading import import_peft, load_base, load_dequantized, load_finished, set_up_torch
 from finetune_trainer.progress import Resolved, ResolvedLora, ResolvedMerge, Stage
-from finetune_trainer.report import Report
-from finetune_trainer.work import WorkFolder
+from finetune_trainer.runtime.context import Context
+from finetune_trainer.runtime.errors import VerificationFailed
+from finetune_trainer.runtime.report import Report
+from finetune_trainer.runtime.work import WorkFolder
+from finetune_trainer.training.adapters import build_lora
 from tests.tiny import make_tiny_gptq, make_tiny_model
 from tests.unit.trainer.runs import CPU, LINEAR, SETTINGS, make_rows, replace_settings
 

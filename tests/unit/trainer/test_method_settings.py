@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune_trainer.config import JobConfig
-from finetune_trainer.errors import InvalidConfig, InvalidModel, TrainerError
-from finetune_trainer.methods import (
+from finetune_trainer.models.folder import ModelFacts, check_folder, describe
+from finetune_trainer.progress import ResolvedGaLore
+from finetune_trainer.runtime.errors import InvalidConfig, InvalidModel, TrainerError
+from finetune_trainer.settings.methods import (
     check_added_tokens,
     check_method,
     remedy_for_lost_numbers,
@@ -21,8 +23,6 @@ from finetune_trainer.methods import (
     resolve_galore,
     resolve_lora,
 )
-from finetune_trainer.model import ModelFacts, check_folder, describe
-from finetune_trainer.progress import ResolvedGaLore
 from tests.tiny import make_config, make_tiny_gptq, make_tiny_model
 from tests.unit.trainer.runs import SETTINGS, replace_settings
 

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from finetune_trainer import census, state
-from finetune_trainer.adapters import save_adapter
-from finetune_trainer.arguments import PRODUCTS
-from finetune_trainer.finished import save_weights
-from finetune_trainer.loading import extend_embeddings, import_peft, load_base
+from finetune_trainer.models import census
+from finetune_trainer.models.finished import save_weights
+from finetune_trainer.models.loading import extend_embeddings, import_peft, load_base
 from finetune_trainer.progress import ResolvedGaLore
+from finetune_trainer.training import state
+from finetune_trainer.training.adapters import save_adapter
+from finetune_trainer.training.arguments import PRODUCTS
 from tests.tiny import ARCHITECTURES, make_tiny_gptq, make_tiny_model
 from tests.unit.trainer.runs import (
     CPU,

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.collate import as_dataset, build_order
-from finetune_trainer.order import FILLER, RowOrder, Share, share_out
+from finetune_trainer.data.order import FILLER, RowOrder, Share, share_out
+from finetune_trainer.training.collate import as_dataset, build_order
 from tests.unit.trainer.runs import SETTINGS, replace_settings
 
 LENGTHS = [5, 9, 2, 7, 1, 8, 3, 6, 4, 10]

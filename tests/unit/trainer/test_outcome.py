@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.errors import InvalidConfig, InvalidModel
-from finetune_trainer.model import ModelFacts
-from finetune_trainer.outcome import check_original, check_outcome, resolve_merge, resolve_quantize
-from finetune_trainer.parsing import parse_config
+from finetune_trainer.models.folder import ModelFacts
+from finetune_trainer.runtime.errors import InvalidConfig, InvalidModel
+from finetune_trainer.runtime.parsing import parse_config
+from finetune_trainer.settings.outcome import check_original, check_outcome, resolve_merge, resolve_quantize
 from tests.tiny import make_config
 
 LAYERS = {"model.layers.0.self_attn.q_proj": 576, "model.layers.0.mlp.down_proj": 1536}

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from finetune_trainer import manifest
-from finetune_trainer.errors import InvalidConfig
-from finetune_trainer.overrides import Overrides
 from finetune_trainer.progress import ExitCode, ResolvedDpo
+from finetune_trainer.runtime import manifest
+from finetune_trainer.runtime.errors import InvalidConfig
+from finetune_trainer.runtime.overrides import Overrides
 from tests.unit.trainer.runs import SETTINGS, CrashAfter, CrashError, Run, replace_settings, same_bits
 
 if TYPE_CHECKING:

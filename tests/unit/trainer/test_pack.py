@@ -8,12 +8,12 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer.collate import Collator
 from finetune_trainer.config import JobConfig
-from finetune_trainer.data import INPUT_IDS, LENGTHS, LOSS_MASK
-from finetune_trainer.errors import InvalidConfig
+from finetune_trainer.data.pack import KEEPS_ROWS_APART, pack_rows, resolve_packing
+from finetune_trainer.data.tokenized import INPUT_IDS, LENGTHS, LOSS_MASK
 from finetune_trainer.evaluate import IGNORED
-from finetune_trainer.pack import KEEPS_ROWS_APART, pack_rows, resolve_packing
+from finetune_trainer.runtime.errors import InvalidConfig
+from finetune_trainer.training.collate import Collator
 from tests.tiny import make_config
 from tests.unit.trainer.runs import SETTINGS, replace_settings
 

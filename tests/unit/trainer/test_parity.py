@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.parity import METHODS, STEPS, Method, compare
-from finetune_trainer.loading import set_up_torch
+from finetune_trainer.models.loading import set_up_torch
 from tests.tiny import make_tiny_gptq
 
 if TYPE_CHECKING:

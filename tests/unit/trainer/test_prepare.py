@@ -14,15 +14,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from finetune_trainer import data, fetch, manifest, work
-from finetune_trainer.model import load_tokenizer
+from finetune_trainer import fetch
+from finetune_trainer.data import tokenized
+from finetune_trainer.models.folder import load_tokenizer
 from finetune_trainer.progress import ExitCode, Reason, exit_code
+from finetune_trainer.runtime import manifest, work
 from tests.tiny import make_config, make_instructions, make_jsonl, make_tiny_model, make_tokenizer
 from tests.unit.trainer.conftest import Desk
 
 
 def rows_of(desk: Desk, split: str) -> set[tuple[int, ...]]:
-    return {tuple(row) for row in data.read_rows(desk.work / "data", split)["input_ids"].to_pylist()}
+    return {tuple(row) for row in tokenized.read_rows(desk.work / "data", split)["input_ids"].to_pylist()}
 
 
 def visible(folder: Path) -> list[str]:
@@ -405,7 +407,7 @@ def test_a_volume_that_fills_up_leaves_nothing_half_done(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "train.parquet")
 
-    monkeypatch.setattr(data.RowWriter, "write", full)
+    monkeypatch.setattr(tokenized.RowWriter, "write", full)
     code, _ = desk.run("prepare", config)
     assert code == ExitCode.VOLUME_FULL
     assert visible(desk.work) == ["model"]

@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 
 from finetune_trainer import quantize
 from finetune_trainer.config import Quantize
-from finetune_trainer.context import Context
-from finetune_trainer.errors import VerificationFailed
 from finetune_trainer.evaluate import compare
-from finetune_trainer.finished import load_quantized, verify_layers
-from finetune_trainer.loading import load_finished, set_up_torch
-from finetune_trainer.outcome import QUANTIZABLE
+from finetune_trainer.models.finished import load_quantized, verify_layers
+from finetune_trainer.models.loading import load_finished, set_up_torch
 from finetune_trainer.progress import ExitCode, ResolvedQuantize, Stage
-from finetune_trainer.report import Report
-from finetune_trainer.work import WorkFolder
+from finetune_trainer.runtime.context import Context
+from finetune_trainer.runtime.errors import VerificationFailed
+from finetune_trainer.runtime.report import Report
+from finetune_trainer.runtime.work import WorkFolder
+from finetune_trainer.settings.outcome import QUANTIZABLE
 from tests.tiny import make_tokenizer
 from tests.unit.trainer.runs import CPU, make_rows
 

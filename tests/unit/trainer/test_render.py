@@ -10,11 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_trainer.config import Dataset, LossOn
-from finetune_trainer.errors import InvalidDataset, TrainerError
-from finetune_trainer.files import Place
-from finetune_trainer.model import load_tokenizer
-from finetune_trainer.render import Rendered, RenderedPair, Renderer, Tokens
-from finetune_trainer.rows import (
+from finetune_trainer.data.files import Place
+from finetune_trainer.data.render import Rendered, RenderedPair, Renderer, Tokens
+from finetune_trainer.data.rows import (
     ChatRow,
     DatasetReader,
     InstructionRow,
@@ -24,6 +22,8 @@ from finetune_trainer.rows import (
     Row,
     TextRow,
 )
+from finetune_trainer.models.folder import load_tokenizer
+from finetune_trainer.runtime.errors import InvalidDataset, TrainerError
 from tests.tiny import BOS, CHAT_TEMPLATE, EOS, make_jsonl, make_tokenizer
 
 PLACE = Place("d", "f.jsonl", 1)
@@ -269,7 +269,7 @@ def test_control_tokens_that_a_row_spells_stay_text(tmp_path: Path, template: st
 
 
 def _as_tokens(tokenizer: Any, row: Row, change: Any) -> list[int]:
-    from finetune_trainer.render import _mapped  # noqa: PLC0415 - used here alone
+    from finetune_trainer.data.render import _mapped  # noqa: PLC0415 - used here alone
 
     tokens = tokens_of(tokenizer, _mapped(row, change))
     assert tokens is not None

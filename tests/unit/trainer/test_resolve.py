@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.errors import InvalidConfig
-from finetune_trainer.model import ModelFacts
-from finetune_trainer.parsing import parse_config
+from finetune_trainer.models.folder import ModelFacts
 from finetune_trainer.progress import DataFacts, Resolved
-from finetune_trainer.resolve import SourceFacts, resolve
+from finetune_trainer.runtime.errors import InvalidConfig
+from finetune_trainer.runtime.parsing import parse_config
+from finetune_trainer.settings.resolve import SourceFacts, resolve
 from tests.tiny import make_config
 
 SMOLLM2 = {"model.layers.0.self_attn.q_proj": 576, "model.layers.0.mlp.down_proj": 1536}

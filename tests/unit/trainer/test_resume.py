@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from finetune_trainer import manifest, train
-from finetune_trainer.checkpoint import saved_at, size_of
-from finetune_trainer.errors import Interrupted, VolumeFull
+from finetune_trainer import train
 from finetune_trainer.progress import ResolvedGaLore
-from finetune_trainer.state import TRAINED_NAME
+from finetune_trainer.runtime import manifest
+from finetune_trainer.runtime.errors import Interrupted, VolumeFull
+from finetune_trainer.training.checkpoint import saved_at, size_of
+from finetune_trainer.training.state import TRAINED_NAME
 from tests.unit.trainer.runs import (
     SETTINGS,
     CrashAfter,
@@ -33,7 +34,7 @@ from tests.unit.trainer.runs import (
 if TYPE_CHECKING:
     import torch
 
-    from finetune_trainer.context import Context
+    from finetune_trainer.runtime.context import Context
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +278,7 @@ from tests.unit.trainer.runs import Run
 run = Run(Path(sys.argv[1]), Path(sys.argv[2]))
 class Told:
     pass
-from finetune_trainer import state
+from finetune_trainer.training import state
 write = state.write_state
 def told(*arguments):
     print("saving", flush=True)

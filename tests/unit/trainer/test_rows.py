@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from finetune_trainer.config import Dataset
-from finetune_trainer.errors import TrainerError
-from finetune_trainer.files import ROW_LIMIT
-from finetune_trainer.rows import (
+from finetune_trainer.data.files import ROW_LIMIT
+from finetune_trainer.data.rows import (
     ChatRow,
     DatasetReader,
     InstructionRow,
@@ -28,7 +27,8 @@ from finetune_trainer.rows import (
     Row,
     TextRow,
 )
-from finetune_trainer.work import resolve_volume
+from finetune_trainer.runtime.errors import TrainerError
+from finetune_trainer.runtime.work import resolve_volume
 from tests.tiny import make_jsonl
 
 GOOD = {"instruction": "q", "output": "a"}

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune_trainer.config import BaseModelSource, JobConfig
-from finetune_trainer.errors import InvalidConfig, InvalidModel
-from finetune_trainer.files import Place
-from finetune_trainer.model import load_tokenizer
-from finetune_trainer.render import Rendered, Renderer
-from finetune_trainer.rows import ChatRow
-from finetune_trainer.tokens import check_trained, find_untrained, shape_tokenizer
+from finetune_trainer.data.files import Place
+from finetune_trainer.data.render import Rendered, Renderer
+from finetune_trainer.data.rows import ChatRow
+from finetune_trainer.data.tokens import check_trained, find_untrained, shape_tokenizer
+from finetune_trainer.models.folder import load_tokenizer
+from finetune_trainer.runtime.errors import InvalidConfig, InvalidModel
 from tests.tiny import EOS, make_config, make_tiny_model, make_tokenizer
 
 TURNS = (

@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from finetune_trainer import manifest
 from finetune_trainer.config import MLflow, Tracking, Wandb
-from finetune_trainer.context import Context
-from finetune_trainer.errors import Interrupted
 from finetune_trainer.progress import Stage
-from finetune_trainer.report import Report
-from finetune_trainer.tracking import LINES_NAME, Follower, LinesFile, following, run_id
-from finetune_trainer.work import WorkFolder
+from finetune_trainer.runtime import manifest
+from finetune_trainer.runtime.context import Context
+from finetune_trainer.runtime.errors import Interrupted
+from finetune_trainer.runtime.report import Report
+from finetune_trainer.runtime.work import WorkFolder
+from finetune_trainer.training.tracking import LINES_NAME, Follower, LinesFile, following, run_id
 from tests.unit.trainer.runs import SETTINGS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from finetune_trainer.course import Line
+    from finetune_trainer.training.course import Line
 
 ROOT = Path(__file__).parents[3]
 SECONDS = 120.0
@@ -75,8 +75,8 @@ def follow(tracking: Tracking, context: Context, told: Sequence[Line], end: type
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine under load is slow, and what is tested is not its speed."""
-    monkeypatch.setattr("finetune_trainer.tracking.LEAVE_SECONDS", SECONDS)
-    monkeypatch.setattr("finetune_trainer.tracking.CLOSE_SECONDS", SECONDS)
+    monkeypatch.setattr("finetune_trainer.training.tracking.LEAVE_SECONDS", SECONDS)
+    monkeypatch.setattr("finetune_trainer.training.tracking.CLOSE_SECONDS", SECONDS)
 
 
 # Followers
@@ -148,7 +148,7 @@ def test_a_tracker_that_hangs_holds_nobody_up_and_what_it_lacks_is_told(caplog: 
 def test_how_a_run_ended_is_told(
     context: Context, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, error: type[Exception] | None, end: str
 ) -> None:
-    from finetune_trainer import tracking  # noqa: PLC0415 - its functions are replaced
+    from finetune_trainer.training import tracking  # noqa: PLC0415 - its functions are replaced
 
     monkeypatch.setattr(tracking, "build_followers", lambda *_: [Follower("a server", lambda: recorder)])
     with pytest.raises(ValueError) if error is ValueError else threading.Lock():  # noqa: PT011 - raised here
@@ -253,7 +253,7 @@ def test_wandb_without_a_key_is_a_run_on_the_volume_with_each_step_once_over_att
 def test_wandb_whose_server_does_not_answer_leaves_the_run_on_the_volume(
     context: Context, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune_trainer.tracking.REQUEST_SECONDS", 2)
+    monkeypatch.setattr("finetune_trainer.training.tracking.REQUEST_SECONDS", 2)
     key = context.secrets / "wandb" / "key"
     key.parent.mkdir(parents=True)
     key.write_text("0" * 40)
@@ -363,7 +363,7 @@ def test_mlflow_shows_each_step_once_over_attempts_in_one_run(mlflow_server: str
 def test_an_mlflow_server_that_is_away_ends_no_training(
     context: Context, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune_trainer.tracking.REQUEST_SECONDS", 1)
+    monkeypatch.setattr("finetune_trainer.training.tracking.REQUEST_SECONDS", 1)
     with closed_port() as address:
         follow(Tracking(mlflow=MLflow(uri=address)), context, lines(1, 2))
     assert "MLflow does not follow" in caplog.text
@@ -372,7 +372,7 @@ def test_an_mlflow_server_that_is_away_ends_no_training(
 
 
 def test_mlflows_credentials_come_from_files(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune_trainer.tracking import read_mlflow_credentials  # noqa: PLC0415 - beside its use
+    from finetune_trainer.training.tracking import read_mlflow_credentials  # noqa: PLC0415 - beside its use
 
     monkeypatch.delenv("MLFLOW_TRACKING_TOKEN", raising=False)
     token = context.secrets / "mlflow" / "MLFLOW_TRACKING_TOKEN"
@@ -388,9 +388,9 @@ def test_trackers_that_nobody_asked_for_are_not_imported() -> None:
     code = """
 import sys
 from finetune_trainer import train
-from finetune_trainer.tracking import unasked
+from finetune_trainer.training.tracking import unasked
 with unasked():
-    from finetune_trainer import loop, trainers, sft, dpo
+    from finetune_trainer.training import dpo, loop, sft, trainers
 print(sorted(name for name in ("wandb", "mlflow", "tensorboardX") if name in sys.modules))
 """
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'trainer'}"}

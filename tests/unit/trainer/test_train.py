@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from finetune_trainer import samples
-from finetune_trainer.adapters import build_lora
-from finetune_trainer.collate import Collator, as_dataset
-from finetune_trainer.errors import NonFiniteLoss
+from finetune_trainer.data.order import RowOrder
 from finetune_trainer.evaluate import IGNORED, TokenRow, batches, compare, measure_loss, pad
-from finetune_trainer.loading import keep_weights_on_cpu, load_base, set_up_torch, usable_cores
-from finetune_trainer.order import RowOrder
+from finetune_trainer.models.loading import keep_weights_on_cpu, load_base, set_up_torch, usable_cores
 from finetune_trainer.progress import ExitCode
+from finetune_trainer.runtime.errors import NonFiniteLoss
+from finetune_trainer.training import samples
+from finetune_trainer.training.adapters import build_lora
+from finetune_trainer.training.collate import Collator, as_dataset
 from tests.unit.trainer.runs import CPU, SETTINGS, Run, make_rows, make_table, replace_settings
 
 if TYPE_CHECKING:

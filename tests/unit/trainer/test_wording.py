@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune_trainer.wording import first_of, what_is_there
+from finetune_trainer.runtime.wording import first_of, what_is_there
 
 
 @pytest.mark.parametrize(

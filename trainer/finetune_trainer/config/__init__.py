@@ -3,7 +3,7 @@
 The models below are both the trainer's configuration file and the training half of a FineTuneJob's spec
 (`finetune_operator.api.Spec` adds what only a cluster needs), so a field is declared, bounded and described once.
 In JSON and YAML names are camelCase, in Python snake_case. A field left out is unset: whatever depends on
-the model or the data is resolved by the prepare stage (`finetune_trainer.resolve`), never here.
+the model or the data is resolved by the prepare stage (`finetune_trainer.settings.resolve`), never here.
 
     job         JobConfig: the blocks together
     model       the base model            data      datasets, columns, evaluation

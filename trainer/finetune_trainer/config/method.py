@@ -42,7 +42,7 @@ FORMATS = {
     MethodType.FULL: TRAINED_WHOLE,
     MethodType.GALORE: TRAINED_WHOLE,
 }
-"""Which formats of the base a method takes. The first is not always the default: see finetune_trainer.methods."""
+"""Which formats of the base a method takes. The first is not always the default: `settings.methods` chooses."""
 ADAPTER_METHODS = (MethodType.QLORA, MethodType.LORA)
 
 

@@ -27,18 +27,18 @@ from finetune_trainer.config import (
     S3Source,
     VolumeSource,
 )
-from finetune_trainer.errors import NotFound
+from finetune_trainer.runtime.errors import NotFound
+from finetune_trainer.runtime.work import read_secret, resolve_volume
 from finetune_trainer.sources import choose, splits
 from finetune_trainer.sources.base import Changed
 from finetune_trainer.sources.download import check_names, discard, download_files, read_pin, write_pin
-from finetune_trainer.work import read_secret, resolve_volume
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from finetune_trainer.config import Source
-    from finetune_trainer.context import Context
+    from finetune_trainer.runtime.context import Context
     from finetune_trainer.sources.base import Listing, Remote, RemoteFile, RepoType
 
 log = logging.getLogger(__name__)

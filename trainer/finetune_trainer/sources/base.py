@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from finetune_trainer.config import Model
-from finetune_trainer.errors import NotFound
+from finetune_trainer.runtime.errors import NotFound
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

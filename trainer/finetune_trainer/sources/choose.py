@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from finetune_trainer import model
-from finetune_trainer.errors import InvalidDataset, InvalidModel
-from finetune_trainer.files import READERS, is_hidden
-from finetune_trainer.wording import what_is_there
+from finetune_trainer.data.files import READERS, is_hidden
+from finetune_trainer.models import folder as model
+from finetune_trainer.runtime.errors import InvalidDataset, InvalidModel
+from finetune_trainer.runtime.wording import what_is_there
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from finetune_trainer import fence, manifest
 from finetune_trainer.config import Model
-from finetune_trainer.errors import InvalidConfig, Unavailable, VerificationFailed
+from finetune_trainer.runtime import fence, manifest
+from finetune_trainer.runtime.errors import InvalidConfig, Unavailable, VerificationFailed
+from finetune_trainer.runtime.work import require_space
 from finetune_trainer.sources.base import Listing, RemoteFile
-from finetune_trainer.work import require_space
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from finetune_trainer.context import Context
+    from finetune_trainer.runtime.context import Context
     from finetune_trainer.sources.base import Remote
 
 PARALLEL_FILES = 4

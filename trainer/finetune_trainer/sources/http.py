@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import httpx2
 
-from finetune_trainer.errors import TrainerError, Unavailable
+from finetune_trainer.runtime.errors import TrainerError, Unavailable
 from finetune_trainer.sources.base import Body
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
-from finetune_trainer.errors import AccessDenied, NotFound, TrainerError, Unavailable
+from finetune_trainer.runtime.errors import AccessDenied, NotFound, TrainerError, Unavailable
 from finetune_trainer.sources.base import Algorithm, Body, Changed, Digest, Listing, RemoteFile
 from finetune_trainer.sources.http import (
     FORBIDDEN,

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from finetune_trainer.errors import AccessDenied, NotFound, TrainerError, Unavailable
+from finetune_trainer.runtime.errors import AccessDenied, NotFound, TrainerError, Unavailable
 from finetune_trainer.sources import http
 from finetune_trainer.sources.base import Algorithm, Body, Changed, Digest, Listing, RemoteFile
 

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import httpx2
 
-from finetune_trainer.errors import AccessDenied, InvalidConfig, NotFound, TrainerError, Unavailable, VerificationFailed
+from finetune_trainer.runtime.errors import (
+    AccessDenied,
+    InvalidConfig,
+    NotFound,
+    TrainerError,
+    Unavailable,
+    VerificationFailed,
+)
 from finetune_trainer.sources import http
 from finetune_trainer.sources.base import Algorithm, Body, Changed, Digest, Listing, RemoteFile
 

@@ -21,10 +21,10 @@ from urllib.parse import quote, unquote_plus, urlsplit
 from xml.etree import ElementTree as ET
 
 from finetune_trainer.config import DEFAULT_REGION, S3_CREDENTIALS
-from finetune_trainer.errors import AccessDenied, InvalidConfig, NotFound, TrainerError, Unavailable
+from finetune_trainer.runtime.errors import AccessDenied, InvalidConfig, NotFound, TrainerError, Unavailable
+from finetune_trainer.runtime.wording import first_of
 from finetune_trainer.sources import http
 from finetune_trainer.sources.base import Algorithm, Body, Changed, Digest, Listing, RemoteFile
-from finetune_trainer.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

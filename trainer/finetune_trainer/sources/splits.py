@@ -11,9 +11,9 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.config import HuggingFaceDataset
-from finetune_trainer.errors import InvalidConfig, InvalidDataset, NotFound
+from finetune_trainer.runtime.errors import InvalidConfig, InvalidDataset, NotFound
+from finetune_trainer.runtime.wording import what_is_there
 from finetune_trainer.sources.choose import DATA_SUFFIXES, is_data
-from finetune_trainer.wording import what_is_there
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence

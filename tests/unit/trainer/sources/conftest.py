@@ -13,11 +13,11 @@ import pytest
 
 from cluster import build
 from finetune_trainer.config import BaseModelSource, DatasetSource, Source
-from finetune_trainer.context import Context
 from finetune_trainer.progress import Stage
-from finetune_trainer.report import Report
+from finetune_trainer.runtime.context import Context
+from finetune_trainer.runtime.report import Report
+from finetune_trainer.runtime.work import WorkFolder
 from finetune_trainer.sources import Fetched, download, fetch_source
-from finetune_trainer.work import WorkFolder
 from tests.unit.trainer.sources.servers import PASSWORD, USER, Bucket, Registry, Relay, registry_server, s3_server
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from finetune_trainer import fence
-from finetune_trainer.errors import (
+from finetune_trainer.runtime import fence
+from finetune_trainer.runtime.errors import (
     Interrupted,
     InvalidConfig,
     TrainerError,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from finetune_trainer.errors import (
+from finetune_trainer.runtime.errors import (
     AccessDenied,
     InvalidConfig,
     InvalidDataset,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from finetune_trainer.errors import AccessDenied, NotFound, TrainerError, VerificationFailed
+from finetune_trainer.runtime.errors import AccessDenied, NotFound, TrainerError, VerificationFailed
 from finetune_trainer.sources import modelscope
 from tests.unit.trainer.sources.conftest import JUNK, TINY_MODEL, Errands, contents
 from tests.unit.trainer.sources.servers import Relay, wait_until

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from finetune_trainer.errors import AccessDenied, InvalidConfig, NotFound, TrainerError, VerificationFailed
+from finetune_trainer.runtime.errors import AccessDenied, InvalidConfig, NotFound, TrainerError, VerificationFailed
 from finetune_trainer.sources.oci import read_docker_config, split_reference
 from tests.unit.trainer.sources.conftest import JUNK, TINY_MODEL, Errands, contents
 from tests.unit.trainer.sources.servers import PASSWORD, USER, Answer, Registry, Relay, Site, wait_until

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from finetune_trainer.errors import AccessDenied, InvalidConfig, NotFound, TrainerError, VerificationFailed
+from finetune_trainer.runtime.errors import AccessDenied, InvalidConfig, NotFound, TrainerError, VerificationFailed
 from finetune_trainer.sources import s3
 from finetune_trainer.sources.base import Algorithm, Digest
 from tests.unit.trainer.sources.conftest import JUNK, TINY_MODEL, Errands, contents

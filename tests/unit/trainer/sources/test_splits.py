@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetune_trainer.config import HuggingFaceDataset
-from finetune_trainer.errors import InvalidConfig, InvalidDataset, NotFound, TrainerError
+from finetune_trainer.runtime.errors import InvalidConfig, InvalidDataset, NotFound, TrainerError
 from finetune_trainer.sources.splits import split_names
 
 CARD = """---

@@ -1,0 +1,1 @@
+"""Rows: read, rendered, tokenized, held out, ordered, packed."""

@@ -1,0 +1,1 @@
+"""Every setting that was left open, fixed once by prepare. Pure."""

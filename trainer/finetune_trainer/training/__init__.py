@@ -1,0 +1,1 @@
+"""What a training is made of: trainers, the loop, checkpoints, trackers."""
