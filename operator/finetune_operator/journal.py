@@ -158,9 +158,18 @@ def read(facts: Facts, settings: Settings, now: datetime) -> Journal:
     for job in facts.jobs:
         if job.position > journal.position and job.step in by_key:
             entry = Entry(by_key[job.step], job.attempt, job.name, job.created, job.overrides)
-            journal = enter(journal, entry)
+            journal = enter(_superseded(journal, facts.job, job), entry)
             journal = _look(journal, facts, by_key[job.step], settings, now)
     return journal
+
+
+def _superseded(journal: Journal, job: FineTuneJob, by: StageJob) -> Journal:
+    """An attempt after which another was made had ended: the status that said how was lost, and the pod is gone."""
+    live = journal.live
+    if live is None:
+        return journal
+    found = failure(Reason.LOST_WORD, f"Stage {live.stage} ended before {by.name} was made; its last word is gone")
+    return close(journal, job, journal.step(live.stage), found, by.created)
 
 
 def next_number(facts: Facts, journal: Journal, step: Step) -> int:

@@ -24,6 +24,7 @@ from tests.unit.operator.builders import (
     condition,
     container,
     digests,
+    ended,
     job_body,
     play,
     stages_made,
@@ -686,3 +687,23 @@ def test_lost_status_writes_change_nothing_in_the_outcome(lost: set[int]) -> Non
     assert stages_made(cluster) == steps()
     assert cluster.job.status.phase == "Succeeded"
     assert digests(cluster) == [f"{step}-digest" for step in steps()]
+
+
+def test_an_attempt_whose_end_was_never_written_is_not_left_open() -> None:
+    """Proven, the next stage's Job made, the status write lost; then the pod is gone before its Job is complete."""
+    cluster = Cluster()
+    cluster.settle()
+    cluster.run_pod()
+    cluster.settle()
+    first = cluster.live
+    cluster.pods[first]["status"] = ended(0, "Completed", word("prepare", 1).to_json())
+    cluster.lose_status = True
+    cluster.step()
+    assert cluster.live == "demo-train-1"
+    del cluster.pods[first]
+    cluster.settle()
+    open_ones = [a.stage for a in cluster.job.status.attempts or () if a.completion_time is None]
+    assert open_ones == ["train"]
+    play(cluster)
+    assert cluster.job.status.phase == "Succeeded"
+    assert all(attempt.completion_time for attempt in cluster.job.status.attempts or ())
