@@ -308,4 +308,4 @@ async def _on_event(ears: Ears, jobs: Jobs, event: kopf.RawEvent, **_: Any) -> N
         return
     jobs.see(key, event["object"])
     if not ears.ended.see(event["object"]):
-        ears.queue.add(key)
+        ears.queue.add(key, new=not event["object"].get("status"))

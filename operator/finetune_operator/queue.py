@@ -1,6 +1,7 @@
 """A queue of keys: each once, never two at work on the same key, failures tried again ever later.
 
-The semantics are those of client-go's workqueue: a key added while it is in work is handed out again afterwards.
+The semantics are those of client-go's workqueue: a key added while it is in work is handed out again afterwards. Keys
+that are new come before others: under load a job begins at once, while what is told of those that run waits its turn.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Queue:
         self, jitter: Callable[[], float] = random.random, waited: Callable[[float], None] = lambda _: None
     ) -> None:
         """`waited` is told of each key that is handed out how many seconds it was ready for that."""
+        self._new: dict[Key, float] = {}
         self._ready: dict[Key, float] = {}
         self._working: set[Key] = set()
         self._again: set[Key] = set()
@@ -47,15 +49,18 @@ class Queue:
         self._waited = waited
 
     def __len__(self) -> int:
-        return len(self._ready)
+        return len(self._new) + len(self._ready)
 
-    def add(self, key: Key) -> None:
-        """Have the key worked on as soon as there is a hand free."""
+    def add(self, key: Key, *, new: bool = False) -> None:
+        """Have the key worked on as soon as there is a hand free; a new one before all that are not."""
         if key in self._working:
             self._again.add(key)
             return
         self._cancel_later(key)
-        self._ready.setdefault(key, time.monotonic())
+        if new:
+            self._new.setdefault(key, self._ready.pop(key, time.monotonic()))
+        elif key not in self._new:
+            self._ready.setdefault(key, time.monotonic())
         self._filled.set()
 
     def add_after(self, key: Key, seconds: float) -> None:
@@ -65,7 +70,7 @@ class Queue:
             return
         loop = asyncio.get_running_loop()
         earlier = self._later.get(key)
-        if key in self._ready or (earlier is not None and earlier.when() <= loop.time() + seconds):
+        if key in self._new or key in self._ready or (earlier is not None and earlier.when() <= loop.time() + seconds):
             return
         self._cancel_later(key)
         self._later[key] = loop.call_later(seconds, self._due, key)
@@ -83,11 +88,11 @@ class Queue:
 
     async def get(self) -> Key:
         """The next key; it is in work until `done`."""
-        while not self._ready:
+        while not (keys := self._new or self._ready):
             self._filled.clear()
             await self._filled.wait()
-        key = next(iter(self._ready))
-        self._waited(time.monotonic() - self._ready.pop(key))
+        key = next(iter(keys))
+        self._waited(time.monotonic() - keys.pop(key))
         self._working.add(key)
         return key
 

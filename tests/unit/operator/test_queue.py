@@ -37,6 +37,23 @@ async def test_keys_come_in_the_order_of_their_adding(queue: Queue) -> None:
     assert [await queue.get(), await queue.get()] == [B, A]
 
 
+async def test_a_new_key_comes_before_those_that_were_worked_on_before(queue: Queue) -> None:
+    queue.add(A)
+    queue.add(B, new=True)
+    queue.add(B)
+    assert len(queue) == 2
+    assert [await queue.get(), await queue.get()] == [B, A]
+    assert await nothing(queue)
+
+
+async def test_a_key_that_waits_and_turns_out_to_be_new_comes_once(queue: Queue) -> None:
+    for key in (A, B):
+        queue.add(key)
+    queue.add(B, new=True)
+    assert [await queue.get(), await queue.get()] == [B, A]
+    assert await nothing(queue)
+
+
 async def test_a_key_in_work_is_not_handed_out_again_until_it_is_done(queue: Queue) -> None:
     queue.add(A)
     key = await queue.get()
