@@ -18,7 +18,7 @@ import kopf
 
 from finetune_operator.api import GROUP, KIND, PLURAL, VERSION
 from finetune_operator.health import Health, serve
-from finetune_operator.kube import Kube, KubeError, StaleError
+from finetune_operator.kube import Kube, KubeError, StaleError, what
 from finetune_operator.lease import RENEW_SECONDS, Elector
 from finetune_operator.logs import key_in_logs
 from finetune_operator.metrics import Jobs, Metrics, Result
@@ -166,7 +166,7 @@ async def begin_to_hear(ears: Ears, world: World, health: Health, stop: asyncio.
             for watch in ears.watches:
                 await watch.begin()
         except ERRORS as error:
-            log.warning("FineTuneJobs cannot be listed yet, trying again in %.0f s: %s", pause, error or type(error))
+            log.warning("FineTuneJobs cannot be listed yet, trying again in %.0f s: %s", pause, what(error))
         else:
             health.forget("start")
             return
@@ -212,7 +212,7 @@ async def _pass(queue: Queue, world: World, key: Key) -> tuple[Result, float | N
         return Result.REQUEUE, 0.05  # somebody else wrote: look again
     except ERRORS as error:
         pause = queue.backoff(key, LAST_BACKOFF_SECONDS if _refused(error) else AWAY_BACKOFF_SECONDS)
-        return Result.ERROR, _later(world, pause, f"The API server did not do as asked: {error or type(error)}")
+        return Result.ERROR, _later(world, pause, f"The API server did not do as asked: {what(error)}")
     except Exception as error:  # noqa: BLE001 - a bug in one job's pass must not stop the others
         return Result.ERROR, _later(world, queue.backoff(key), "The pass failed", error)
     queue.forget(key)
@@ -224,9 +224,9 @@ def _refused(error: Exception) -> bool:
     return isinstance(error, KubeError) and error.status not in BUSY
 
 
-def _later(world: World, pause: float, what: str, error: Exception | None = None) -> float:
+def _later(world: World, pause: float, why: str, error: Exception | None = None) -> float:
     world.metrics.put_off()
-    log.warning("%s; trying again in %.1f s", what, pause, exc_info=error)
+    log.warning("%s; trying again in %.1f s", why, pause, exc_info=error)
     return pause
 
 

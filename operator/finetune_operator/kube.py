@@ -88,6 +88,11 @@ class GoneError(KubeError):
     """The resource version is too old."""
 
 
+def what(error: Exception) -> str:
+    """What an error says; of one that says nothing, as a timeout, its kind."""
+    return str(error) or type(error).__name__
+
+
 def url_of(kind: str, namespace: str | None, name: str | None = None, subresource: str | None = None) -> str:
     """Path of a collection (all namespaces, or one), an object, or a part of it."""
     root, plural = PATHS[kind]

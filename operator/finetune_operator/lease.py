@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from typing import NoReturn
 
 from finetune_operator.api import JSON
-from finetune_operator.kube import ExistsError, Kube, NotFoundError, StaleError
+from finetune_operator.kube import ExistsError, Kube, NotFoundError, StaleError, what
 from finetune_operator.watch import ERRORS, Beat
 
 LEASE_SECONDS = 15
@@ -156,7 +156,7 @@ class Elector:
                 self._say(logging.INFO, f"Standing by: {self._sight.holder} holds the Lease {self.lease}")
                 on_standby()
             except ERRORS as error:
-                self._say(logging.WARNING, f"The Lease {self.lease} cannot be had yet: {error or type(error)}")
+                self._say(logging.WARNING, f"The Lease {self.lease} cannot be had yet: {what(error)}")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), pause)
         return False
@@ -212,7 +212,7 @@ class Elector:
                 await self._renew()
             except ERRORS as error:
                 left = self._until - self._clock()
-                log.warning("The Lease was not renewed, %.1f s are left: %s", left, error or type(error))
+                log.warning("The Lease was not renewed, %.1f s are left: %s", left, what(error))
 
     async def _renew(self) -> None:
         try:
@@ -234,7 +234,7 @@ class Elector:
         try:
             await self._put(self._sight, give_up(self._sight))
         except ERRORS as error:
-            log.warning("The Lease was not released: %s", error or type(error))
+            log.warning("The Lease was not released: %s", what(error))
         else:
             log.info("The Lease is released")
 

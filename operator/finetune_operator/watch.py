@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 
 from finetune_operator.api import JSON, KIND, MANAGER, Label
-from finetune_operator.kube import METADATA, METADATA_LIST, GoneError, Kube, KubeError
+from finetune_operator.kube import METADATA, METADATA_LIST, GoneError, Kube, KubeError, what
 from finetune_operator.metrics import Jobs
 from finetune_operator.queue import AWAY_BACKOFF_SECONDS, Key
 
@@ -105,7 +105,7 @@ class ChildWatch:
             except GoneError:
                 self.version = ""
             except ERRORS as error:
-                log.warning("The watch of %ss broke, again in about %.0f s: %s", self.kind, pause, error or type(error))
+                log.warning("The watch of %ss broke, again in about %.0f s: %s", self.kind, pause, what(error))
                 await asyncio.sleep(pause * (0.5 + random.random()))  # noqa: S311 - jitter
                 pause = min(pause * 2, AWAY_BACKOFF_SECONDS)
 
@@ -154,7 +154,7 @@ class Resync:
             try:
                 await self._look()
             except ERRORS as error:
-                log.warning("FineTuneJobs cannot be listed, again in %.0f s: %s", self.seconds, error or type(error))
+                log.warning("FineTuneJobs cannot be listed, again in %.0f s: %s", self.seconds, what(error))
 
     async def _look(self) -> None:
         """Put those that have not ended into the queue; forget those of whose deletion no watch told."""

@@ -340,6 +340,16 @@ def test_a_standby_told_to_stop_stops_whether_or_not_it_hears_of_a_stand_in(brok
     in_its_own_time(story)
 
 
+def test_a_holder_that_a_stand_in_leaves_without_an_answer_says_what_that_was(caplog: pytest.LogCaptureFixture) -> None:
+    async def story() -> None:
+        first = await leading(StandIn())
+        first.line.hang = now() + 1
+        await asyncio.sleep(RENEW_SECONDS)
+
+    in_its_own_time(story)
+    assert "are left: TimeoutError" in caplog.text
+
+
 @pytest.mark.parametrize("broken", BREAKS)
 def test_a_line_to_a_stand_in_that_is_broken_for_less_than_the_deadline_changes_nothing(broken: str) -> None:
     async def story() -> None:
