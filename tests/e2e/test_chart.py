@@ -297,7 +297,7 @@ OPERATOR_MAY = {
     "persistentvolumeclaims": "get create",
     "services": "get create",
     "events": "list create",
-    "workloads.kueue.x-k8s.io": "get list watch",
+    "workloads.kueue.x-k8s.io": "list",
 }
 OPERATOR_MAY_AT_HOME = {LEASES: "create"}
 """In its own namespace, whatever it watches: RBAC cannot limit creation to a name."""
