@@ -6,6 +6,7 @@ import asyncio
 
 from finetune_operator.handlers import EndlessBackoffs
 from finetune_operator.health import KOPF_WATCHER, Health
+from finetune_operator.queue import AWAY_BACKOFF_SECONDS
 
 
 async def test_a_loop_that_gives_no_sign_is_ill_and_silence_of_the_cluster_is_not() -> None:
@@ -33,4 +34,4 @@ async def test_a_watcher_that_kopf_has_lost_is_noticed_and_a_standby_needs_none(
 def test_backoffs_never_end() -> None:
     pauses = [pause for pause, _ in zip(EndlessBackoffs(), range(500), strict=False)]
     assert len(pauses) == 500
-    assert all(0 < pause <= 45 for pause in pauses)
+    assert all(0 < pause <= AWAY_BACKOFF_SECONDS * 1.5 for pause in pauses)
