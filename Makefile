@@ -15,7 +15,7 @@ PYTEST := $(BIN)/pytest
 	cluster-build cluster-up cluster-down cluster-status clean
 
 help:  ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/tools  ## fine-tune, merge and quantize a real model in pods (CLUSTER=current: on the kubeconfig's cluster)
 	@$(PYTHON) -m cluster.demo --cluster $(CLUSTER)
@@ -60,7 +60,7 @@ constraints: $(VENV)/tools  ## pin the newest versions that pyproject.toml allow
 	$(COMPILE) --group lint --group test --constraint constraints/operator.txt --constraint constraints/trainer.txt \
 		--output-file constraints/development.txt
 
-cluster-build:  ## build the local cluster's parts (once; about 12 minutes on 2 cores)
+cluster-build:  ## build the local cluster's parts (once)
 	@$(CLUSTER_TOOL) build
 
 cluster-up:  ## start the local cluster, building what is missing

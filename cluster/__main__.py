@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "A real local Kubernetes without Docker: etcd to kubelet as processes in namespaces of their own."
 EPILOG = """\
-The first 'up' builds everything, which takes about 12 minutes on two cores; later ones take seconds.
+The first 'up' builds everything, which takes minutes; later ones take seconds.
 State lies in .cluster/ of the checkout, builds in ~/.cache/finetune-operator (or below $XDG_CACHE_HOME)."""
 
 NODE_CHANGES = {"add": joining.add, "lose": joining.lose, "remove": joining.remove}
