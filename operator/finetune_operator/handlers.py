@@ -18,7 +18,7 @@ import kopf
 
 from finetune_operator.api import GROUP, KIND, PLURAL, VERSION
 from finetune_operator.health import Health, serve
-from finetune_operator.kube import Kube, KubeError, StaleError, what
+from finetune_operator.kube import CONNECT_SECONDS, GRACE_SECONDS, PAGE, Kube, KubeError, StaleError, what
 from finetune_operator.lease import RENEW_SECONDS, Elector
 from finetune_operator.logs import key_in_logs
 from finetune_operator.metrics import Jobs, Metrics, Result
@@ -236,7 +236,7 @@ def _later(world: World, pause: float, why: str, error: Exception | None = None)
 async def run_kopf(on_event: OnEvent, settings: Settings, stop: asyncio.Event, watching: asyncio.Event) -> None:
     """kopf, embedded; returns when `stop` is set."""
     registry = kopf.OperatorRegistry()
-    kopf.on.startup(registry=registry)(_configure)
+    kopf.on.startup(registry=registry)(partial(_configure, settings.request_timeout_seconds))
     kopf.on.login(registry=registry)(_login)
     kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(on_event)
     kopf.on.cleanup(registry=registry)(partial(_raise_flag, stop))
@@ -273,20 +273,20 @@ class NothingKept(kopf.DiffBaseStorage):
         """Nothing is kept."""
 
 
-def _configure(settings: kopf.OperatorSettings, **_: Any) -> None:  # noqa: ANN401 - kopf's
-    """No peering, no finalizers, no events of its own, and no giving up."""
+def _configure(request_timeout_seconds: float, settings: kopf.OperatorSettings, **_: Any) -> None:  # noqa: ANN401
+    """No peering, no finalizers, no events of its own, and no giving up; limits as those of `Kube`."""
     settings.peering.standalone = True
     settings.posting.enabled = False
     settings.scanning.disabled = True
     settings.persistence.diffbase_storage = NothingKept()
     settings.networking.error_backoffs = EndlessBackoffs()
-    settings.networking.request_timeout = 30
-    settings.networking.connect_timeout = 10
-    settings.watching.server_timeout = 300
-    settings.watching.client_timeout = 330
-    settings.watching.connect_timeout = 10
-    settings.watching.inactivity_timeout = 330
-    settings.watching.chunk_size = 500
+    settings.networking.request_timeout = request_timeout_seconds
+    settings.networking.connect_timeout = CONNECT_SECONDS
+    settings.watching.server_timeout = WATCH_SECONDS
+    settings.watching.client_timeout = WATCH_SECONDS + GRACE_SECONDS
+    settings.watching.connect_timeout = CONNECT_SECONDS
+    settings.watching.inactivity_timeout = WATCH_SECONDS + GRACE_SECONDS
+    settings.watching.chunk_size = PAGE
     settings.queueing.idle_timeout = 1.0
     settings.process.ultimate_exiting_timeout = 10
 

@@ -32,6 +32,9 @@ from finetune_operator.queueing import JOB_UID_LABEL, KUEUE
 
 PAGE = 500
 CONNECT_SECONDS = 10
+GRACE_SECONDS = 30
+"""So much later than the server was to end it a watch is given up."""
+
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
 WHOLE = "application/json"
@@ -202,7 +205,7 @@ class Kube:
         """Events of a watch until the server ends it; a wrong resource version raises `GoneError`."""
         url = url_of(kind, namespace)
         seconds = int(query["timeoutSeconds"])
-        limit = aiohttp.ClientTimeout(total=seconds + 30, sock_connect=CONNECT_SECONDS)
+        limit = aiohttp.ClientTimeout(total=seconds + GRACE_SECONDS, sock_connect=CONNECT_SECONDS)
         response = await self._send(
             "GET", url, query={"watch": "true", "allowWatchBookmarks": "true", **query}, limit=limit, accept=accept
         )
