@@ -1,4 +1,7 @@
-"""One pass: observe, decide, act, write the status once, tell the news. Nothing is remembered between passes."""
+"""One pass: observe, decide, act, write the status once, tell the news.
+
+Nothing is remembered between passes but how long a pod's progress has stood still.
+"""
 
 from __future__ import annotations
 

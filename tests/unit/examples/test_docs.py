@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from finetune_operator.api import Phase
 from finetune_trainer.config import FORMATS, Columns, DatasetFormat, MethodType
 from finetune_trainer.progress import ExitCode
 
-PAGE = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("code", ExitCode)
@@ -36,3 +38,7 @@ def test_every_format_of_rows_is_told() -> None:
 def test_every_column_that_can_be_renamed_is_told() -> None:
     for column in Columns.model_fields:
         assert f"`{column}`" in PAGE
+
+
+def test_every_phase_is_told() -> None:
+    assert f"Phases: {', '.join(Phase)}." in (ROOT / "README.md").read_text(encoding="utf-8")
