@@ -7,7 +7,7 @@ ends with a valid last word. The figures come as a table on standard output.
   steady   jobs at 20 and at 3 a second: how long until a job's Job is seen, by a watch
   burst    all jobs at once: until all have a Job, until all are finished, and what it cost
   restart  a restart among finished jobs and five times as many pods of others, then idleness
-  large    the same with five times the jobs and ten times the pods
+  large    the same with five times the jobs and twice the pods
   leader   two replicas, of which the leading one is killed
 """
 
@@ -24,14 +24,14 @@ from benchmarks.operator import scenarios
 from benchmarks.operator.client import Client
 from benchmarks.operator.contestants import FINETUNE, KOPF, Contestant
 from benchmarks.operator.ground import Ground
-from benchmarks.operator.report import table
-from benchmarks.operator.scenarios import Field, Figures
+from benchmarks.operator.report import Figures, table
+from benchmarks.operator.scenarios import Bench
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
 CONTESTANTS = {"ours": FINETUNE, "plain": KOPF}
-SCENARIOS: dict[str, Callable[[Field], Awaitable[Figures]]] = {
+SCENARIOS: dict[str, Callable[[Bench], Awaitable[Figures]]] = {
     "steady": scenarios.steady,
     "burst": scenarios.burst,
     "restart": scenarios.restart,
@@ -72,7 +72,7 @@ def _measure(name: str, arguments: argparse.Namespace, folder: Path) -> Figures:
 async def _scenario(name: str, contestant: Contestant, jobs: int, folder: Path) -> Figures:
     with Ground(folder) as ground:
         async with Client(ground.kubeconfig) as client:
-            return await SCENARIOS[name](Field(ground, client, contestant, jobs))
+            return await SCENARIOS[name](Bench(ground, client, contestant, jobs))
 
 
 if __name__ == "__main__":

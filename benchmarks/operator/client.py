@@ -53,7 +53,7 @@ class Client(AbstractAsyncContextManager["Client"]):
         await self._session.close()
 
     async def call(self, method: str, url: str, body: JSON | None = None, kind: str = "application/json") -> JSON:
-        """One call; `aiohttp.ClientResponseError` where it is refused."""
+        """One call; `RuntimeError` where it is refused."""
         data = None if body is None else json.dumps(body).encode()
         async with self._free, self._session.request(method, url, data=data, headers={"Content-Type": kind}) as answer:
             content = await answer.read()

@@ -19,7 +19,7 @@ class Row:
     unit: str
     target: float | None = None
     trainer: str = ""
-    """Kubeflow Trainer's, measured on 2 cores in November 2026 with raised client limits."""
+    """Kubeflow Trainer's, from the project's design notes: measured once, by other means than these."""
     digits: int = 0
 
 

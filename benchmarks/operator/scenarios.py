@@ -18,9 +18,9 @@ from cluster.progress import say
 
 if TYPE_CHECKING:
     from benchmarks.operator.ground import Ground
+    from benchmarks.operator.report import Figures
 
 JSON = dict[str, Any]
-Figures = dict[str, float]
 
 STEADY_RATE, SLOW_RATE = 20.0, 3.0
 """FineTuneJobs a second."""
@@ -33,7 +33,7 @@ TELL_SECONDS = 10.0
 
 
 @dataclass
-class Field:
+class Bench:
     """A ground, a client, and who is measured on it."""
 
     ground: Ground
@@ -66,17 +66,17 @@ def finished(body: JSON) -> bool:
 # --- a stream of jobs ------------------------------------------------------------------------------------------------
 
 
-async def steady(at: Field) -> Figures:
+async def steady(at: Bench) -> Figures:
     """Jobs at a fast and at a slow pace."""
     with Running(at.contestant, at.ground) as operator:
         await _warm_up(at, operator)
         fast = await _stream(at, "fast", STEADY_RATE, int(at.jobs * 0.3))
         slow = await _stream(at, "slow", SLOW_RATE, int(at.jobs * 0.06))
-    names = ("p50", "p99", "writes", "finished")
+    names = ("p50", "p99", "writes")
     return {f"{pace}-{name}": got[name] for pace, got in (("fast", fast), ("slow", slow)) for name in names}
 
 
-async def _warm_up(at: Field, operator: Running) -> None:
+async def _warm_up(at: Bench, operator: Running) -> None:
     """Until the operator serves: a first job is at its end."""
     async with Sightings(at.client, "finetunejobs", finished) as ends:
         await at.client.create("finetunejobs", plants.resource("warm-up"))
@@ -84,7 +84,7 @@ async def _warm_up(at: Field, operator: Running) -> None:
             operator.must_run()
 
 
-async def _stream(at: Field, prefix: str, rate: float, number: int) -> Figures:
+async def _stream(at: Bench, prefix: str, rate: float, number: int) -> Figures:
     """So many jobs at this rate: how long from the call that makes one to the sight of its Job."""
     at.tell(f"{number:,} jobs at {rate:g} a second")
     names = [f"{prefix}-{index:05}" for index in range(number)]
@@ -106,11 +106,10 @@ async def _stream(at: Field, prefix: str, rate: float, number: int) -> Figures:
     cuts = quantiles(waits, n=100, method="inclusive")
     calls = at.calls(mark)
     at.tell(f"p50 {cuts[49]:.0f} ms, p99 {cuts[98]:.0f} ms; {count(calls)}")
-    writes = sum(call.writes for call in calls) / number
-    return {"p50": cuts[49], "p99": cuts[98], "writes": writes, "finished": max(ends.seen.values()) - begin}
+    return {"p50": cuts[49], "p99": cuts[98], "writes": sum(call.writes for call in calls) / number}
 
 
-async def _all(at: Field, sightings: Sightings, names: list[str], what: str) -> None:
+async def _all(at: Bench, sightings: Sightings, names: list[str], what: str) -> None:
     tell = partial(at.tell_share, what, len(names))
     if not await sightings.wait(names, LIMIT_SECONDS, tell):
         missing = len(set(names) - sightings.seen.keys())
@@ -120,7 +119,7 @@ async def _all(at: Field, sightings: Sightings, names: list[str], what: str) -> 
 # --- many at once ----------------------------------------------------------------------------------------------------
 
 
-async def burst(at: Field) -> Figures:
+async def burst(at: Bench) -> Figures:
     """All jobs at once."""
     with Running(at.contestant, at.ground) as operator:
         await _warm_up(at, operator)
@@ -128,7 +127,7 @@ async def burst(at: Field) -> Figures:
         return await _burst(at, operator)
 
 
-async def _burst(at: Field, operator: Running) -> Figures:
+async def _burst(at: Bench, operator: Running) -> Figures:
     at.tell(f"{at.jobs:,} jobs at once")
     names = [f"burst-{index:05}" for index in range(at.jobs)]
     pids = {"operator": operator.pid, "server": at.ground.pids["kube-apiserver"]}
@@ -158,17 +157,17 @@ async def _burst(at: Field, operator: Running) -> Figures:
 # --- a restart among what is there -----------------------------------------------------------------------------------
 
 
-async def restart(at: Field) -> Figures:
+async def restart(at: Bench) -> Figures:
     """A restart among finished jobs and pods of others, then nothing at all happens for a while."""
     return await _restart(at, "restart", at.jobs, 5 * at.jobs)
 
 
-async def large(at: Field) -> Figures:
+async def large(at: Bench) -> Figures:
     """The same among five times as many jobs and twice as many pods."""
     return await _restart(at, "large", 5 * at.jobs, 10 * at.jobs)
 
 
-async def _restart(at: Field, key: str, jobs: int, pods: int) -> Figures:
+async def _restart(at: Bench, key: str, jobs: int, pods: int) -> Figures:
     with Running(at.contestant, at.ground) as operator:
         await _warm_up(at, operator)
     at.tell(f"planting {jobs:,} finished jobs and {pods:,} foreign pods")
@@ -188,7 +187,7 @@ async def _restart(at: Field, key: str, jobs: int, pods: int) -> Figures:
         return figures | (await _idle(at, operator) if key == "restart" else {})
 
 
-async def _idle(at: Field, operator: Running) -> Figures:
+async def _idle(at: Bench, operator: Running) -> Figures:
     """What an operator does when there is nothing to do."""
     at.tell(f"idle for {IDLE_SECONDS:.0f} s")
     mark, before = at.ground.calls.mark(), cpu_seconds(operator.pid)
@@ -207,7 +206,7 @@ async def _idle(at: Field, operator: Running) -> Figures:
 # --- the leader is killed --------------------------------------------------------------------------------------------
 
 
-async def leader(at: Field) -> Figures:
+async def leader(at: Bench) -> Figures:
     """Two replicas; the leader is killed, and a job is made at that moment."""
     with Running(at.contestant, at.ground) as first:
         await _warm_up(at, first)
