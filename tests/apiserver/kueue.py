@@ -1,8 +1,9 @@
 """A stand-in for Kueue: writes to Jobs and Workloads of one namespace what the real one was seen to write.
 
 Kueue is not among what the local cluster builds; what Kueue at commit ff69552e, built from source, wrote was recorded:
-the order of writes, conditions, reasons and messages below are those. It has one ClusterQueue with one flavor, no borrowing, and makes lower
-priorities give way to higher ones. Its admission webhooks are absent, so that it suspends Jobs after their creation.
+the order of writes, conditions, reasons and messages below are those. It has one ClusterQueue with one flavor, no
+borrowing, and makes lower priorities give way to higher ones. Its admission webhooks are absent, so that it suspends
+Jobs after their creation.
 """
 
 from __future__ import annotations
