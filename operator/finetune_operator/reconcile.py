@@ -255,14 +255,12 @@ async def write_status(job: FineTuneJob, status: Status, world: World) -> None:
 
 
 def log_changes(before: Status, after: Status) -> None:
-    """A line for each attempt that failed and was not known to have, and one for a new phase or reason."""
-    known = {(each.stage, each.number) for each in before.attempts or () if each.completion_time is not None}
-    for each in after.attempts or ():
-        if each.retry is not None and (each.stage, each.number) not in known:
-            fields = {"stage": each.stage, "attempt": each.number, "reason": each.reason, "retry": each.retry}
-            log.warning(
-                "Attempt %d of %s failed (%s): %s", each.number, each.stage, each.reason, each.message, extra=fields
-            )
+    """A line for each attempt that has failed since, and one for a new phase or reason."""
+    for each in after.failed_since(before):
+        fields = {"stage": each.stage, "attempt": each.number, "reason": each.reason, "retry": each.retry}
+        log.warning(
+            "Attempt %d of %s failed (%s): %s", each.number, each.stage, each.reason, each.message, extra=fields
+        )
     if after.phase != before.phase or after.reason != before.reason:
         fields = {"phase": after.phase, "reason": after.reason}
         log.info("%s (%s): %s", after.phase, after.reason, after.message, extra=fields)

@@ -558,11 +558,9 @@ QUIET = frozenset({"Running", "Starting", Reason.COMPLETED, Reason.SUSPENDED})
 
 def _news(job: FineTuneJob, journal: Journal, status: Status) -> tuple[News, ...]:
     """What has changed and is worth an Event: failed attempts, obstacles, phases."""
-    known = {(a.stage, a.number) for a in job.status.attempts or () if a.completion_time is not None}
     news = [
         News(f"{_run(journal, attempt)}-failed", attempt.reason or "", attempt.message or "", warning=True)
-        for attempt in journal.attempts
-        if attempt.retry is not None and (attempt.stage, attempt.number) not in known
+        for attempt in status.failed_since(job.status)
     ]
     run = _run(journal, journal.attempts[-1]) if journal.attempts else "new"
     if status.phase != job.status.phase:

@@ -236,6 +236,12 @@ class Status(Model):
         found = self.condition(ConditionType.SUSPENDED)
         return found is not None and found.status == "True"
 
+    def failed_since(self, before: Status) -> tuple[AttemptStatus, ...]:
+        """Attempts that failed and were not known to have."""
+        known = {(each.stage, each.number) for each in before.attempts or () if each.completion_time is not None}
+        attempts = self.attempts or ()
+        return tuple(each for each in attempts if each.retry is not None and (each.stage, each.number) not in known)
+
     def to_dict(self) -> JSON:
         """As the API server stores it."""
         return self.model_dump(by_alias=True, exclude_none=True, mode="json")
