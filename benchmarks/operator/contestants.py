@@ -26,6 +26,8 @@ sys.modules["google.auth"] = None  # the trainer's trackers bring it; Kubernetes
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
+"""A script that runs the module it is given, with its arguments."""
+
 STOP_SECONDS = 30
 
 

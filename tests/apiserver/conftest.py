@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.operator.contestants import AS_IN_ITS_IMAGE
 from cluster import build
 from cluster.api import Api
 from cluster.control_plane import ControlPlane
@@ -37,11 +38,6 @@ QUICK = {
     "FINETUNE_RETRY_BACKOFF_SECONDS": "0.1",
     "FINETUNE_LOG_FORMAT": "text",
 }
-AS_IN_ITS_IMAGE = """
-import runpy, sys
-sys.modules["google.auth"] = None  # the trainer's trackers bring it; Kubernetes' client would load it where it is
-runpy.run_module("finetune_operator", run_name="__main__", alter_sys=True)
-"""
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +130,7 @@ class Operator:
         environment = os.environ | QUICK | self.settings
         environment |= {"KUBECONFIG": str(self.kubeconfig), "FINETUNE_WATCH_NAMESPACE": self.namespace}
         environment |= {"FINETUNE_HEALTH_PORT": str(self.port)}
-        command = [sys.executable, "-c", AS_IN_ITS_IMAGE]
+        command = [sys.executable, "-c", AS_IN_ITS_IMAGE, "finetune_operator"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 

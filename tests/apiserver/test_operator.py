@@ -21,8 +21,6 @@ from tests.unit.operator.builders import word
 
 LINE = ("prepare", "train", "merge", "quantize-0")
 SPEC = spec(parallelism={"gpusPerNode": 0}, quantize=[{"name": "gptq4", "method": "GPTQ"}])
-MEMORY_LIMIT_MIB = 80
-
 
 pytestmark = pytest.mark.usefixtures("operator")
 
