@@ -343,7 +343,7 @@ def test_a_standby_told_to_stop_stops_whether_or_not_it_hears_of_a_stand_in(brok
 def test_a_holder_that_a_stand_in_leaves_without_an_answer_says_what_that_was(caplog: pytest.LogCaptureFixture) -> None:
     async def story() -> None:
         first = await leading(StandIn())
-        first.line.hang = now() + 1
+        first.line.hang = now() + LONGEST_RETRY + 0.1
         await asyncio.sleep(RENEW_SECONDS)
 
     in_its_own_time(story)
