@@ -18,7 +18,7 @@ import kopf
 
 from finetune_operator.api import GROUP, KIND, PLURAL, VERSION
 from finetune_operator.health import Health, serve
-from finetune_operator.kube import CONNECT_SECONDS, GRACE_SECONDS, PAGE, Kube, KubeError, StaleError, what
+from finetune_operator.kube import CONNECT_SECONDS, ERRORS, GRACE_SECONDS, PAGE, Kube, KubeError, StaleError, what
 from finetune_operator.lease import RENEW_SECONDS, Elector
 from finetune_operator.logs import key_in_logs
 from finetune_operator.metrics import Jobs, Metrics, Result
@@ -26,7 +26,7 @@ from finetune_operator.progress import ProgressReader
 from finetune_operator.queue import AWAY_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS, Key, Queue
 from finetune_operator.reconcile import BUSY, World, reconcile
 from finetune_operator.settings import Settings
-from finetune_operator.watch import ERRORS, WATCH_SECONDS, ChildWatch, Ended, Resync, key_of_job
+from finetune_operator.watch import WATCH_SECONDS, ChildWatch, Ended, Resync, key_of_job
 
 PASS_LIMIT_SECONDS = 180
 """A pass is many calls, each with its own limit; one that takes longer hangs."""

@@ -91,6 +91,10 @@ class GoneError(KubeError):
     """The resource version is too old."""
 
 
+ERRORS = (KubeError, aiohttp.ClientError, TimeoutError, OSError, ValueError)
+"""What a call may raise."""
+
+
 def what(error: Exception) -> str:
     """What an error says; of one that says nothing, as a timeout, its kind."""
     return str(error) or type(error).__name__

@@ -24,8 +24,8 @@ from datetime import UTC, datetime
 from typing import NoReturn
 
 from finetune_operator.api import JSON
-from finetune_operator.kube import ExistsError, Kube, NotFoundError, StaleError, what
-from finetune_operator.watch import ERRORS, Beat
+from finetune_operator.kube import ERRORS, ExistsError, Kube, NotFoundError, StaleError, what
+from finetune_operator.watch import Beat
 
 LEASE_SECONDS = 15
 RENEW_SECONDS = 10

@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
-
 from finetune_operator.api import JSON, KIND, MANAGER, Label
-from finetune_operator.kube import METADATA, METADATA_LIST, GoneError, Kube, KubeError, what
+from finetune_operator.kube import ERRORS, METADATA, METADATA_LIST, GoneError, Kube, what
 from finetune_operator.metrics import Jobs
 from finetune_operator.queue import AWAY_BACKOFF_SECONDS, Key
 
@@ -24,7 +22,6 @@ WATCH_SECONDS = 240
 PAUSE_SECONDS = 1.0
 SELECTOR = f"{Label.MANAGED_BY}={MANAGER}"
 TTL = "ttlSecondsAfterFinished"
-ERRORS = (KubeError, aiohttp.ClientError, TimeoutError, OSError, ValueError)
 
 log = logging.getLogger(__name__)
 
