@@ -372,13 +372,13 @@ def _ended(journal: Journal, ending: JSON, ended: datetime) -> Journal:
     return stopped.with_live(**ending, completion_time=format_time(ended), running_since=None, waiting_since=None)
 
 
-def withdraw(journal: Journal, view: Failure, now: datetime) -> Journal:
+def withdraw(journal: Journal, found: Failure, now: datetime) -> Journal:
     """The live attempt, if there is one, is given up because of what the user wants."""
     if journal.live is None:
         return journal
     stage = journal.stages[journal.live.stage]
-    update = {"state": "Failed", "completion_time": format_time(now), "message": view.message}
-    ending = {"reason": view.reason, "message": view.message, "retry": view.retry.value}
+    update = {"state": "Failed", "completion_time": format_time(now), "message": found.message}
+    ending = {"reason": found.reason, "message": found.message, "retry": found.retry.value}
     return _ended(journal.with_stage(stage.model_copy(update=update)), ending, now)
 
 
