@@ -74,23 +74,23 @@ async def _work_elected(world: World, health: Health, stop: asyncio.Event, start
 
 
 @dataclass(frozen=True)
-class Ears:
-    """Where what happens is heard, and what is put down of it."""
+class Watches:
+    """The watches of children, the queue that they fill, and the jobs that have ended."""
 
     queue: Queue
     ended: Ended
-    watches: tuple[ChildWatch, ...]
+    children: tuple[ChildWatch, ...]
 
     @classmethod
-    def of(cls, world: World, health: Health) -> Ears:
+    def of(cls, world: World, health: Health) -> Watches:
         """The watches of Jobs and pods, and a queue that they fill."""
         queue, ended = Queue(waited=world.metrics.waited), Ended()
         world.metrics.queue(lambda: len(queue))
-        watches = (
+        children = (
             ChildWatch(world.kube, kind, namespace_of(world), queue.add, ended, _beat_of_watch(kind, health))
             for kind in ("Job", "Pod")
         )
-        return cls(queue, ended, tuple(watches))
+        return cls(queue, ended, tuple(children))
 
 
 def namespace_of(world: World) -> str | None:
@@ -107,36 +107,36 @@ async def _work(world: World, health: Health, stop: asyncio.Event) -> None:
     health.begin()
     world.metrics.leads(leads=True)
     try:
-        ears = Ears.of(world, health)
-        await begin_to_hear(ears, world, health, stop)
+        watches = Watches.of(world, health)
+        await begin_watching(watches, world, health, stop)
         if not stop.is_set():
-            await _run_loops(ears, world, health, stop)
+            await _run_loops(watches, world, health, stop)
     finally:
         world.metrics.leads(leads=False)
 
 
-async def _run_loops(ears: Ears, world: World, health: Health, stop: asyncio.Event) -> None:
+async def _run_loops(watches: Watches, world: World, health: Health, stop: asyncio.Event) -> None:
     """Until kopf ends, on `stop` or on a signal (it takes the signals over). A loop that breaks ends all."""
     watching = asyncio.Event()
     async with asyncio.TaskGroup() as group:
         loops = [
-            *(watch.run() for watch in ears.watches),
-            _resync(ears, world, health),
-            *_workers(ears.queue, world, health),
+            *(watch.run() for watch in watches.children),
+            _resync(watches, world, health),
+            *_workers(watches.queue, world, health),
         ]
         tasks = [group.create_task(loop) for loop in loops]
         ready = group.create_task(_tell_ready(watching, health))
-        await run_kopf(partial(_on_event, ears, world.metrics.jobs), world.settings, stop, watching)
+        await run_kopf(partial(_on_event, watches, world.metrics.jobs), world.settings, stop, watching)
         log.info("Stopping")
         health.begin()
         for task in (*tasks, ready):
             task.cancel()
 
 
-def _resync(ears: Ears, world: World, health: Health) -> Loop:
-    seconds = world.settings.resync_seconds
+def _resync(watches: Watches, world: World, health: Health) -> Loop:
+    seconds, on_key, ended = world.settings.resync_seconds, watches.queue.add, watches.ended
     beat = health.expect("resync", seconds * 3)
-    return Resync(world.kube, namespace_of(world), seconds, ears.queue.add, world.metrics.jobs, ears.ended, beat).run()
+    return Resync(world.kube, namespace_of(world), seconds, on_key, world.metrics.jobs, ended, beat).run()
 
 
 def _workers(queue: Queue, world: World, health: Health) -> Iterator[Loop]:
@@ -152,7 +152,7 @@ async def _tell_ready(watching: asyncio.Event, health: Health) -> None:
     log.info("Watching FineTuneJobs")
 
 
-async def begin_to_hear(ears: Ears, world: World, health: Health, stop: asyncio.Event) -> None:
+async def begin_watching(watches: Watches, world: World, health: Health, stop: asyncio.Event) -> None:
     """Until the API server knows FineTuneJobs, for which kopf would look once, and then watch nothing.
 
     The children's watches begin here: with kopf's list of all FineTuneJobs, which comes after, nothing is missed, and
@@ -163,7 +163,7 @@ async def begin_to_hear(ears: Ears, world: World, health: Health, stop: asyncio.
         beat()
         try:
             await world.kube.list_page(KIND, namespace_of(world), limit=1)
-            for watch in ears.watches:
+            for watch in watches.children:
                 await watch.begin()
         except ERRORS as error:
             log.warning("FineTuneJobs cannot be listed yet, trying again in %.0f s: %s", pause, what(error))
@@ -298,14 +298,14 @@ def _login(**kwargs: Any) -> kopf.ConnectionInfo | None:  # noqa: ANN401
     return kopf.login_with_kubeconfig(**kwargs)
 
 
-async def _on_event(ears: Ears, jobs: Jobs, event: kopf.RawEvent, **_: Any) -> None:  # noqa: ANN401
+async def _on_event(watches: Watches, jobs: Jobs, event: kopf.RawEvent, **_: Any) -> None:  # noqa: ANN401
     """Any change of a FineTuneJob; one that has ended is only counted."""
     key = key_of_job(event["object"])
     if event["type"] == "DELETED":
         jobs.forget([key])
-        ears.ended.forget([key])
-        ears.queue.add(key)
+        watches.ended.forget([key])
+        watches.queue.add(key)
         return
     jobs.see(key, event["object"])
-    if not ears.ended.see(event["object"]):
-        ears.queue.add(key, new=not event["object"].get("status"))
+    if not watches.ended.see(event["object"]):
+        watches.queue.add(key, new=not event["object"].get("status"))

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Sight:
+class ObservedLease:
     """A Lease as it was last read, and since when it says the same by the reader's own clock. No metadata: no Lease."""
 
     metadata: JSON
@@ -70,30 +70,31 @@ class Sight:
         return max(0.0, self.since + duration - now) if self.foreign(me) else 0.0
 
 
-NOTHING = Sight({}, {}, 0)
+NOTHING = ObservedLease({}, {}, 0)
 
 
-def see(before: Sight, lease: JSON | None, now: float) -> Sight:
+def see(before: ObservedLease, lease: JSON | None, now: float) -> ObservedLease:
     """What a look shows that was answered at `now`; None: there is no such Lease."""
     if lease is None:
         return NOTHING
     spec = lease.get("spec") or {}
-    return Sight(lease["metadata"], spec, before.since if before.spec == spec else now)
+    return ObservedLease(lease["metadata"], spec, before.since if before.spec == spec else now)
 
 
-def claim(sight: Sight, me: str, now: datetime) -> JSON:
+def claim(observed: ObservedLease, me: str, now: datetime) -> JSON:
     """What the holder writes: that it took the Lease now, or has it still. The times are for people to read."""
     moment = now.isoformat(timespec="microseconds").replace("+00:00", "Z")
     ours = {"holderIdentity": me, "leaseDurationSeconds": LEASE_SECONDS, "renewTime": moment}
-    if sight.holder == me:
-        return sight.spec | ours
-    transitions = sight.spec.get("leaseTransitions", -1) + 1
-    return sight.spec | ours | {"acquireTime": moment, "leaseTransitions": transitions}
+    if observed.holder == me:
+        return observed.spec | ours
+    transitions = observed.spec.get("leaseTransitions", -1) + 1
+    return observed.spec | ours | {"acquireTime": moment, "leaseTransitions": transitions}
 
 
-def give_up(sight: Sight) -> JSON:
+def give_up(observed: ObservedLease) -> JSON:
     """What the holder writes in the end: nobody has it, the next may take it at once."""
-    return {name: value for name, value in sight.spec.items() if name != "holderIdentity"} | {"leaseDurationSeconds": 1}
+    kept = {name: value for name, value in observed.spec.items() if name != "holderIdentity"}
+    return kept | {"leaseDurationSeconds": 1}
 
 
 # --- one candidate ---------------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ class Elector:
         self._beat = beat
         self._lost = lost
         self._clock = clock
-        self._sight = NOTHING
+        self._observed = NOTHING
         self._until = float("-inf")
         self._alarm: asyncio.TimerHandle | None = None
         self._said = ""
@@ -153,7 +154,7 @@ class Elector:
                     self._say(logging.INFO, f"Leading: {self.me} holds the Lease {self.lease}")
                     return True
                 pause = min(pause, wait)
-                self._say(logging.INFO, f"Standing by: {self._sight.holder} holds the Lease {self.lease}")
+                self._say(logging.INFO, f"Standing by: {self._observed.holder} holds the Lease {self.lease}")
                 on_standby()
             except ERRORS as error:
                 self._say(logging.WARNING, f"The Lease {self.lease} cannot be had yet: {what(error)}")
@@ -183,20 +184,20 @@ class Elector:
         except NotFoundError:
             lease = None
         now = self._clock()
-        self._sight = see(self._sight, lease, now)
-        return self._sight.wait(self.me, now)
+        self._observed = see(self._observed, lease, now)
+        return self._observed.wait(self.me, now)
 
     async def _write(self) -> None:
         """Take the Lease as it was seen, or renew it."""
         sent = self._clock()
-        lease = await self._put(self._sight, claim(self._sight, self.me, datetime.now(UTC)))
-        self._sight = see(NOTHING, lease, self._clock())
+        lease = await self._put(self._observed, claim(self._observed, self.me, datetime.now(UTC)))
+        self._observed = see(NOTHING, lease, self._clock())
         self._hold(sent + RENEW_SECONDS)
 
-    async def _put(self, sight: Sight, spec: JSON) -> JSON:
-        metadata = sight.metadata or {"namespace": self._namespace, "name": self._name}
+    async def _put(self, observed: ObservedLease, spec: JSON) -> JSON:
+        metadata = observed.metadata or {"namespace": self._namespace, "name": self._name}
         body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": spec}
-        return await _limited(self._kube.replace(body) if sight.metadata else self._kube.create(body))
+        return await _limited(self._kube.replace(body) if observed.metadata else self._kube.create(body))
 
     def _hold(self, until: float) -> None:
         if self._alarm is not None:
@@ -221,8 +222,8 @@ class Elector:
             await self._look()
         else:
             return
-        if self._sight.foreign(self.me):
-            self._lose(f"{self._sight.holder} has it")
+        if self._observed.foreign(self.me):
+            self._lose(f"{self._observed.holder} has it")
         await self._write()
 
     async def _release(self) -> None:
@@ -232,7 +233,7 @@ class Elector:
         self._alarm.cancel()
         self._until = float("-inf")
         try:
-            await self._put(self._sight, give_up(self._sight))
+            await self._put(self._observed, give_up(self._observed))
         except ERRORS as error:
             log.warning("The Lease was not released: %s", what(error))
         else:

@@ -188,7 +188,7 @@ def _same(status: Status, attempt: AttemptStatus) -> AttemptStatus | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class JobFigures:
     """What is kept of a job: figures of a training only while its pods run, None for what it has not told yet."""
 
     phase: str
@@ -201,7 +201,7 @@ class Sight:
     """Unix time of the newest checkpoint, or since when training runs if that is later: what came after can be lost."""
 
     @classmethod
-    def of(cls, body: Mapping[str, Any]) -> Sight:
+    def of(cls, body: Mapping[str, Any]) -> JobFigures:
         """The job as it is stored."""
         status = body.get("status") or {}
         phase = str(status.get("phase") or Phase.PENDING)
@@ -226,26 +226,26 @@ def _number(figure: str | int | None) -> float | None:
     return None if figure is None else float(figure)
 
 
-def _age(sight: Sight, now: float) -> float | None:
-    return None if sight.safe_until is None else max(now - sight.safe_until, 0)
+def _age(job: JobFigures, now: float) -> float | None:
+    return None if job.safe_until is None else max(now - job.safe_until, 0)
 
 
-Figure = Callable[[Sight, float], float | None]
+Figure = Callable[[JobFigures, float], float | None]
 """A value at a Unix time, None where there is none."""
 
 PER_JOB: dict[str, tuple[str, Figure]] = {
     "finetune_job_retries": (
         "Retries that count against maxRetries, of jobs that have not ended and needed any.",
-        lambda sight, _: sight.retries,
+        lambda job, _: job.retries,
     ),
-    "finetune_training_step": ("Optimizer steps done, while training runs.", lambda sight, _: sight.step),
+    "finetune_training_step": ("Optimizer steps done, while training runs.", lambda job, _: job.step),
     "finetune_training_total_steps": (
         "Optimizer steps of the whole run, while training runs.",
-        lambda sight, _: sight.total_steps,
+        lambda job, _: job.total_steps,
     ),
     "finetune_tokens_per_second": (
         "Tokens trained on each second, over all devices, while training runs.",
-        lambda sight, _: sight.tokens_per_second,
+        lambda job, _: job.tokens_per_second,
     ),
     "finetune_checkpoint_age_seconds": (
         "Since the newest verified checkpoint, or since training runs where that is later.",
@@ -260,11 +260,11 @@ class Jobs:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._seen: dict[Key, Sight] = {}
+        self._seen: dict[Key, JobFigures] = {}
 
     def see(self, key: Key, body: Mapping[str, Any]) -> None:
         """A job as it is now."""
-        self._seen[key] = Sight.of(body)
+        self._seen[key] = JobFigures.of(body)
 
     def forget(self, keys: Iterable[Key]) -> None:
         """These are no more."""
@@ -281,8 +281,8 @@ class Jobs:
         yield self._phases()
         for name, (about, figure) in PER_JOB.items():
             family = GaugeMetricFamily(name, about, labels=["namespace", "name"])
-            for key, sight in self._seen.items():
-                if (value := figure(sight, now)) is not None:
+            for key, job in self._seen.items():
+                if (value := figure(job, now)) is not None:
                     family.add_metric([key.namespace, key.name], value)
             yield family
 
@@ -290,7 +290,7 @@ class Jobs:
         """Every phase, those without a job too."""
         family = GaugeMetricFamily("finetune_jobs", "FineTuneJobs by phase.", labels=["phase"])
         tally = Tally({phase.value: 0 for phase in Phase})
-        tally.update(sight.phase for sight in self._seen.values())
+        tally.update(job.phase for job in self._seen.values())
         for phase, count in tally.items():
             family.add_metric([phase], count)
         return family

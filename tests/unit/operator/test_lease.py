@@ -25,7 +25,7 @@ from finetune_operator.lease import (
     RENEW_SECONDS,
     RETRY_SECONDS,
     Elector,
-    Sight,
+    ObservedLease,
     claim,
     give_up,
     see,
@@ -81,14 +81,14 @@ def test_who_takes_it_says_since_when_and_who_renews_it_keeps_that() -> None:
         "renewTime": "2026-11-23T00:00:00.000000Z",
         "leaseTransitions": 0,
     }
-    renewed = claim(Sight({}, made, 0), "me", later)
+    renewed = claim(ObservedLease({}, made, 0), "me", later)
     assert renewed == made | {"renewTime": "2026-11-23T00:00:02.000000Z"}
-    taken = claim(Sight({}, made, 0), "other", later)
+    taken = claim(ObservedLease({}, made, 0), "other", later)
     assert (taken["acquireTime"], taken["leaseTransitions"]) == ("2026-11-23T00:00:02.000000Z", 1)
 
 
 def test_what_is_given_up_belongs_to_nobody() -> None:
-    given = give_up(Sight({}, claim(NOTHING, "me", datetime.now(UTC)), 0))
+    given = give_up(ObservedLease({}, claim(NOTHING, "me", datetime.now(UTC)), 0))
     assert see(NOTHING, {"metadata": {}, "spec": given}, 0).holder == ""
     assert given["leaseDurationSeconds"] >= 1  # the API server demands it
 
