@@ -35,7 +35,10 @@ class Queue:
     """Keys to be worked on, some of them later."""
 
     def __init__(
-        self, jitter: Callable[[], float] = random.random, waited: Callable[[float], None] = lambda _: None
+        self,
+        jitter: Callable[[], float] = random.random,
+        waited: Callable[[float], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`waited` is told of each key that is handed out how many seconds it was ready for that."""
         self._new: dict[Key, float] = {}
@@ -47,6 +50,7 @@ class Queue:
         self._filled = asyncio.Event()
         self._jitter = jitter
         self._waited = waited
+        self._clock = clock
 
     def __len__(self) -> int:
         return len(self._new) + len(self._ready)
@@ -58,9 +62,9 @@ class Queue:
             return
         self._cancel_later(key)
         if new:
-            self._new.setdefault(key, self._ready.pop(key, time.monotonic()))
+            self._new.setdefault(key, self._ready.pop(key, self._clock()))
         elif key not in self._new:
-            self._ready.setdefault(key, time.monotonic())
+            self._ready.setdefault(key, self._clock())
         self._filled.set()
 
     def add_after(self, key: Key, seconds: float) -> None:
@@ -92,7 +96,7 @@ class Queue:
             self._filled.clear()
             await self._filled.wait()
         key = next(iter(keys))
-        self._waited(time.monotonic() - keys.pop(key))
+        self._waited(self._clock() - keys.pop(key))
         self._working.add(key)
         return key
 

@@ -228,7 +228,7 @@ def check_log(operator: Operator) -> None:
 
 
 def quiet_for(seconds: float, version: Callable[[], str]) -> bool:
-    """Whether a version stays the same for so long (the one place where time itself is what is tested)."""
+    """Whether a version stays the same for so long: here nothing less than time itself can tell."""
     before, end = version(), time.monotonic() + seconds
     while time.monotonic() < end:
         if version() != before:

@@ -124,7 +124,8 @@ async def test_many_workers_share_the_keys_without_sharing_one(queue: Queue) -> 
     for _ in range(5):
         for key in keys:
             queue.add(key)
-        await asyncio.sleep(0.01)
+        while len(queue) or at_work:  # noqa: ASYNC110 - turns of the loop, no time
+            await asyncio.sleep(0)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

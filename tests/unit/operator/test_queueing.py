@@ -9,6 +9,7 @@ import yaml
 
 from finetune_operator.api import JSON
 from finetune_operator.queueing import (
+    HELD_BY_HAND,
     NO_KUEUE,
     NOT_TAKEN_UP,
     PRIORITY_LABEL,
@@ -107,6 +108,6 @@ def test_the_example_asks_for_a_queue_and_a_priority() -> None:
     assert build_queue_labels(job) == body["metadata"]["labels"]
 
 
-@pytest.mark.parametrize("reason", [*REMEDIES, NO_KUEUE, NOT_TAKEN_UP, QUEUE_LABEL, PRIORITY_LABEL])
+@pytest.mark.parametrize("reason", [*REMEDIES, NO_KUEUE, NOT_TAKEN_UP, HELD_BY_HAND, QUEUE_LABEL, PRIORITY_LABEL])
 def test_the_docs_tell_every_reason_for_which_a_job_waits(reason: str) -> None:
     assert f"`{reason}`" in (Path(__file__).parents[3] / "docs" / "queueing.md").read_text()
