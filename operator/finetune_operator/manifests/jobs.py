@@ -29,14 +29,14 @@ def build_stage_job(
     if overrides is not None:
         metadata["annotations"] = {OVERRIDES_ANNOTATION: overrides.to_json()}
         pod["containers"][0]["args"] += override_arguments(overrides)
+    queued = QUEUE_LABEL in metadata["labels"]
+    held = {"suspend": True} if queued else {}  # else a pod could start before Kueue has seen the Job
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": metadata,
         "spec": {
-            **(
-                {"suspend": True} if QUEUE_LABEL in metadata["labels"] else {}
-            ),  # else a pod could start before Kueue has seen the Job
+            **held,
             "backoffLimit": 0,
             "parallelism": step.pods,
             "completions": step.pods,
