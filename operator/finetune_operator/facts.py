@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -257,9 +257,8 @@ class Facts:
     """Since when the live attempt's progress has not moved, as far as this process has seen."""
     warnings: tuple[str, ...] = ()
     """Warnings about the live Job or its pod that still hold, newest first, as 'Reason: message'."""
-    conflicts: tuple[Conflict, ...] = field(default=())
+    conflicts: tuple[Conflict, ...] = ()
     refusal: Refusal | None = None
-
     queueing: Queueing | None = None
     """How the live attempt's Job fares in its queue, if it is in one and anything is known."""
     claim_modes: tuple[str, ...] | None = None
