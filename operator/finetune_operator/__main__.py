@@ -52,10 +52,8 @@ async def serve(settings: Settings) -> None:
     """The operator, stopped by a signal."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (
-        signal.SIGTERM,
-        signal.SIGINT,
-    ):  # first of all: PID 1 of a container is deaf to what it does not handle
+    # First of all: PID 1 of a container does not hear what it does not handle.
+    for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
     from finetune_operator.handlers import run  # noqa: PLC0415 - --help and a bad environment need no kopf
