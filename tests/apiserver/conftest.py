@@ -228,7 +228,7 @@ def check_log(operator: Operator) -> None:
 
 
 def quiet_for(seconds: float, version: Callable[[], str]) -> bool:
-    """Whether a version stays the same for so long: here nothing less than time itself can tell."""
+    """Whether a version stays the same for so long: that nothing happens only time can tell."""
     before, end = version(), time.monotonic() + seconds
     while time.monotonic() < end:
         if version() != before:
