@@ -90,9 +90,7 @@ def test_the_policy_of_a_run_cannot_be_changed(space: Space, before: JSON, polic
         space.merge("finetunejobs", "fixed", {"spec": {"runPolicy": policy}})
 
 
-@pytest.mark.parametrize(
-    "before", [{}, {"runPolicy": {"maxRetries": 1}}, {"runPolicy": {"ttlSecondsAfterFinished": 9}}]
-)
+@pytest.mark.parametrize("policy", [None, {"maxRetries": 1}, {"ttlSecondsAfterFinished": 9}])
 def test_a_running_job_can_be_suspended_resumed_given_a_ttl_and_cancelled(space: Space, policy: JSON | None) -> None:
     space.submit("steered", spec(**({"runPolicy": policy} if policy else {})))
     for change in (

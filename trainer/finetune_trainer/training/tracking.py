@@ -340,6 +340,7 @@ class WandbRun:
         """Put the figures of what was made into the summary."""
         self._run.summary.update(figures)
         self._run.finish(exit_code=ENDS[end])
+        self._client.teardown()  # W&B's own process may still be writing: a pod that ended now would cut it off
 
 
 class MLflowRun:
