@@ -265,8 +265,18 @@ def _unschedulable(said: str, claims: tuple[str, ...]) -> Failure:
     return waiting(Reason.UNSCHEDULABLE, f"No node can take the pod: {said}")
 
 
+STILL_ATTACHED = (
+    "It starts once the other node lets go of the volume: if that node is lost, delete it or give it the taint "
+    "node.kubernetes.io/out-of-service."
+)
+
+
 def _on_node(warnings: tuple[str, ...]) -> Failure | None:
     """What a kubelet cannot do before it pulls the image: told by Events only."""
+    held = next((warning for warning in warnings if "Multi-Attach error" in warning), None)
+    if held is not None:  # as after a node was lost: Kubernetes itself lets go of the volume in the end
+        what = f"A volume cannot be mounted: {held.partition(': ')[2]}"
+        return replace(waiting(Reason.MOUNT_FAILED, what, STILL_ATTACHED), deadline=False)
     for warning in warnings:
         reason, _, said = warning.partition(": ")
         if reason in {"FailedMount", "FailedAttachVolume"}:

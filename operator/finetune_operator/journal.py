@@ -27,7 +27,7 @@ from finetune_operator.api import (
     parse_time,
 )
 from finetune_operator.facts import Facts, Gang, StageJob, StagePod, after
-from finetune_operator.failures import Failure, classify, decisive, ending_with, failure, parting
+from finetune_operator.failures import Failure, classify, decisive, ending_with, failure, obstacle, parting
 from finetune_operator.figures import artifact_status, data_status, final_training, resolved_status
 from finetune_operator.healing import describe, relieve
 from finetune_operator.limits import Scene, exceeded
@@ -210,15 +210,20 @@ def scene(journal: Journal, facts: Facts, step: Step, now: datetime) -> Scene:
     """The live attempt, for its limits."""
     live = journal.attempts[-1]
     gang, job = facts.gang(journal.of(live)), facts.job_of(journal.of(live))
-    waiting = parse_time(live.waiting_since) if live.waiting_since else None
-    return Scene(facts, step, gang, job, now, journal.active(now), waiting)
+    return Scene(
+        facts, step, gang, job, now, journal.active(now), _since(live.waiting_since), _since(live.blocked_since)
+    )
+
+
+def _since(time: str | None) -> datetime | None:
+    return parse_time(time) if time else None
 
 
 def _look(journal: Journal, facts: Facts, step: Step, settings: Settings, now: datetime) -> Journal:
     """Judge the open attempt, if it has ended."""
     position = journal.of(journal.attempts[-1])
     gang, job = facts.gang(position), facts.job_of(position)
-    journal = _clock(journal, gang, job, now)
+    journal = _blocked(_clock(journal, gang, job, now), gang, facts.warnings, now)
     word = gang.proof(job)
     if word is not None:
         return prove(journal, facts.job, step, word, _ended_at(gang, job, now))
@@ -252,7 +257,8 @@ def _noted(journal: Journal, found: Failure) -> Failure:
     live = journal.attempts[-1]
     if found.reason != Reason.POD_LOST or live.reason is None:
         return found
-    return Failure(live.reason, live.message or found.message, TABLE[live.reason].retry)
+    row = TABLE.get(live.reason)  # another version of the operator may have written it
+    return Failure(live.reason, live.message or found.message, row.retry if row else found.retry)
 
 
 def on_hold(facts: Facts, job: StageJob | None) -> bool:
@@ -274,6 +280,15 @@ def _clock(journal: Journal, gang: Gang, job: StageJob | None, now: datetime) ->
     if live.running_since is not None and job is not None and job.suspended and not gang.started:
         return _stop_clock(journal, now).with_live(running_since=None, waiting_since=format_time(now))
     return journal
+
+
+def _blocked(journal: Journal, gang: Gang, warnings: tuple[str, ...], now: datetime) -> Journal:
+    """Note since when something that has to be mended keeps pods from starting: from then on it has its time."""
+    found = obstacle(gang, warnings)
+    held = found is not None and found.deadline
+    if held == (journal.attempts[-1].blocked_since is not None):
+        return journal
+    return journal.with_live(blocked_since=format_time(now) if held else None)
 
 
 def _stop_clock(journal: Journal, now: datetime) -> Journal:
@@ -369,7 +384,9 @@ def _last_straw(journal: Journal, step: Step, found: Failure, max_retries: int) 
 def _ended(journal: Journal, ending: JSON, ended: datetime) -> Journal:
     """The live attempt is over."""
     stopped = _stop_clock(journal, ended)
-    return stopped.with_live(**ending, completion_time=format_time(ended), running_since=None, waiting_since=None)
+    return stopped.with_live(
+        **ending, completion_time=format_time(ended), running_since=None, waiting_since=None, blocked_since=None
+    )
 
 
 def withdraw(journal: Journal, found: Failure, now: datetime) -> Journal:
@@ -385,4 +402,5 @@ def withdraw(journal: Journal, found: Failure, now: datetime) -> Journal:
 def _ended_at(gang: Gang, job: StageJob | None, now: datetime) -> datetime:
     """When an attempt ended, as far as anything tells."""
     ended = [pod.ended_at for pod in gang.pods if pod.ended_at is not None]
-    return max(ended, default=None) or (job.completed if job else None) or now
+    told = max(ended, default=None) or (job.completed if job else None) or now
+    return min(told, now)  # a node's clock may run ahead

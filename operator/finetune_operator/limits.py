@@ -27,6 +27,8 @@ class Scene:
     """How long pods of the job have run in all, those of this attempt included."""
     waiting_since: datetime | None = None
     """When it was sent back to wait for its turn, if it was."""
+    blocked_since: datetime | None = None
+    """Since when something that has to be mended keeps its pods from starting."""
 
     @property
     def spec(self) -> Spec:
@@ -72,9 +74,11 @@ def _too_long(scene: Scene) -> Failure | None:
 
 
 def _stall_end(scene: Scene) -> datetime | None:
-    if scene.facts.still_since is None or not scene.gang.running:
+    leader = scene.gang.leader
+    if not scene.gang.running:
         return None
-    return after(scene.facts.still_since, scene.spec.stall_timeout_seconds)
+    since = leader.ended_at if leader is not None and leader.ended else scene.facts.still_since
+    return after(since, scene.spec.stall_timeout_seconds) if since is not None else None
 
 
 def _stalled(scene: Scene) -> Failure | None:
@@ -101,7 +105,7 @@ def _overdue_end(scene: Scene, settings: Settings) -> datetime | None:
     found, since = obstacle(scene.gang, scene.facts.warnings), start_begin(scene.gang, scene.job)
     if found is None or not found.deadline or since is None:
         return None
-    return after(since, settings.start_deadline_seconds)
+    return after(max(since, scene.blocked_since or since), settings.start_deadline_seconds)
 
 
 def _overdue(scene: Scene, settings: Settings) -> Failure | None:
@@ -116,7 +120,7 @@ def _wait_end(scene: Scene) -> datetime | None:
     limit = scene.spec.start_deadline_seconds
     if limit is None or scene.job is None or not _waits_for_room(scene):
         return None
-    return after(scene.waiting_since or scene.job.created, limit)
+    return after(max(scene.waiting_since or scene.job.created, scene.job.created), limit)
 
 
 def _waits_for_room(scene: Scene) -> bool:

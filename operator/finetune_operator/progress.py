@@ -38,15 +38,17 @@ class ProgressReader:
         self._heard: dict[str, Heard] = {}
         self._session: aiohttp.ClientSession | None = None
 
-    async def read(self, pod: StagePod) -> tuple[Progress | None, float]:
+    async def read(self, pod: StagePod, patience_seconds: float) -> tuple[Progress | None, float]:
         """The pod's progress, at most an interval old, None if it never told; and for how many seconds it has been so.
 
-        Remembered in this process alone: after a restart a pod that hangs is given its whole time again.
+        Where that has been so for `patience_seconds`, it is asked again, however lately it was: an old answer is no
+        sign that nothing moves. Remembered in this process alone: after a restart a pod that hangs is given its whole
+        time again.
         """
         now = self._clock()
         self._forget(now)
         heard = self._heard.get(pod.uid)
-        if heard is None or now - heard.asked >= self._interval * 0.9:
+        if heard is None or now - heard.asked >= self._interval * 0.9 or now - heard.moved >= patience_seconds:
             heard = self._heard[pod.uid] = _after(heard, await self._ask(pod), now)
         return heard.progress, now - heard.moved
 

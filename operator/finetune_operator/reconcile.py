@@ -115,12 +115,14 @@ async def observe(key: Key, world: World) -> Facts | None:
     except NotFoundError:
         return None
     job = FineTuneJob.parse(body)
-    if job.status.finished or job.deleting or job.problem is not None or job.managed_elsewhere:
+    if job.status.finished or job.deleting or job.managed_elsewhere or (job.problem and not job.stored_status):
         return Facts(job)
-    if _is_new(job, world.clock()):
+    if job.problem is None and _is_new(job, world.clock()):
         return Facts(job, claim_modes=await _claim_modes(job, world.kube))
     jobs = parse_jobs(await world.kube.children("Job", key.namespace, key.name), job.uid)
     pods = parse_pods(await world.kube.children("Pod", key.namespace, key.name), job.uid)
+    if job.problem is not None:
+        return Facts(job, jobs, pods)  # begun by an operator that understood it
     facts = Facts(job, jobs, pods, claim_modes=await _claim_modes(job, world.kube))
     latest = jobs[-1] if jobs else None
     if latest is None or latest.ended:
@@ -178,7 +180,7 @@ async def _hear(facts: Facts, leader: StagePod | None, world: World) -> Facts:
     """The leader's progress, and since when it has not moved; a pod that never told any may be out of reach."""
     if leader is None or not leader.running or not leader.ip:
         return facts
-    progress, still_seconds = await world.progress.read(leader)
+    progress, still_seconds = await world.progress.read(leader, facts.job.valid_spec.stall_timeout_seconds)
     if progress is None and facts.job.status.progress is None:
         return facts
     return replace(facts, progress=progress, still_since=world.clock() - timedelta(seconds=still_seconds))
@@ -247,7 +249,7 @@ async def _check_owner(job: FineTuneJob, manifest: JSON, kube: Kube) -> None:
 async def write_status(job: FineTuneJob, status: Status, world: World) -> None:
     """Write the status if it says anything new."""
     told = status.to_dict()
-    if told == job.stored_status or job.deleting or job.status.finished:
+    if told == job.stored_status or job.deleting or job.status.finished or job.managed_elsewhere:
         return
     await world.kube.apply_status(job.namespace, job.name, job.uid, job.resource_version, told)
     world.metrics.wrote(job.status, status)

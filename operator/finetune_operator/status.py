@@ -7,6 +7,7 @@ from datetime import datetime
 
 from finetune_operator import names
 from finetune_operator.api import (
+    ATTEMPTS_KEPT,
     ENDS,
     AttemptStatus,
     Condition,
@@ -23,7 +24,18 @@ from finetune_operator.consent import objection
 from finetune_operator.facts import Conflict, Facts, Gang, Refusal, StageJob, after
 from finetune_operator.failures import Failure, decisive, failure, obstacle, refusal_of, refused, waiting
 from finetune_operator.figures import live_training, share
-from finetune_operator.journal import SLACK_SECONDS, Entry, Journal, alive, enter, next_number, read, scene, withdraw
+from finetune_operator.journal import (
+    SLACK_SECONDS,
+    Entry,
+    Journal,
+    alive,
+    close,
+    enter,
+    next_number,
+    read,
+    scene,
+    withdraw,
+)
 from finetune_operator.limits import seconds_left, start_begin
 from finetune_operator.manifests import News
 from finetune_operator.names import Step
@@ -100,6 +112,8 @@ def decide(facts: Facts, settings: Settings, now: datetime) -> Decision:
     if job.status.finished:
         return _outlive(job, now)
     if job.problem is not None:
+        if (leaving := _let_go(facts, now)) is not None:  # begun by an operator that understood it
+            return Decision(job.status, leaving, requeue_after_seconds=LEAVING_SECONDS)
         said = f"{job.problem} Correct it and apply the job under a new name."
         return _reject(job, View(Phase.FAILED, Reason.INVALID_SPEC, cut(said)), now)
     if (found := objection(facts, settings)) is not None:
@@ -163,9 +177,11 @@ def _suspend(facts: Facts, journal: Journal, settings: Settings, now: datetime) 
     wanted, recorded = bool(job.valid_spec.suspend), job.status.suspended
     live = journal.live
     there = live is not None and any(not each.ended for each in facts.jobs if each.position == journal.of(live))
-    if recorded and not wanted and (there or live is None):
-        return _go_on(facts, journal, settings, now)  # made anew already, or never stopped, or nothing was under way
+    if recorded and not wanted and (there or live is None):  # made anew already or never stopped; nothing under way
+        return _go_on(facts, journal if there else replace(journal, active_seconds=0), settings, now)
     leaving = _let_go(facts, now)
+    if leaving is None:
+        journal = replace(journal, active_seconds=0)  # on record before it goes on
     if recorded and not wanted and leaving is None:
         return _resume(facts, journal, settings, now)
     doing = "its pods save and leave" if leaving is not None else "no GPU is held"
@@ -190,7 +206,11 @@ def _resume(facts: Facts, journal: Journal, settings: Settings, now: datetime) -
     """The attempt that was suspended, under its own number; its time to be active begins anew."""
     live = journal.attempts[-1]
     step = journal.step(live.stage)
-    journal = replace(journal, active_seconds=0)
+    journal = replace(journal, active_seconds=0).with_live(running_since=None, waiting_since=None)
+    if (stuck := next((pod for pod in facts.gang(journal.of(live)).pods if not pod.ended), None)) is not None:
+        # Perhaps still at work, where nobody hears of it: only a newer number fences it off.
+        found = failure(Reason.NODE_LOST, f"Pod {stuck.name} was told to leave and never did")
+        return _go_on(facts, close(journal, job=facts.job, step=step, found=found, ended=now), settings, now)
     if facts.refusal is not None:
         return _refused(facts, facts.refusal, journal, step, now)
     if facts.conflicts:
@@ -368,7 +388,14 @@ def _start(facts: Facts, journal: Journal, step: Step, settings: Settings, now: 
     if journal.last_failure is not None:
         view = _retrying(journal, step, facts.job.valid_spec.max_retries)
     status = _status(facts, entered, view, now)
-    return Decision(status, (Start(step, attempt, overrides),), _news(facts.job, entered, status), LOOK_AGAIN_SECONDS)
+    actions = (*_outdated(facts, step, attempt), Start(step, attempt, overrides))
+    return Decision(status, actions, _news(facts.job, entered, status), LOOK_AGAIN_SECONDS)
+
+
+def _outdated(facts: Facts, step: Step, attempt: int) -> tuple[Stop, ...]:
+    """Ended Jobs of attempts so old that the status does not tell of them: they would pile up to the quota."""
+    old = (job for job in facts.jobs if job.step == step.key and job.attempt <= attempt - ATTEMPTS_KEPT)
+    return tuple(Stop(job.name, job.uid) for job in old if job.ended and not job.deleting)
 
 
 def _backoff(journal: Journal, step: Step, settings: Settings, now: datetime) -> float:
@@ -463,7 +490,12 @@ def _reject(job: FineTuneJob, view: View, now: datetime) -> Decision:
         message=view.message,
         start_time=job.status.start_time or format_time(now),
         completion_time=format_time(now),
+        claim_name=job.status.claim_name,
+        folder=job.status.folder,
         conditions=_conditions(job, view, now, accepted=False),
+        stages=job.status.stages,
+        artifacts=job.status.artifacts,
+        attempts=job.status.attempts,
     )
     return Decision(status, events=(News("invalid", str(view.reason), view.message, warning=True),))
 

@@ -173,6 +173,9 @@ class AttemptStatus(Model):
         default=None, description="Free: run again, uncounted. Counted: run again, counted. Never: not run again."
     )
     running_since: Time | None = Field(default=None, description="Since when all its pods run, while they do.")
+    blocked_since: Time | None = Field(
+        default=None, description="Since when something that has to be mended keeps its pods from starting."
+    )
     waiting_since: Time | None = Field(default=None, description="Since when its queue has it wait again, if it does.")
     overrides: Overrides | None = Field(default=None, description="What it changed after the GPU's memory ran out.")
 

@@ -181,6 +181,15 @@ def test_a_lost_connection_is_not_believed_before_the_others_have_ended() -> Non
     assert first_attempt(cluster).reason == "OutOfHostMemory"
 
 
+def test_a_pod_that_hangs_after_the_first_has_ended_is_not_waited_for_without_end() -> None:
+    cluster = training()
+    cluster.end_one(0, 0, DONE)
+    cluster.settle()
+    cluster.later(3600)
+    cluster.settle()
+    assert first_attempt(cluster).reason == "StalledTraining"
+
+
 def test_a_pod_that_is_taken_away_is_remembered_after_it_is_gone() -> None:
     cluster = training()
     pod = cluster.pods["demo-train-1/1"]

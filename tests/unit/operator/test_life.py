@@ -8,7 +8,8 @@ import pytest
 
 from finetune_operator.api import JSON, Condition, ConditionType, format_time
 from finetune_operator.facts import Facts
-from finetune_operator.status import Remove, decide
+from finetune_operator.journal import SLACK_SECONDS
+from finetune_operator.status import Remove, Stop, decide
 from finetune_trainer.progress import Progress, Reason, Stage
 from tests.unit.operator.builders import (
     SETTINGS,
@@ -18,6 +19,8 @@ from tests.unit.operator.builders import (
     Cluster,
     a_job,
     condition,
+    container,
+    ended,
     play,
     stages_made,
 )
@@ -139,6 +142,19 @@ def test_a_resumption_whose_status_was_lost_is_seen() -> None:
     assert cluster.job.status.attempt_count == 1
 
 
+def test_beside_a_pod_that_never_left_the_next_number_goes_on() -> None:
+    cluster = training()
+    cluster.slow = True
+    cluster.wish(suspend=True)
+    cluster.settle()
+    del cluster.jobs["demo-train-1"]
+    cluster.later(120 + SLACK_SECONDS)
+    cluster.settle()
+    cluster.wish(suspend=False)
+    cluster.settle()
+    assert (cluster.live, cluster.job.status.retries) == ("demo-train-2", 0)
+
+
 def test_a_job_suspended_from_the_start_makes_nothing_until_it_is_resumed() -> None:
     cluster = Cluster(spec=SPEC | {"suspend": True})
     cluster.settle()
@@ -227,8 +243,8 @@ def test_the_time_that_pods_run_is_limited_over_all_stages() -> None:
     cluster.later(60)
     cluster.say()
     cluster.jobs[cluster.live]["status"]["completionTime"] = format_time(cluster.now)
-    for ended in cluster.pods.values():
-        ended["status"]["containerStatuses"][0]["state"]["terminated"]["finishedAt"] = format_time(cluster.now)
+    for body in cluster.pods.values():
+        body["status"]["containerStatuses"][0]["state"]["terminated"]["finishedAt"] = format_time(cluster.now)
     cluster.settle()
     assert cluster.job.status.active_seconds == 60
     cluster.later(1000)  # without a node
@@ -257,6 +273,36 @@ def test_the_time_begins_anew_on_resume() -> None:
     cluster.later(50)
     cluster.settle()
     assert cluster.job.status.phase == "Training"
+
+
+def test_the_time_begins_anew_though_the_pod_that_saved_is_still_to_be_seen() -> None:
+    cluster = training(policy(activeDeadlineSeconds=100))
+    cluster.slow = True
+    cluster.wish(suspend=True)
+    cluster.settle()
+    del cluster.jobs["demo-train-1"]  # deleted in the background: gone at once
+    cluster.wish(suspend=False)
+    cluster.settle()
+    cluster.pods["demo-train-1"]["status"] = ended(20)
+    cluster.settle()
+    assert cluster.live == "demo-train-1"
+    assert (cluster.job.status.attempts or ())[-1].running_since is None
+
+
+def test_the_time_begins_anew_where_the_stage_ended_as_it_left() -> None:
+    cluster = training(policy(activeDeadlineSeconds=100))
+    cluster.slow = True
+    cluster.later(90)
+    cluster.wish(suspend=True)
+    cluster.settle()
+    cluster.say()
+    state = cluster.pods["demo-train-1"]["status"]["containerStatuses"][0]["state"]["terminated"]
+    state["finishedAt"] = format_time(cluster.now)
+    cluster.settle()
+    cluster.leave()
+    cluster.wish(suspend=False)
+    cluster.settle()
+    assert (cluster.live, cluster.job.status.active_seconds or 0) == ("demo-merge-1", 0)
 
 
 def test_waiting_for_a_node_ends_where_the_user_says_so() -> None:
@@ -305,6 +351,50 @@ def test_a_training_without_progress_is_hung_and_run_again_counted() -> None:
     assert stages_made(cluster) == ["prepare", "train", "train"]
 
 
+def test_a_volume_that_a_lost_node_still_has_is_waited_for() -> None:
+    cluster = training(running=False)
+    cluster.pods[cluster.live]["status"]["conditions"] = [condition("PodScheduled")]
+    cluster.warnings = ("FailedMount: timed out", "FailedAttachVolume: Multi-Attach error for volume pvc-1")
+    cluster.settle()
+    cluster.later(3000)
+    cluster.settle()
+    assert (cluster.job.status.phase, cluster.job.status.reason) == ("Training", "MountFailed")
+
+
+def test_what_has_to_be_mended_has_its_time_from_when_it_broke() -> None:
+    cluster = training(running=False)
+    status = cluster.pods[cluster.live]["status"]
+    pulling = container(waiting={"reason": "ContainerCreating"})
+    status |= {"conditions": [condition("PodScheduled")], "containerStatuses": pulling}
+    cluster.later(400)
+    cluster.settle()
+    status["containerStatuses"] = container(waiting={"reason": "ErrImagePull", "message": "reset"})
+    cluster.settle()
+    assert (cluster.job.status.phase, cluster.job.status.reason) == ("Training", "ImagePullFailed")
+    cluster.later(301)
+    cluster.settle()
+    assert cluster.job.status.phase == "Failed"
+
+
+def test_a_nodes_clock_that_runs_ahead_holds_no_retry_back() -> None:
+    cluster = training()
+    cluster.end_pod(1, "boom", "Error")
+    state = cluster.pods[cluster.live]["status"]["containerStatuses"][0]["state"]["terminated"]
+    state["finishedAt"] = format_time(cluster.now + timedelta(hours=3))
+    assert (cluster.settle().requeue_after_seconds or 0) <= 10
+
+
+def test_of_many_attempts_only_the_last_jobs_are_kept() -> None:
+    cluster = training()
+    for _ in range(15):
+        cluster.end_pod(143, conditions=[condition("DisruptionTarget", "PreemptionByScheduler")])
+        cluster.settle()
+        cluster.later(400)
+        cluster.settle()
+    assert len(cluster.jobs) <= 12
+    assert cluster.live == "demo-train-16"
+
+
 def test_a_finished_job_is_removed_when_its_time_to_live_is_over() -> None:
     cluster = Cluster(spec=policy(ttlSecondsAfterFinished=60))
     play(cluster)
@@ -321,6 +411,21 @@ def test_a_finished_job_without_a_time_to_live_stays() -> None:
     cluster.later(10**8)
     rest = cluster.step()
     assert (rest.actions, rest.requeue_after_seconds) == ((), None)
+
+
+# --- another version of the operator ---------------------------------------------------------------------------------
+
+
+def test_a_running_job_that_is_not_understood_any_more_ends_after_its_pods() -> None:
+    cluster = training()
+    cluster.wish(notOfThisVersion=1)
+    first = cluster.step()
+    assert [action.name for action in first.actions if isinstance(action, Stop)] == ["demo-train-1"]
+    assert not first.status.finished
+    cluster.settle()
+    status = cluster.job.status
+    assert (status.reason, status.finished, "demo-train-1" in cluster.jobs) == ("InvalidSpec", True, False)
+    assert status.claim_name is not None
 
 
 # --- whose job it is, and how far it goes ----------------------------------------------------------------------------

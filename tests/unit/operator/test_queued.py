@@ -213,3 +213,17 @@ def test_a_job_that_waited_long_enough_for_its_users_patience_ends() -> None:
     cluster.settle()
     assert (cluster.job.status.phase, cluster.job.status.reason) == ("Failed", "DeadlineExceeded")
     assert SHORT.message in (cluster.job.status.message or "")
+
+
+def test_suspended_time_is_no_time_in_the_queue() -> None:
+    spec = SPEC | {"runPolicy": {"startDeadlineSeconds": 600}}
+    cluster = queued(Cluster(spec=spec, labels={QUEUE_LABEL: "team-a"}))
+    let_run(cluster)
+    hold(cluster, FIRST)
+    cluster.wish(suspend=True)
+    cluster.settle()
+    cluster.queueing = None
+    cluster.later(10_000)
+    cluster.wish(suspend=False)
+    cluster.settle()
+    assert not cluster.job.status.finished

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -115,3 +116,20 @@ async def test_an_ended_job_of_whose_deletion_no_watch_told_is_forgotten_with_th
     there.ended.see(job_body(status=FINISHED))
     await there.look()
     assert heard(there.ended) == [key("demo")]
+
+
+async def test_a_watch_that_a_stand_in_ends_at_once_is_taken_up_again_after_a_pause() -> None:
+    calls: list[int] = []
+
+    class Short:
+        async def watch(self, *_: Any, **__: Any) -> AsyncIterator[JSON]:
+            calls.append(1)
+            await asyncio.sleep(0)
+            for event in ():
+                yield event
+
+    watch = ChildWatch(cast("Kube", Short()), "Pod", None, lambda _: None, Ended(), lambda: None, version="1")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await watch.run()
+    assert len(calls) == 1
