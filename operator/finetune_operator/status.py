@@ -388,7 +388,7 @@ def _start(facts: Facts, journal: Journal, step: Step, settings: Settings, now: 
     if journal.last_failure is not None:
         view = _retrying(journal, step, facts.job.valid_spec.max_retries)
     status = _status(facts, entered, view, now)
-    actions = (*_outdated(facts, step, attempt), Start(step, attempt, overrides))
+    actions: tuple[Start | Stop, ...] = (*_outdated(facts, step, attempt), Start(step, attempt, overrides))
     return Decision(status, actions, _news(facts.job, entered, status), LOOK_AGAIN_SECONDS)
 
 

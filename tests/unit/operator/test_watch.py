@@ -125,7 +125,8 @@ async def test_a_watch_that_a_stand_in_ends_at_once_is_taken_up_again_after_a_pa
         async def watch(self, *_: Any, **__: Any) -> AsyncIterator[JSON]:
             calls.append(1)
             await asyncio.sleep(0)
-            for event in ():
+            none: tuple[JSON, ...] = ()
+            for event in none:
                 yield event
 
     watch = ChildWatch(cast("Kube", Short()), "Pod", None, lambda _: None, Ended(), lambda: None, version="1")
