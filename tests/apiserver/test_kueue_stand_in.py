@@ -288,6 +288,7 @@ def test_an_operator_that_is_killed_at_every_turn_makes_each_queued_job_once(
     players.end(space, "high")
     players.run(space, job)
     operator.start()
+    wait_for(lambda: operator.get("/readyz") == 200, "the operator at work, whose status told the same before")
     assert no_failure(space.wait_status("low", phase="Training", reason="Running"))
     assert space.read("jobs", job)["metadata"]["uid"] == before
     assert space.names("jobs") == ["high", "low-prepare-1", "low-train-1"]
