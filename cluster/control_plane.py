@@ -57,6 +57,22 @@ class Layout:
     controller_manager_port: int = 10257
     scheduler_port: int = 10259
 
+    @classmethod
+    def below(cls, directory: Path) -> Self:
+        """A control plane of its own: all files below the directory, free ports of the loopback."""
+        etcd_port, peer_port, api_port, manager_port, scheduler_port = free_ports(5)
+        return cls(
+            certificates=directory / "certificates",
+            config=directory / "config",
+            data=directory / "etcd",
+            logs=directory / "logs",
+            etcd_port=etcd_port,
+            etcd_peer_port=peer_port,
+            api_port=api_port,
+            controller_manager_port=manager_port,
+            scheduler_port=scheduler_port,
+        )
+
     @property
     def server(self) -> str:
         """Address that clients use."""
@@ -190,17 +206,7 @@ class ControlPlane:
 
     def __init__(self, directory: Path, *, with_controllers: bool = False) -> None:
         """Keep everything below the directory; nothing starts before ``with``."""
-        etcd_port, peer_port, api_port, manager_port = free_ports(4)
-        self.layout = Layout(
-            certificates=directory / "certificates",
-            config=directory / "config",
-            data=directory / "etcd",
-            logs=directory / "logs",
-            etcd_port=etcd_port,
-            etcd_peer_port=peer_port,
-            api_port=api_port,
-            controller_manager_port=manager_port,
-        )
+        self.layout = Layout.below(directory)
         self.with_controllers = with_controllers
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 

@@ -21,7 +21,7 @@ from cluster import build, certificates, control_plane
 from cluster.api import Api
 from cluster.control_plane import Layout
 from cluster.files import write_json
-from cluster.processes import Component, free_ports, spawn, stop, wait_until
+from cluster.processes import Component, spawn, stop, wait_until
 from finetune_operator.crd import render
 
 if TYPE_CHECKING:
@@ -43,19 +43,8 @@ class Ground:
     """A control plane with fake nodes, for the length of a `with`."""
 
     def __init__(self, directory: Path) -> None:
-        etcd_port, peer_port, api_port, manager_port, scheduler_port = free_ports(5)
         self.directory = directory
-        self.layout = Layout(
-            certificates=directory / "certificates",
-            config=directory / "config",
-            data=directory / "etcd",
-            logs=directory / "logs",
-            etcd_port=etcd_port,
-            etcd_peer_port=peer_port,
-            api_port=api_port,
-            controller_manager_port=manager_port,
-            scheduler_port=scheduler_port,
-        )
+        self.layout = Layout.below(directory)
         self.pids: dict[str, int] = {}
         """By the component's name."""
         self.calls = Calls(directory / "audit.log")

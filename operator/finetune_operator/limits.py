@@ -35,6 +35,16 @@ class Scene:
         """What the user allows."""
         return self.facts.job.valid_spec
 
+    @property
+    def obstacle(self) -> Failure | None:
+        """What keeps the pods from starting."""
+        return obstacle(self.gang, self.facts.warnings)
+
+    @property
+    def queued(self) -> bool:
+        """Whether a queue holds the attempt back."""
+        return self.job is not None and self.job.suspended
+
 
 def exceeded(scene: Scene, settings: Settings) -> Failure | None:
     """The limit that the attempt is beyond, if any."""
@@ -102,14 +112,14 @@ def start_begin(gang: Gang, job: StageJob | None) -> datetime | None:
 
 def _overdue_end(scene: Scene, settings: Settings) -> datetime | None:
     """The end for what has to be mended before a pod can start."""
-    found, since = obstacle(scene.gang, scene.facts.warnings), start_begin(scene.gang, scene.job)
+    found, since = scene.obstacle, start_begin(scene.gang, scene.job)
     if found is None or not found.deadline or since is None:
         return None
     return after(max(since, scene.blocked_since or since), settings.start_deadline_seconds)
 
 
 def _overdue(scene: Scene, settings: Settings) -> Failure | None:
-    found = obstacle(scene.gang, scene.facts.warnings)
+    found = scene.obstacle
     if found is None or not _reached(_overdue_end(scene, settings), scene.now):
         return None
     return replace(found, message=cut(f"{found.message} Not mended within {settings.start_deadline_seconds:.0f} s."))
@@ -124,15 +134,14 @@ def _wait_end(scene: Scene) -> datetime | None:
 
 
 def _waits_for_room(scene: Scene) -> bool:
-    found = obstacle(scene.gang, scene.facts.warnings)
-    return (found is not None and not found.deadline) or (scene.job is not None and scene.job.suspended)
+    found = scene.obstacle
+    return scene.queued or (found is not None and not found.deadline)
 
 
 def _waited(scene: Scene) -> Failure | None:
     if not _reached(_wait_end(scene), scene.now):
         return None
-    held = scene.facts.queueing if scene.job is not None and scene.job.suspended else None
-    found = held or obstacle(scene.gang, scene.facts.warnings)
+    found = (scene.facts.queueing if scene.queued else None) or scene.obstacle
     why = f": {found.message}" if found is not None else ""
     limit = scene.spec.start_deadline_seconds
     what = f"Stage {scene.step.title} did not start within runPolicy.startDeadlineSeconds of {limit} s{why}"

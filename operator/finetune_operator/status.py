@@ -203,18 +203,16 @@ def _pending(journal: Journal, message: str) -> Journal:
 
 
 def _resume(facts: Facts, journal: Journal, settings: Settings, now: datetime) -> Decision:
-    """The attempt that was suspended, under its own number; its time to be active begins anew."""
+    """The attempt that was suspended, under its own number."""
     live = journal.attempts[-1]
     step = journal.step(live.stage)
-    journal = replace(journal, active_seconds=0).with_live(running_since=None, waiting_since=None)
+    journal = journal.with_live(running_since=None, waiting_since=None)
     if (stuck := next((pod for pod in facts.gang(journal.of(live)).pods if not pod.ended), None)) is not None:
         # Perhaps still at work, where nobody hears of it: only a newer number fences it off.
         found = failure(Reason.NODE_LOST, f"Pod {stuck.name} was told to leave and never did")
-        return _go_on(facts, close(journal, job=facts.job, step=step, found=found, ended=now), settings, now)
-    if facts.refusal is not None:
-        return _refused(facts, facts.refusal, journal, step, now)
-    if facts.conflicts:
-        return _conflicted(facts, journal, step, settings, now)
+        return _go_on(facts, close(journal, facts.job, step, found, now), settings, now)
+    if (prevented := _prevented(facts, journal, step, settings, now)) is not None:
+        return prevented
     view = View(step.phase, "Starting", f"Stage {step.title} goes on from where it was suspended.")
     status = _status(facts, journal, view, now, progress=facts.job.status.progress)
     start = Start(step, live.number, live.overrides)
@@ -367,11 +365,14 @@ def _may_work(gang: Gang) -> bool:
 
 def _next(facts: Facts, journal: Journal, step: Step, settings: Settings, now: datetime) -> Decision:
     """The step that is due: begun, or what stands in its way."""
+    return _prevented(facts, journal, step, settings, now) or _start(facts, journal, step, settings, now)
+
+
+def _prevented(facts: Facts, journal: Journal, step: Step, settings: Settings, now: datetime) -> Decision | None:
+    """What the API server said when the step's Job was to be made, if it was not made."""
     if facts.refusal is not None:
         return _refused(facts, facts.refusal, journal, step, now)
-    if facts.conflicts:
-        return _conflicted(facts, journal, step, settings, now)
-    return _start(facts, journal, step, settings, now)
+    return _conflicted(facts, journal, step, settings, now) if facts.conflicts else None
 
 
 def _start(facts: Facts, journal: Journal, step: Step, settings: Settings, now: datetime) -> Decision:
