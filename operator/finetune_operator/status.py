@@ -8,10 +8,7 @@ from datetime import datetime
 from finetune_operator import names
 from finetune_operator.api import (
     ATTEMPTS_KEPT,
-    ENDS,
     AttemptStatus,
-    Condition,
-    ConditionType,
     FineTuneJob,
     Overrides,
     Phase,
@@ -41,6 +38,7 @@ from finetune_operator.manifests import News
 from finetune_operator.names import Step
 from finetune_operator.reasons import Reason, Retry
 from finetune_operator.settings import Settings
+from finetune_operator.telling import View, build_conditions, build_news, build_status
 from finetune_trainer.progress import Reason as Said
 from finetune_trainer.progress import Stage
 
@@ -91,17 +89,6 @@ class Decision:
     actions: tuple[Start | Stop | Remove, ...] = ()
     events: tuple[News, ...] = ()
     requeue_after_seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class View:
-    """What the status says of a job that is under way: phase, reason, message."""
-
-    phase: Phase
-    reason: str
-    message: str
-    suspended: bool = False
-    """Whether the user holds it back."""
 
 
 def decide(facts: Facts, settings: Settings, now: datetime) -> Decision:
@@ -166,8 +153,8 @@ def _cancel(facts: Facts, journal: Journal, now: datetime) -> Decision:
     found = failure(Reason.CANCELLED, f"The job was cancelled on request{where}")
     if (leaving := _let_go(facts, now)) is not None:
         view = View(_phase_now(facts, journal), Reason.CANCELLED, "Cancelled on request: its pods save and leave.")
-        status = _status(facts, journal, view, now, progress=facts.job.status.progress)
-        return Decision(status, leaving, _news(facts.job, journal, status), LEAVING_SECONDS)
+        status = build_status(facts, journal, view, now, progress=facts.job.status.progress)
+        return Decision(status, leaving, build_news(facts.job, journal, status), LEAVING_SECONDS)
     return _end(facts, withdraw(journal, found, now), View(Phase.CANCELLED, found.reason, found.message), now)
 
 
@@ -187,10 +174,10 @@ def _suspend(facts: Facts, journal: Journal, settings: Settings, now: datetime) 
     doing = "its pods save and leave" if leaving is not None else "no GPU is held"
     found = waiting(Reason.SUSPENDED, f"Suspended on request: {doing}")
     view = View(Phase.SUSPENDED, found.reason, found.message, suspended=True)
-    status = _status(facts, _pending(journal, found.message), view, now, progress=job.status.progress)
+    status = build_status(facts, _pending(journal, found.message), view, now, progress=job.status.progress)
     actions = leaving if recorded and leaving is not None else ()
     again = None if leaving is None else (LEAVING_SECONDS if recorded else 0)
-    return Decision(status, actions, _news(job, journal, status), again)
+    return Decision(status, actions, build_news(job, journal, status), again)
 
 
 def _pending(journal: Journal, message: str) -> Journal:
@@ -214,9 +201,9 @@ def _resume(facts: Facts, journal: Journal, settings: Settings, now: datetime) -
     if (prevented := _prevented(facts, journal, step, settings, now)) is not None:
         return prevented
     view = View(step.phase, "Starting", f"Stage {step.title} goes on from where it was suspended.")
-    status = _status(facts, journal, view, now, progress=facts.job.status.progress)
+    status = build_status(facts, journal, view, now, progress=facts.job.status.progress)
     start = Start(step, live.number, live.overrides)
-    return Decision(status, (start,), _news(facts.job, journal, status), LOOK_AGAIN_SECONDS)
+    return Decision(status, (start,), build_news(facts.job, journal, status), LOOK_AGAIN_SECONDS)
 
 
 def _let_go(facts: Facts, now: datetime) -> tuple[Stop, ...] | None:
@@ -245,10 +232,10 @@ def _watch(facts: Facts, journal: Journal, live: AttemptStatus, settings: Settin
     stage = journal.stages[step.title]
     state = "Running" if gang.running and view.phase is not Phase.QUEUED else "Pending"
     journal = journal.with_stage(stage.model_copy(update={"state": state, "message": view.message}))
-    status = _status(facts, journal, view, now, progress=_progress(facts, journal, step, live))
+    status = build_status(facts, journal, view, now, progress=_progress(facts, journal, step, live))
     limit_seconds = seconds_left(scene(journal, facts, step, now), settings)
     after_seconds = _look_again(gang, _usual_pause(facts, gang, job, settings), limit_seconds, now)
-    return Decision(status, events=_news(facts.job, journal, status), requeue_after_seconds=after_seconds)
+    return Decision(status, events=build_news(facts.job, journal, status), requeue_after_seconds=after_seconds)
 
 
 def _queued(facts: Facts) -> View | None:
@@ -333,10 +320,10 @@ def _clear_up(facts: Facts, journal: Journal, now: datetime) -> Decision | None:
     leaving = [pod for pod in facts.pods if alive(pod, now)]
     if not strays and not leaving:
         return None
-    status = _status(facts, journal, _leaving(journal), now)
+    status = build_status(facts, journal, _leaving(journal), now)
     recorded = status.attempts == facts.job.status.attempts
     actions = strays if recorded else ()
-    return Decision(status, actions, _news(facts.job, journal, status), 1 if recorded else 0)
+    return Decision(status, actions, build_news(facts.job, journal, status), 1 if recorded else 0)
 
 
 def _leaving(journal: Journal) -> View:
@@ -380,17 +367,17 @@ def _start(facts: Facts, journal: Journal, step: Step, settings: Settings, now: 
     wait = _backoff(journal, step, settings, now)
     if wait > 0:
         view = _retrying(journal, step, facts.job.valid_spec.max_retries)
-        status = _status(facts, journal, view, now)
-        return Decision(status, events=_news(facts.job, journal, status), requeue_after_seconds=wait)
+        status = build_status(facts, journal, view, now)
+        return Decision(status, events=build_news(facts.job, journal, status), requeue_after_seconds=wait)
     attempt = next_number(facts, journal, step)
     overrides = journal.overrides() if step.stage is Stage.TRAIN else None
     entered = enter(journal, Entry(step, attempt, names.stage_job(facts.job, step, attempt), now, overrides))
     view = View(_phase(entered, step, running=False), "Starting", f"Stage {step.title} starts.")
     if journal.last_failure is not None:
         view = _retrying(journal, step, facts.job.valid_spec.max_retries)
-    status = _status(facts, entered, view, now)
+    status = build_status(facts, entered, view, now)
     actions: tuple[Start | Stop, ...] = (*_outdated(facts, step, attempt), Start(step, attempt, overrides))
-    return Decision(status, actions, _news(facts.job, entered, status), LOOK_AGAIN_SECONDS)
+    return Decision(status, actions, build_news(facts.job, entered, status), LOOK_AGAIN_SECONDS)
 
 
 def _outdated(facts: Facts, step: Step, attempt: int) -> tuple[Stop, ...]:
@@ -429,8 +416,8 @@ def _conflicted(facts: Facts, journal: Journal, step: Step, settings: Settings, 
     if expired:
         return _end(facts, journal, View(Phase.FAILED, Reason.NAME_CONFLICT, message), now)
     phase = _phase_due(facts, journal, step)
-    status = _status(facts, journal, View(phase, Reason.NAME_CONFLICT, message), now)
-    return Decision(status, events=_news(facts.job, journal, status), requeue_after_seconds=LOOK_AGAIN_SECONDS / 2)
+    status = build_status(facts, journal, View(phase, Reason.NAME_CONFLICT, message), now)
+    return Decision(status, events=build_news(facts.job, journal, status), requeue_after_seconds=LOOK_AGAIN_SECONDS / 2)
 
 
 def _conflict_message(conflict: Conflict) -> str:
@@ -455,8 +442,8 @@ def _refused(facts: Facts, refusal: Refusal, journal: Journal, step: Step, now: 
     if before.reason == found.reason and (before.message or "").startswith(refusal_of(refusal)):
         # Said already. Where the words differ each time, to write them would bring the next pass at once, for ever.
         message = before.message or message
-    status = _status(facts, journal, View(_phase_due(facts, journal, step), found.reason, message), now)
-    return Decision(status, events=_news(facts.job, journal, status))
+    status = build_status(facts, journal, View(_phase_due(facts, journal, step), found.reason, message), now)
+    return Decision(status, events=build_news(facts.job, journal, status))
 
 
 def _settled_at(job: FineTuneJob, journal: Journal) -> datetime:
@@ -473,8 +460,8 @@ def _end(facts: Facts, journal: Journal, view: View, now: datetime) -> Decision:
     for stage in journal.stages.values():
         if stage.state == "Retrying":
             journal = journal.with_stage(stage.model_copy(update={"state": "Failed"}))
-    status = _status(facts, journal, view, now, progress=_final_progress(facts, journal))
-    return Decision(status, events=_news(facts.job, journal, status))
+    status = build_status(facts, journal, view, now, progress=_final_progress(facts, journal))
+    return Decision(status, events=build_news(facts.job, journal, status))
 
 
 def _final_progress(facts: Facts, journal: Journal) -> str | None:
@@ -493,7 +480,7 @@ def _reject(job: FineTuneJob, view: View, now: datetime) -> Decision:
         completion_time=format_time(now),
         claim_name=job.status.claim_name,
         folder=job.status.folder,
-        conditions=_conditions(job, view, now, accepted=False),
+        conditions=build_conditions(job, view, now, accepted=False),
         stages=job.status.stages,
         artifacts=job.status.artifacts,
         attempts=job.status.attempts,
@@ -504,114 +491,3 @@ def _reject(job: FineTuneJob, view: View, now: datetime) -> Decision:
 def _summary(journal: Journal) -> str:
     made = ", ".join(artifact.name for artifact in journal.artifacts)
     return cut(f"All stages are complete and verified{f': {made}' if made else ''}.")
-
-
-# --- putting it together ---------------------------------------------------------------------------------------------
-
-
-def _status(facts: Facts, journal: Journal, view: View, now: datetime, *, progress: str | None = None) -> Status:
-    """The whole status."""
-    job = facts.job
-    finished = view.phase in ENDS
-    training = journal.training
-    if training is not None and view.reason != "Running":
-        training = training.model_copy(update={"eta": None})
-    return Status(
-        observed_generation=job.generation,
-        phase=view.phase.value,
-        reason=str(view.reason),
-        message=view.message,
-        progress=progress,
-        start_time=job.status.start_time or format_time(now),
-        completion_time=format_time(now) if finished else None,
-        claim_name=names.claim(job),
-        folder=names.folder(job),
-        attempt_count=journal.count,
-        retries=journal.retries,
-        active_seconds=journal.active_seconds or None,
-        training=training,
-        data=journal.data,
-        resolved=journal.resolved,
-        conditions=(*_conditions(job, view, now, accepted=True), *_quota(facts, journal, now)),
-        stages=tuple(journal.stages.values()),
-        artifacts=journal.artifacts or None,
-        attempts=journal.attempts or None,
-    )
-
-
-def _conditions(job: FineTuneJob, view: View, now: datetime, *, accepted: bool) -> tuple[Condition, ...]:
-    """Accepted, Succeeded, Finished, and Suspended where it ever was, each with the time since when it stands."""
-    yes = ("True", "Accepted", "The spec is understood.")
-    said = yes if accepted else ("False", view.reason, view.message)
-    succeeded = ("Unknown", "InProgress", "The job is under way.")
-    finished = ("False", "InProgress", "The job is under way.")
-    if view.phase in ENDS:
-        succeeded = (str(view.phase is Phase.SUCCEEDED), str(view.reason), view.message)
-        finished = ("True", view.phase.value, view.message)
-    told = [
-        _condition(job, ConditionType.ACCEPTED, said, now),
-        _condition(job, ConditionType.SUCCEEDED, succeeded, now),
-        _condition(job, ConditionType.FINISHED, finished, now),
-    ]
-    if view.suspended:
-        told.append(_condition(job, ConditionType.SUSPENDED, ("True", view.reason, view.message), now))
-    elif job.status.condition(ConditionType.SUSPENDED) is not None:
-        resumed = ("False", "Resumed", "The job is not held back any more.")
-        told.append(_condition(job, ConditionType.SUSPENDED, resumed, now))
-    return tuple(told)
-
-
-def _quota(facts: Facts, journal: Journal, now: datetime) -> tuple[Condition, ...]:
-    """QuotaReserved, where the job is in a queue or ever was."""
-    job, held = facts.job, facts.queueing
-    if held is not None and journal.live is not None:
-        said = (str(held.reserved), held.reason, held.message)
-    elif job.status.condition(ConditionType.QUOTA_RESERVED) is not None:
-        said = ("False", "NotQueued", "No stage of the job is in a queue at the moment.")
-    else:
-        return ()
-    return (_condition(job, ConditionType.QUOTA_RESERVED, said, now),)
-
-
-def _condition(job: FineTuneJob, kind: ConditionType, said: tuple[str, str, str], now: datetime) -> Condition:
-    status, reason, message = said
-    before = next((c for c in job.status.conditions or () if c.type == kind and c.status == status), None)
-    return Condition(
-        type=kind.value,
-        status=status,
-        reason=reason,
-        message=message,
-        last_transition_time=before.last_transition_time if before else format_time(now),
-        observed_generation=job.generation,
-    )
-
-
-QUIET = frozenset({"Running", "Starting", Reason.COMPLETED, Reason.SUSPENDED})
-
-
-def _news(job: FineTuneJob, journal: Journal, status: Status) -> tuple[News, ...]:
-    """What has changed and is worth an Event: failed attempts, obstacles, phases."""
-    news = [
-        News(f"{_run(journal, attempt)}-failed", attempt.reason or "", attempt.message or "", warning=True)
-        for attempt in status.failed_since(job.status)
-    ]
-    run = _run(journal, journal.attempts[-1]) if journal.attempts else "new"
-    if status.phase != job.status.phase:
-        failed = status.phase == Phase.FAILED
-        key = f"{run}-{status.phase}{_since(status)}"
-        news.append(News(key, status.phase or "", status.message or "", warning=failed))
-    elif status.reason != job.status.reason and status.reason not in QUIET and not news:
-        news.append(News(f"{run}-{status.reason}", status.reason or "", status.message or "", warning=True))
-    return tuple(news)
-
-
-def _since(status: Status) -> str:
-    """What makes news of a phase in which the attempt was before: when it was last held back or let go on."""
-    held = (status.condition(kind) for kind in (ConditionType.SUSPENDED, ConditionType.QUOTA_RESERVED))
-    last = max((condition.last_transition_time for condition in held if condition is not None), default="")
-    return f"-{last.replace(':', '')}" if last else ""
-
-
-def _run(journal: Journal, attempt: AttemptStatus) -> str:
-    """An attempt in the names of its Events."""
-    return f"{journal.step(attempt.stage).key}-{attempt.number}"
