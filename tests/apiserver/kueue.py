@@ -75,7 +75,7 @@ class KueueStandIn:
     """What all admitted Jobs may hold together, by resource; `pods` counts pods. What is not named is not counted."""
     queues: tuple[str, ...] = ("team-a",)
     refused: list[str] = field(default_factory=list)
-    """What the API server would not do; most of it is a race that the next look settles."""
+    """What the API server did not do; most of it is a race that the next look settles."""
     _stop: threading.Event = field(default_factory=threading.Event)
 
     @contextmanager
@@ -95,7 +95,7 @@ class KueueStandIn:
         while not self._stop.wait(PAUSE_SECONDS):
             try:
                 self._look()
-            except RefusedError as error:
+            except (RefusedError, OSError) as error:  # the latter is a call without an answer in time
                 self.refused.append(str(error))
 
     def _look(self) -> None:

@@ -45,6 +45,7 @@ def test_two_played_pods_are_made_once_however_often_the_operator_is_killed(
     for _ in range(3):
         operator.restart()
         training(space)
+        wait_for(lambda: operator.get("/readyz") == 200, "the operator at work, whose predecessor told the same")
         space.wait_status("demo", reason="Running")
         before = before or {plural: uids(space, plural) for plural in ("jobs", "services")}
         assert {plural: uids(space, plural) for plural in before} == before
@@ -81,6 +82,8 @@ def test_when_one_played_pod_fails_all_start_again_under_the_next_number(
     space.submit("demo", SPEC)
     players.succeed(space, players.next_job(space, "demo", "prepare", 1))
     job = training(space)
+    for index in (0, 1):
+        players.bind(space, players.pod_of(space, job, index))  # else it goes at once when the other one has failed
     space.wait_status("demo", reason="Running")
     players.end(space, job, 21, PEER_LOST, index=1)
     players.end(space, job, 1, "Traceback: boom")

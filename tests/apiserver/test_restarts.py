@@ -98,6 +98,7 @@ def test_an_operator_survives_an_api_server_that_goes_away(
     own_operator.meets_a_new_api_server = True
     control_plane.stop()
     control_plane.start()
+    wait_for(lambda: space.api.get(space.path("finetunejobs")), "the CRD in service")
     space.submit("demo", SPEC)
     players.next_job(space, "demo", "prepare", 1)
     assert own_operator.get("/healthz") == 200

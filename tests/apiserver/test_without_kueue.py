@@ -48,6 +48,7 @@ def test_a_job_that_is_suspended_by_hand_says_so(new_operator: NewOperator, spac
     space.wait_status("demo", reason="Running")
     space.merge("jobs", job, {"spec": {"suspend": True}})
     assert f"Somebody suspended Job {job}" in space.wait_status("demo", reason="HeldByHand")["message"]
+    wait_for(lambda: not space.names("pods"), "its pod gone, which the Job controller may be slower to do")
     space.merge("jobs", job, {"spec": {"suspend": False}})
     players.run(space, job)
     status = space.wait_status("demo", phase="Preparing", reason="Running")

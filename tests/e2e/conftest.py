@@ -21,6 +21,15 @@ from tests.tiny import make_tiny_model
 
 NAMESPACE = "finetune-e2e"
 FIRST_NODE = default_state().node_name
+TEST_SECONDS = 1800
+"""Of a test with the fixtures that it is the first to need: images, the demo of 5 minutes on 2 cores with nothing else
+to do. Every wait has a deadline of its own."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/e2e" in item.path.as_posix() and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
 
 
 @pytest.fixture(scope="session")

@@ -192,8 +192,7 @@ def work_folder(jobs: Jobs, name: str) -> Path:
 def processes_of(jobs: Jobs, pod: str) -> list[int]:
     """The trainer's processes that compute, by their numbers inside the cluster: ranks, or the only process."""
     numbers = inhabitants(jobs.target, jobs.namespace, pod)
-    ranks = [number for number in numbers if "RANK=" in _text(number, "environ")]
-    alone = [number for number in numbers if "--attempt" in _text(number, "cmdline")]
+    ranks, alone = _with("RANK=", numbers, "environ"), _with("--attempt", numbers, "cmdline")
     assert ranks or alone, f"no trainer of {pod} was found among {numbers}"
     return ranks or alone
 
@@ -206,8 +205,11 @@ def inhabitants(target: Target, namespace: str, pod: str) -> list[int]:
     return [int(path.split("/")[2]) for path in found]
 
 
-def _text(process: int, file: str) -> str:
-    return in_cluster("sh", "-c", f"tr '\\0' '\\n' < /proc/{process}/{file} 2>/dev/null || true")
+def _with(words: str, processes: list[int], file: str) -> list[int]:
+    """Those in whose file of /proc these words stand; all looked at by one command, as a training goes on meanwhile."""
+    files = [f"/proc/{process}/{file}" for process in processes]
+    found = in_cluster("sh", "-c", f"grep -l -e {words} /dev/null {' '.join(files)} 2>/dev/null || true")
+    return [int(path.split("/")[2]) for path in found.split()]
 
 
 def send(signal_name: str, processes: list[int]) -> None:

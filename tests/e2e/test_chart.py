@@ -130,7 +130,7 @@ def lay_to_rest(cluster: Target, namespace: str, name: str) -> None:
     """Have an operator work no more, until it is scaled again."""
     cluster.kubectl("scale", "deployment", name, "-n", namespace, "--replicas=0")
     pods = ("get", "pods", "-n", namespace, "-l", OPERATORS, "-o", "name")
-    eventually(f"{name} of {namespace} at rest", lambda: not cluster.kubectl(*pods), 60)
+    eventually(f"{name} of {namespace} at rest", lambda: not cluster.kubectl(*pods))
 
 
 def find_crd(cluster: Target) -> Manifest | None:
@@ -194,8 +194,8 @@ def test_an_installed_operator_is_restricted_and_takes_on_jobs(release: Release)
     release.make_job("taken-on")
     leader = release.leader()
     (standby,) = {pod["metadata"]["name"] for pod in pods} - {leader}
-    eventually("the leader's log tells of the job", lambda: "taken-on" in release.log(leader), 30)
-    eventually("the job's phase", lambda: release.target.get("finetunejob", "taken-on", NAMESPACE).get("status"), 30)
+    eventually("the leader's log tells of the job", lambda: "taken-on" in release.log(leader))
+    eventually("the job's phase", lambda: release.target.get("finetunejob", "taken-on", NAMESPACE).get("status"))
     assert "taken-on" not in release.log(standby)
     for complaint in ("Forbidden", "forbidden", "Not enough permissions"):
         assert complaint not in release.log(leader) + release.log(standby)
@@ -209,10 +209,10 @@ def test_a_leader_that_was_paused_stands_by_without_its_container_having_ended(r
         leader = release.leader(but=paused)
     finally:
         signal_operator(paused, "CONT")
-    eventually("the paused one stands by", lambda: "Standing by" in release.log(paused), 30)
+    eventually("the paused one stands by", lambda: "Standing by" in release.log(paused))
     assert "is lost" in release.log(paused)
     release.make_job("taken-on")
-    eventually("the new leader's log tells of the job", lambda: "taken-on" in release.log(leader), 30)
+    eventually("the new leader's log tells of the job", lambda: "taken-on" in release.log(leader))
     restarts = [status["restartCount"] for pod in release.pods() for status in pod["status"]["containerStatuses"]]
     assert restarts == [0, 0]
 
@@ -410,7 +410,7 @@ def test_users_of_a_namespace_may_use_jobs_as_their_role_says(home: Target, role
         home.kubectl("create", "rolebinding", user, "-n", NAMESPACE, f"--clusterrole={role}", f"--user={user}")
         asked = set(product(["finetunejobs.finetune.dev", "finetunejobs.finetune.dev/status"], VERBS))
         may = rights(USER_MAY[role])
-        eventually(f"{role} is aggregated", lambda: allowed(home, user, asked, where=NAMESPACE) == may, 15)
+        eventually(f"{role} is aggregated", lambda: allowed(home, user, asked, where=NAMESPACE) == may)
         assert allowed(home, user, asked, where="kube-system") == set()
     finally:
         home.kubectl("delete", "-f", "-", stdin=rendered)

@@ -30,7 +30,7 @@ from cluster.processes import start_time
 pytestmark = pytest.mark.cluster
 
 Found = TypeVar("Found")
-POD_SECONDS = 60
+POD_SECONDS = 120
 RESTRICTED = {
     "allowPrivilegeEscalation": False,
     "capabilities": {"drop": ["ALL"]},
@@ -61,6 +61,10 @@ class LocalCluster:
 
     def apply(self, *manifests: dict[str, Any]) -> None:
         self.kubectl("apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": manifests}))
+
+    def wait_ready(self, pod: str) -> None:
+        limit = f"--timeout={POD_SECONDS}s"
+        self.kubectl("--namespace", "strict", "wait", "--for=condition=Ready", f"pod/{pod}", limit)
 
     def finished(self, pod: str) -> dict[str, Any]:
         """Wait for the pod's only container to end, and return how it ended."""
@@ -241,7 +245,7 @@ def test_what_has_ended_is_reported_and_started_again(make_cluster: Callable[[st
     cluster.run("up")
     live = namespace.require(cluster.state)
     live.ask("signal", name="kubelet", number=int(signal.SIGKILL))
-    eventually(lambda: "kubelet" not in live.running(), 5)
+    eventually(lambda: "kubelet" not in live.running(), POD_SECONDS)
 
     told = cluster.run("status", check=False)
 
@@ -256,12 +260,12 @@ def test_up_after_everything_was_killed(make_cluster: Callable[[str], LocalClust
     cluster = make_cluster("state")
     cluster.run("up")
     cluster.apply(strict_namespace(), pod("sleeper", "sleep", "1000"))
-    cluster.kubectl("--namespace", "strict", "wait", "--for=condition=Ready", "pod/sleeper", "--timeout=30s")
+    cluster.wait_ready("sleeper")
     inhabitants = inhabitants_of(cluster.state)
     for pid in still_alive(inhabitants):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    eventually(lambda: not still_alive(inhabitants), 10)
+    eventually(lambda: not still_alive(inhabitants), POD_SECONDS)
 
     cluster.run("up")
 
@@ -300,7 +304,7 @@ def test_a_further_node_joins_is_lost_and_leaves(make_cluster: Callable[[str], L
     cluster.run("up")
     web = with_volume(pod("web", "python3", "-c", SERVE), "data")
     cluster.apply(strict_namespace(), claim("data"), on_node("local", web), service("web", 8000))
-    cluster.kubectl("--namespace", "strict", "wait", "--for=condition=Ready", "pod/web", "--timeout=30s")
+    cluster.wait_ready("web")
     cluster.run("node", "add", "second")
     inhabitants = inhabitants_of(cluster.state)
     assert sandboxes(cluster, "second") == [], "its kubelet would give back addresses of the first one's pods"
@@ -309,7 +313,7 @@ def test_a_further_node_joins_is_lost_and_leaves(make_cluster: Callable[[str], L
         on_node("second", pod("sleeper", "sleep", "1000")),
     )
     assert cluster.finished("client")["message"] == "hello from a volume", "pods of two nodes meet"
-    cluster.kubectl("--namespace", "strict", "wait", "--for=condition=Ready", "pod/sleeper", "--timeout=30s")
+    cluster.wait_ready("sleeper")
 
     cluster.run("node", "lose", "second")
     assert "kubelet@second           killed by SIGKILL" in cluster.run("status", check=False).stdout

@@ -74,9 +74,11 @@ def test_a_killed_leader_is_replaced_while_a_job_trains_and_nothing_is_made_twic
     jobs: Jobs, unbroken_adapter: str
 ) -> None:
     jobs.apply("led", **LONG_TRAINING, **NO_MERGE)
-    in_mid_run(jobs, "led")
+    jobs.running_pod("led", "train")
     leader = holder(jobs.target)
-    send("KILL", inhabitants(jobs.target, OPERATOR_NAMESPACE, leader.partition("_")[0]))
+    processes = inhabitants(jobs.target, OPERATOR_NAMESPACE, leader.partition("_")[0])
+    in_mid_run(jobs, "led")  # looked up before: the training must not end meanwhile
+    send("KILL", processes)
     status = jobs.finish("led")
     assert status["phase"] == "Succeeded", jobs.tell("led")
     assert holder(jobs.target) not in ("", leader)

@@ -115,7 +115,6 @@ def test_a_tainted_node_is_left_and_taken_again_when_the_taint_is_gone(
     assert {pod["spec"]["nodeName"] for pod in pods} == {second_node}
 
 
-@pytest.mark.timeout(900)
 def test_a_lost_node_is_not_waited_for_and_its_trainer_still_alive_changes_nothing_any_more(
     jobs: Jobs, second_node: str, unbroken_adapter: str
 ) -> None:
@@ -143,7 +142,6 @@ def test_a_lost_node_is_not_waited_for_and_its_trainer_still_alive_changes_nothi
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(1800)
 def test_a_trainer_that_goes_on_writing_behind_a_cut_cable_is_shut_out_by_its_successor(
     jobs: Jobs, second_node: str, full_trials: bool
 ) -> None:

@@ -660,7 +660,7 @@ def mishap(cluster: Cluster, what: str) -> None:
         cluster.say()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.sampled_from(MISHAPS), max_size=40))
 def test_whatever_happens_no_job_is_made_twice_and_the_line_stays_in_order(events: list[str]) -> None:
     cluster = Cluster()
@@ -674,7 +674,7 @@ def test_whatever_happens_no_job_is_made_twice_and_the_line_stays_in_order(event
     assert (cluster.job.status.retries or 0) <= 3
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.sets(st.integers(0, 40)))
 def test_lost_status_writes_change_nothing_in_the_outcome(lost: set[int]) -> None:
     cluster, passes = Cluster(), 0

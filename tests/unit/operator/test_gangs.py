@@ -308,7 +308,7 @@ def mishap(cluster: Cluster, what: str, index: int) -> None:
         cluster.say()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from(MISHAPS), st.sampled_from([0, 0, 1])), max_size=40))
 def test_whatever_happens_to_its_pods_no_job_is_made_twice_or_beside_a_live_one(events: list[tuple[str, int]]) -> None:
     cluster = Cluster(spec=GANG)

@@ -9,6 +9,8 @@ import pytest
 from finetune_operator.queue import AWAY_BACKOFF_SECONDS, Key, Queue
 
 A, B = Key("ns", "a"), Key("ns", "b")
+PATIENCE_SECONDS = 30
+"""For what is due at once: a machine under load is late."""
 
 
 @pytest.fixture
@@ -60,20 +62,20 @@ async def test_a_key_in_work_is_not_handed_out_again_until_it_is_done(queue: Que
     queue.add(A)
     assert await nothing(queue)
     queue.done(key)
-    assert await asyncio.wait_for(queue.get(), 1) == A
+    assert await asyncio.wait_for(queue.get(), PATIENCE_SECONDS) == A
 
 
 async def test_a_delayed_key_comes_when_its_time_has_come(queue: Queue) -> None:
-    queue.add_after(A, 0.08)
+    queue.add_after(A, 0.5)
     assert await nothing(queue, 0.02)
-    assert await asyncio.wait_for(queue.get(), 1) == A
+    assert await asyncio.wait_for(queue.get(), PATIENCE_SECONDS) == A
 
 
 async def test_the_earlier_of_two_times_counts(queue: Queue) -> None:
     queue.add_after(A, 60)
     queue.add_after(A, 0.01)
     queue.add_after(A, 60)
-    assert await asyncio.wait_for(queue.get(), 1) == A
+    assert await asyncio.wait_for(queue.get(), PATIENCE_SECONDS) == A
     queue.done(A)
     assert await nothing(queue)
 
@@ -102,7 +104,7 @@ async def test_a_waiting_worker_that_gives_up_loses_no_key(queue: Queue) -> None
     await asyncio.sleep(0)
     waiting.cancel()
     queue.add(A)
-    assert await asyncio.wait_for(queue.get(), 1) == A
+    assert await asyncio.wait_for(queue.get(), PATIENCE_SECONDS) == A
 
 
 async def test_many_workers_share_the_keys_without_sharing_one(queue: Queue) -> None:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[3]
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 300
+"""For processes that all import torch first, on a busy machine of few cores."""
 
 
 def free_port() -> int:

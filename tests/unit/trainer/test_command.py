@@ -179,7 +179,7 @@ def test_a_long_message_keeps_both_ends() -> None:
 
 
 def get(server: Any, path: str) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.server_address[1]}{path}", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.server_address[1]}{path}", timeout=60) as answer:
         return str(answer.read().decode())
 
 

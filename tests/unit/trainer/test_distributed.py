@@ -12,7 +12,7 @@ import torch
 
 from finetune_trainer.runtime.errors import InvalidConfig
 from finetune_trainer.runtime.overrides import Overrides
-from tests.unit.trainer.gang import ROOT, Gang, environment, free_port
+from tests.unit.trainer.gang import PATIENCE_SECONDS, ROOT, Gang, environment, free_port
 from tests.unit.trainer.runs import SETTINGS, CrashAfter, CrashError, Run, replace_settings, same_bits
 
 if TYPE_CHECKING:
@@ -240,6 +240,6 @@ def test_what_one_rank_fails_for_ends_the_others_with_its_reason(waits: str, tol
         )
         for rank in range(2)
     ]
-    said = [rank.communicate(timeout=90)[0] for rank in ranks]
+    said = [rank.communicate(timeout=PATIENCE_SECONDS)[0] for rank in ranks]
     assert told in said[0]
     assert "RAISED VolumeFull No room." in said[1]

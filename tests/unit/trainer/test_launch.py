@@ -22,7 +22,7 @@ from finetune_trainer.launch import Node, Rank, _last_word, word_path
 from finetune_trainer.progress import ExitCode, LastWord, Progress, Reason, Stage
 from tests.tiny import make_config
 from tests.unit.trainer.conftest import Desk
-from tests.unit.trainer.gang import ROOT, free_port
+from tests.unit.trainer.gang import PATIENCE_SECONDS, ROOT, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,7 +55,7 @@ class Started:
         return int(found.split()[0])
 
     def end(self) -> tuple[int, LastWord]:
-        self.process.communicate(timeout=120)
+        self.process.communicate(timeout=PATIENCE_SECONDS)
         return self.process.returncode, LastWord.model_validate_json(self.word_file.read_bytes())
 
 
@@ -183,7 +183,7 @@ def still_for(port: int, looks: int) -> bool:
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not is_so():
         assert time.monotonic() < deadline
 

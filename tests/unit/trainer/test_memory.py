@@ -17,7 +17,7 @@ from finetune_trainer.progress import ExitCode, LastWord, Reason
 from finetune_trainer.runtime import errors, memory
 from finetune_trainer.runtime.rendezvous import Failed
 from finetune_trainer.training.drill import Drill, read_drill
-from tests.unit.trainer.gang import ROOT, environment, free_port
+from tests.unit.trainer.gang import PATIENCE_SECONDS, ROOT, environment, free_port
 from tests.unit.trainer.runs import SETTINGS, replace_settings
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def test_simulated_out_of_memory_of_one_rank_ends_the_others(desk: Desk, config:
     assert desk.run("prepare", config)[0] == 0
     port, words = free_port(), [desk.root / f"word-{index}" for index in range(2)]
     nodes = [start(desk, index, port, words[index]) for index in range(2)]
-    codes = [node.wait(timeout=120) for node in nodes]
+    codes = [node.wait(timeout=PATIENCE_SECONDS) for node in nodes]
     assert codes[0] == ExitCode.OUT_OF_MEMORY
     assert codes[1] in {ExitCode.OUT_OF_MEMORY, ExitCode.PEER_LOST}, "rank 0 may be gone before the other has heard"
     message = LastWord.model_validate_json(words[0].read_bytes()).message

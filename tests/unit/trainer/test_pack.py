@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_trainer.config import JobConfig
@@ -120,7 +120,6 @@ def test_every_row_is_packed_once_and_no_sequence_is_too_long(lengths: list[int]
     assert sequences == sorted(sequences)
 
 
-@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 16), min_size=1, max_size=60))
 def test_rows_are_packed_as_tightly_as_by_trl(lengths: list[int]) -> None:
     from datasets import Dataset  # noqa: PLC0415 - slow

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_trainer.config import Dataset, LossOn
@@ -437,7 +437,6 @@ ROWS = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(row=ROWS, template=st.sampled_from([CHAT_TEMPLATE, None, LLAMA2, MARKED, PLAIN, THINKING]))
 def test_of_any_row_what_is_learned_is_in_it(
     tmp_path_factory: pytest.TempPathFactory, row: dict[str, Any], template: str | None

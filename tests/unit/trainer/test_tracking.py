@@ -77,6 +77,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine under load is slow, and what is tested is not its speed."""
     monkeypatch.setattr("finetune_trainer.training.tracking.LEAVE_SECONDS", SECONDS)
     monkeypatch.setattr("finetune_trainer.training.tracking.CLOSE_SECONDS", SECONDS)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{SECONDS:.0f}")  # which one test would else set for the next
 
 
 # Followers

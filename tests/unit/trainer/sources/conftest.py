@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -66,8 +67,12 @@ class Errands:
         (folder / name).write_text(text)
 
     def parts(self, slot: str) -> dict[str, int]:
-        """Names and sizes of the files that are half there."""
-        return {path.name: path.stat().st_size for path in self.slot(slot).glob("partial/*") if path.stat().st_size}
+        """Names and sizes of the files that are half there; one that is finished meanwhile is none."""
+        sizes = {}
+        for path in self.slot(slot).glob("partial/*"):
+            with contextlib.suppress(FileNotFoundError):
+                sizes[path.name] = path.stat().st_size
+        return {name: size for name, size in sizes.items() if size}
 
     def pinned(self, slot: str) -> tuple[RemoteFile, ...]:
         """What was listed when the download began."""

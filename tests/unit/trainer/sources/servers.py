@@ -94,13 +94,15 @@ class Relay:
 
     def reset(self, *, cut_after: int | None = None, hold_after: int | None = None) -> None:
         """Count anew, and let go of what is held."""
-        self._released.set()
-        self._released = threading.Event()
-        self.given, self.cut_after, self.hold_after = 0, cut_after, hold_after
-        self.holding.clear()
+        with self._lock:
+            self._released.set()
+            self._released = threading.Event()
+            self.given, self.cut_after, self.hold_after = 0, cut_after, hold_after
+            self.holding.clear()
 
     def close(self) -> None:
         self._released.set()
+        self._listener.shutdown(socket.SHUT_RDWR)  # the thread that accepts: closing alone would leave it listening
         self._listener.close()
 
     def _accept(self) -> None:
@@ -109,7 +111,11 @@ class Relay:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            server = socket.create_connection(("127.0.0.1", self._target))
+            try:
+                server = socket.create_connection(("127.0.0.1", self._target))
+            except OSError:  # the server is gone: so it is for whoever asks here
+                client.close()
+                continue
             threading.Thread(target=self._pass_on, args=(client, server), daemon=True).start()
             threading.Thread(target=self._pass_back, args=(server, client), daemon=True).start()
 
@@ -126,12 +132,8 @@ class Relay:
         try:
             while data := server.recv(65536):
                 client.sendall(data[: self._allowed(len(data))])
-                if self.cut_after is not None and self.given >= self.cut_after:
-                    self.cut_after = None
-                    break
-                if self.hold_after is not None and self.given >= self.hold_after:
-                    self.holding.set()
-                    self._released.wait()
+                if (wait := self._wait_at_limit()) is not None:
+                    wait()
                     break
         except OSError:
             pass
@@ -140,6 +142,17 @@ class Relay:
                 with suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)  # the other thread is still reading: closing would not be seen
                 end.close()
+
+    def _wait_at_limit(self) -> Callable[[], object] | None:
+        """What comes before the end of a connection that has reached its limit; `reset` happens before or after."""
+        with self._lock:
+            if self.cut_after is not None and self.given >= self.cut_after:
+                self.cut_after = None
+                return lambda: None
+            if self.hold_after is not None and self.given >= self.hold_after:
+                self.holding.set()
+                return self._released.wait
+            return None
 
     def _allowed(self, count: int) -> int:
         """How many of so many bytes may pass; they count as given."""
