@@ -1,4 +1,6 @@
-"""python -m benchmarks.operator [--scenario steady burst] [--jobs 1000]: the operator at scale, and a plain one beside.
+"""python -m benchmarks.operator [--scenario steady burst] [--jobs 1000]: the operator at scale.
+
+Beside it a plain one, and none at all: what the machine takes for the Jobs and pods alone.
 
 A real API server with etcd, controller manager, scheduler and KWOK's nodes starts for each scenario and contestant, on
 the same cores as the operator. Every FineTuneJob has one stage (stopAfter: Prepare), whose pod runs for a second and
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.operator import scenarios
 from benchmarks.operator.client import Client
-from benchmarks.operator.contestants import FINETUNE, KOPF, Contestant
+from benchmarks.operator.contestants import FINETUNE, KOPF, NOBODY, Contestant
 from benchmarks.operator.ground import Ground
 from benchmarks.operator.report import Figures, table
 from benchmarks.operator.scenarios import Bench
@@ -30,7 +32,7 @@ from benchmarks.operator.scenarios import Bench
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-CONTESTANTS = {"ours": FINETUNE, "plain": KOPF}
+CONTESTANTS = {"ours": FINETUNE, "plain": KOPF, "none": NOBODY}
 SCENARIOS: dict[str, Callable[[Bench], Awaitable[Figures]]] = {
     "steady": scenarios.steady,
     "burst": scenarios.burst,
@@ -38,8 +40,8 @@ SCENARIOS: dict[str, Callable[[Bench], Awaitable[Figures]]] = {
     "large": scenarios.large,
     "leader": scenarios.leader,
 }
-OURS_ALONE = ("leader",)
-"""The plain operator has no second replica."""
+LEFT_OUT = {"plain": ("leader",), "none": ("restart", "large", "leader")}
+"""The plain operator has no second replica, and where there is none nothing restarts."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.operator", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), help="default: all")
-    parser.add_argument("--operator", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="default: both")
+    parser.add_argument("--operator", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="default: all")
     parser.add_argument("--jobs", type=int, default=1000, help="of the burst and the restart; the others scale with it")
     parser.add_argument("--keep", type=Path, help="folder for logs and audit logs; default: a temporary one")
     arguments = parser.parse_args(argv)
@@ -56,14 +58,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder: Path = arguments.keep or Path(scratch)
         found = {name: _measure(name, arguments, folder) for name in arguments.operator}
     print(f"{arguments.jobs:,} jobs; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end\n")
-    print(table(found.get("ours", {}), found.get("plain", {})))
+    print(table(*(found.get(name, {}) for name in CONTESTANTS)))
 
 
 def _measure(name: str, arguments: argparse.Namespace, folder: Path) -> Figures:
     chosen = [scenario for scenario in SCENARIOS if scenario in arguments.scenario]
     figures: Figures = {}
     for scenario in chosen:
-        if name == "ours" or scenario not in OURS_ALONE:
+        if scenario not in LEFT_OUT.get(name, ()):
             place = folder / f"{name}-{scenario}"
             figures |= asyncio.run(_scenario(scenario, CONTESTANTS[name], arguments.jobs, place))
     return figures

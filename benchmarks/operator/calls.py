@@ -61,8 +61,9 @@ class Calls:
     def since(self, mark: int, user: str) -> list[Call]:
         """All calls of a user after the mark, watches left out."""
         with self.file.open("rb") as log:
-            log.seek(mark)
-            lines = log.read().decode().splitlines()
+            log.seek(max(0, mark - 1))
+            whole = log.read().rpartition(b"\n")[0]  # the last line is being written, at times
+            lines = (whole.partition(b"\n")[2] if mark else whole).decode().splitlines()
         found = (Call.parse(line) for line in lines)
         return [
             call for told in found if told is not None for by, call in [told] if by == user and call.verb != "watch"

@@ -39,6 +39,8 @@ class Contestant:
     user: str
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
+    works: bool = True
+    """Else the benchmark makes the Jobs itself, and no status is written: the least that the machine can do."""
 
 
 FINETUNE = Contestant(
@@ -56,6 +58,7 @@ KOPF = Contestant(
     user=PLAIN,
     arguments=("kopf", "run", "--all-namespaces", "--standalone", "--module", "benchmarks.operator.plain"),
 )
+NOBODY = Contestant(title="no operator", user="no-operator", arguments=("benchmarks.operator.nobody",), works=False)
 
 
 class Running:

@@ -94,6 +94,7 @@ class Ground:
         options = {
             "audit-policy-file": policy,
             "audit-log-path": self.calls.file,
+            "profiling": "true",
             "max-requests-inflight": 1000,
             "max-mutating-requests-inflight": 500,
         }

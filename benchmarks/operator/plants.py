@@ -34,6 +34,13 @@ def job_of(name: str) -> str:
     return f"{name}-prepare-1"
 
 
+def bare_job(name: str) -> JSON:
+    """The least Job that a FineTuneJob could have."""
+    pod = {"restartPolicy": "Never", "containers": [{"name": "trainer", "image": "registry.test/trainer:1"}]}
+    spec = {"backoffLimit": 0, "template": {"spec": pod}}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": job_of(name)}, "spec": spec}
+
+
 async def foreign_pods(client: Client, number: int) -> None:
     """Pods that are none of an operator's business."""
     pod = {"schedulerName": NOBODY, "containers": [{"name": "x", "image": "registry.test/x"}]}

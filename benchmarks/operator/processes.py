@@ -6,6 +6,10 @@ import asyncio
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 SAMPLE_SECONDS = 0.1
@@ -21,6 +25,22 @@ def cpu_seconds(pid: int) -> float:
 def _ticks(pid: int) -> int:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
+
+
+class Used:
+    """CPU that some processes, by name, have used since."""
+
+    def __init__(self, pids: Mapping[str, int]) -> None:
+        self._pids = pids
+        self._before = {name: cpu_seconds(pid) for name, pid in pids.items()}
+
+    def seconds(self, name: str) -> float:
+        """Of one of them."""
+        return cpu_seconds(self._pids[name]) - self._before[name]
+
+    def by_job(self, jobs: int) -> str:
+        """Milliseconds of each, divided by a number of jobs."""
+        return ", ".join(f"{name} {1000 * self.seconds(name) / jobs:.1f}" for name in self._pids)
 
 
 def memory_mib(pid: int, kind: str = "VmRSS") -> float:

@@ -1,4 +1,4 @@
-"""The figures as a table: ours, the plain operator's, the ratio, Kubeflow Trainer's, and what was aimed at."""
+"""The figures as a table: ours, the target, the plain operator's, the ratio, no operator's, Kubeflow Trainer's."""
 
 from __future__ import annotations
 
@@ -52,24 +52,24 @@ ROWS: Mapping[str, Row] = {
 }
 
 
-def table(ours: Figures, plain: Figures) -> str:
-    """Markdown; a figure of which neither side was measured is left out."""
+def table(ours: Figures, plain: Figures, nobody: Figures) -> str:
+    """Markdown; a figure that was not measured of anyone is left out."""
     head = [
-        "| | ours | target | plain kopf | ours / plain | Trainer + JobSet |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| | ours | target | plain kopf | ours / plain | no operator | Trainer + JobSet |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    keys = [key for key in ROWS if key in ours or key in plain]
-    return "\n".join([*head, *(_line(ROWS[key], ours.get(key), plain.get(key)) for key in keys)])
+    keys = [key for key in ROWS if key in {*ours, *plain, *nobody}]
+    return "\n".join([*head, *(_line(ROWS[key], *(who.get(key) for who in (ours, plain, nobody))) for key in keys)])
 
 
-def _line(row: Row, ours: float | None, plain: float | None) -> str:
+def _line(row: Row, ours: float | None, plain: float | None, nobody: float | None) -> str:
     missed = ours is not None and row.target is not None and round(ours, row.digits) > row.target
     told = _number(ours, row)
     ratio = f"{ours / plain:.2f}" if ours is not None and plain else ""
     unit = f", {row.unit}" if row.unit else ""
     target = f"{row.target:g}" if row.target is not None else ""
     cells = [f"{row.what}{unit}", f"**{told}** (missed)" if missed else told, target, _number(plain, row), ratio]
-    return "| " + " | ".join([*cells, row.trainer]) + " |"
+    return "| " + " | ".join([*cells, _number(nobody, row), row.trainer]) + " |"
 
 
 def _number(value: float | None, row: Row) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,7 @@ from benchmarks.operator import plants
 from benchmarks.operator.calls import Call, count
 from benchmarks.operator.client import Client, Sightings, many
 from benchmarks.operator.contestants import Contestant, Running
-from benchmarks.operator.processes import cpu_seconds, memory_mib, quiet
+from benchmarks.operator.processes import Used, cpu_seconds, memory_mib, quiet
 from cluster.progress import say
 
 if TYPE_CHECKING:
@@ -53,6 +54,24 @@ class Bench:
             self._told = time.monotonic()
             self.tell(f"{done:,} of {total:,} {what}")
 
+    async def ask(self, name: str) -> None:
+        """A FineTuneJob."""
+        await self.client.create("finetunejobs", plants.resource(name))
+        if not self.contestant.works:
+            await self.client.create("jobs", plants.bare_job(name))
+
+    def ends(self) -> Sightings:
+        """Of FineTuneJobs that have succeeded; without an operator, of their Jobs."""
+        return Sightings(self.client, *(("finetunejobs", finished) if self.contestant.works else ("jobs", complete)))
+
+    def at_end(self, names: list[str]) -> list[str]:
+        """What `ends` will see of these FineTuneJobs."""
+        return names if self.contestant.works else [plants.job_of(name) for name in names]
+
+    def processes(self, operator: Running) -> dict[str, int]:
+        """All that share the cores, by name."""
+        return {"operator": operator.pid, **self.ground.pids, "benchmark": os.getpid()}
+
     def calls(self, mark: int) -> list[Call]:
         """What the contestant has asked of the API server since."""
         return self.ground.calls.since(mark, self.contestant.user)
@@ -63,6 +82,11 @@ def finished(body: JSON) -> bool:
     return (body.get("status") or {}).get("phase") == "Succeeded"
 
 
+def complete(body: JSON) -> bool:
+    """Whether a Job has succeeded."""
+    return bool((body.get("status") or {}).get("succeeded"))
+
+
 # --- a stream of jobs ------------------------------------------------------------------------------------------------
 
 
@@ -70,30 +94,31 @@ async def steady(at: Bench) -> Figures:
     """Jobs at a fast and at a slow pace."""
     with Running(at.contestant, at.ground) as operator:
         await _warm_up(at, operator)
-        fast = await _stream(at, "fast", STEADY_RATE, int(at.jobs * 0.3))
-        slow = await _stream(at, "slow", SLOW_RATE, int(at.jobs * 0.06))
+        fast = await _stream(at, operator, "fast", STEADY_RATE, int(at.jobs * 0.3))
+        slow = await _stream(at, operator, "slow", SLOW_RATE, int(at.jobs * 0.06))
     names = ("p50", "p99", "writes")
     return {f"{pace}-{name}": got[name] for pace, got in (("fast", fast), ("slow", slow)) for name in names}
 
 
 async def _warm_up(at: Bench, operator: Running) -> None:
     """Until the operator serves: a first job is at its end."""
-    async with Sightings(at.client, "finetunejobs", finished) as ends:
-        await at.client.create("finetunejobs", plants.resource("warm-up"))
-        while not await ends.wait(["warm-up"], LOOK_SECONDS, lambda _: None):
+    async with at.ends() as ends:
+        await at.ask("warm-up")
+        while not await ends.wait(at.at_end(["warm-up"]), LOOK_SECONDS, lambda _: None):
             operator.must_run()
 
 
-async def _stream(at: Bench, prefix: str, rate: float, number: int) -> Figures:
+async def _stream(at: Bench, operator: Running, prefix: str, rate: float, number: int) -> Figures:
     """So many jobs at this rate: how long from the call that makes one to the sight of its Job."""
+    used = Used(at.processes(operator))
     at.tell(f"{number:,} jobs at {rate:g} a second")
     names = [f"{prefix}-{index:05}" for index in range(number)]
     mark, asked = at.ground.calls.mark(), dict[str, float]()
-    async with Sightings(at.client, "jobs") as made, Sightings(at.client, "finetunejobs", finished) as ends:
+    async with Sightings(at.client, "jobs") as made, at.ends() as ends:
 
         async def ask(name: str) -> None:
             asked[name] = time.time()
-            await at.client.create("finetunejobs", plants.resource(name))
+            await at.ask(name)
 
         begin = time.time()
         async with asyncio.TaskGroup() as group:
@@ -101,11 +126,12 @@ async def _stream(at: Bench, prefix: str, rate: float, number: int) -> Figures:
                 await asyncio.sleep(begin + index / rate - time.time())
                 group.create_task(ask(name))
         await _all(at, made, [plants.job_of(name) for name in names], "Jobs")
-        await _all(at, ends, names, "finished")
+        await _all(at, ends, at.at_end(names), "finished")
     waits = sorted(1000 * (made.seen[plants.job_of(name)] - asked[name]) for name in names)
     cuts = quantiles(waits, n=100, method="inclusive")
     calls = at.calls(mark)
     at.tell(f"p50 {cuts[49]:.0f} ms, p99 {cuts[98]:.0f} ms; {count(calls)}")
+    at.tell(f"CPU a job, ms: {used.by_job(number)}")
     return {"p50": cuts[49], "p99": cuts[98], "writes": sum(call.writes for call in calls) / number}
 
 
@@ -130,26 +156,25 @@ async def burst(at: Bench) -> Figures:
 async def _burst(at: Bench, operator: Running) -> Figures:
     at.tell(f"{at.jobs:,} jobs at once")
     names = [f"burst-{index:05}" for index in range(at.jobs)]
-    pids = {"operator": operator.pid, "server": at.ground.pids["kube-apiserver"]}
-    mark, before = at.ground.calls.mark(), {who: cpu_seconds(pid) for who, pid in pids.items()}
-    async with Sightings(at.client, "jobs") as made, Sightings(at.client, "finetunejobs", finished) as ends:
+    mark, used = at.ground.calls.mark(), Used(at.processes(operator))
+    async with Sightings(at.client, "jobs") as made, at.ends() as ends:
         begin = time.time()
-        await many(partial(at.client.create, "finetunejobs", plants.resource(name)) for name in names)
+        await many(partial(at.ask, name) for name in names)
         asked = time.time()
         await _all(at, made, [plants.job_of(name) for name in names], "Jobs")
-        await _all(at, ends, names, "finished")
+        await _all(at, ends, at.at_end(names), "finished")
     await quiet(operator.pid, CALM_SECONDS, LIMIT_SECONDS)
-    used = {who: cpu_seconds(pid) - before[who] for who, pid in pids.items()}
     calls = at.calls(mark)
     at.tell(f"asked for within {asked - begin:.1f} s; {count(calls)}")
+    at.tell(f"CPU a job, ms: {used.by_job(at.jobs)}")
     return {
         "burst-jobs": max(made.seen.values()) - begin,
         "burst-finished": max(ends.seen.values()) - begin,
         "burst-writes": sum(call.writes for call in calls) / at.jobs,
         "burst-events": sum(call.resource == "events" for call in calls) / at.jobs,
         "burst-reads": sum(call.verb in ("get", "list") for call in calls) / at.jobs,
-        "burst-operator-cpu": 1000 * used["operator"] / at.jobs,
-        "burst-server-cpu": 1000 * used["server"] / at.jobs,
+        "burst-operator-cpu": 1000 * used.seconds("operator") / at.jobs,
+        "burst-server-cpu": 1000 * used.seconds("kube-apiserver") / at.jobs,
         "burst-memory": memory_mib(operator.pid, "VmHWM"),
     }
 

@@ -11,6 +11,8 @@ import sys
 from functools import partial
 from typing import NoReturn
 
+import uvloop
+
 from finetune_operator import logs
 from finetune_operator.settings import PREFIX, Settings, SettingsError
 
@@ -24,7 +26,7 @@ def main() -> int:
         print(error, file=sys.stderr)  # noqa: T201 - before logs are configured
         return 2
     logs.configure(settings.log_level, settings.log_format)
-    asyncio.run(serve(settings))
+    uvloop.run(serve(settings))
     return 0
 
 

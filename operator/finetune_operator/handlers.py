@@ -21,7 +21,7 @@ from finetune_operator.health import Health, serve
 from finetune_operator.kube import CONNECT_SECONDS, ERRORS, GRACE_SECONDS, PAGE, Kube, KubeError, StaleError, what
 from finetune_operator.lease import RENEW_SECONDS, Elector
 from finetune_operator.logs import key_in_logs
-from finetune_operator.metrics import Jobs, Metrics, Result
+from finetune_operator.metrics import Metrics, Result
 from finetune_operator.progress import ProgressReader
 from finetune_operator.queue import AWAY_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS, Key, Queue
 from finetune_operator.reconcile import BUSY, World, reconcile
@@ -32,6 +32,9 @@ PASS_LIMIT_SECONDS = 180
 """A pass is many calls, each with its own limit; one that takes longer hangs."""
 
 WORKER_WAIT_SECONDS = 30
+
+GATHER_SECONDS = 0.2
+"""A Job's pods, their states and what we write ourselves change one after another: one pass sees them all."""
 
 OnEvent = Callable[..., Coroutine[Any, Any, None]]
 Loop = Coroutine[Any, Any, None]
@@ -86,8 +89,9 @@ class Watches:
         """The watches of Jobs and pods, and a queue that they fill."""
         queue, ended = Queue(waited=world.metrics.waited), Ended()
         world.metrics.queue(lambda: len(queue))
+        on_key = partial(queue.add_after, seconds=GATHER_SECONDS)
         children = (
-            ChildWatch(world.kube, kind, namespace_of(world), queue.add, ended, _beat_of_watch(kind, health))
+            ChildWatch(world.kube, kind, namespace_of(world), on_key, ended, _beat_of_watch(kind, health))
             for kind in ("Job", "Pod")
         )
         return cls(queue, ended, tuple(children))
@@ -126,7 +130,7 @@ async def _run_loops(watches: Watches, world: World, health: Health, stop: async
         ]
         tasks = [group.create_task(loop) for loop in loops]
         ready = group.create_task(_tell_ready(watching, health))
-        await run_kopf(partial(_on_event, watches, world.metrics.jobs), world.settings, stop, watching)
+        await run_kopf(partial(_on_event, watches, world), world.settings, stop, watching)
         log.info("Stopping")
         health.begin()
         for task in (*tasks, ready):
@@ -140,8 +144,10 @@ def _resync(watches: Watches, world: World, health: Health) -> Loop:
 
 
 def _workers(queue: Queue, world: World, health: Health) -> Iterator[Loop]:
+    """Some only begin jobs: a crowd of running ones keeps no new one waiting."""
     for number in range(world.settings.workers):
-        yield work(queue, world, health.expect(f"worker {number}", PASS_LIMIT_SECONDS * 2))
+        beat = health.expect(f"worker {number}", PASS_LIMIT_SECONDS * 2)
+        yield work(queue, world, beat, new=number < world.settings.workers // 2)
 
 
 async def _tell_ready(watching: asyncio.Event, health: Health) -> None:
@@ -180,13 +186,16 @@ async def begin_watching(watches: Watches, world: World, health: Health, stop: a
 # --- workers ---------------------------------------------------------------------------------------------------------
 
 
-async def work(queue: Queue, world: World, beat: Callable[[], None]) -> None:
-    """Take keys and reconcile them. Never returns: what a pass raises is logged and the key tried again."""
+async def work(queue: Queue, world: World, beat: Callable[[], None], *, new: bool = False) -> None:
+    """Take keys, or new ones only, and reconcile them.
+
+    Never returns: what a pass raises is logged and the key tried again.
+    """
     while True:
         beat()
         try:
             async with asyncio.timeout(WORKER_WAIT_SECONDS):  # wait_for makes tasks, for which kopf's exit waits 5 s
-                key = await queue.get()
+                key = await queue.get(new=new)
         except TimeoutError:
             continue
         with key_in_logs(key):
@@ -298,14 +307,21 @@ def _login(**kwargs: Any) -> kopf.ConnectionInfo | None:  # noqa: ANN401
     return kopf.login_with_kubeconfig(**kwargs)
 
 
-async def _on_event(watches: Watches, jobs: Jobs, event: kopf.RawEvent, **_: Any) -> None:  # noqa: ANN401
+async def _on_event(watches: Watches, world: World, event: kopf.RawEvent, **_: Any) -> None:  # noqa: ANN401
     """Any change of a FineTuneJob; one that has ended is only counted."""
-    key = key_of_job(event["object"])
+    body = event["object"]
+    key = key_of_job(body)
+    world.heard.pop(key, None)
     if event["type"] == "DELETED":
-        jobs.forget([key])
+        world.metrics.jobs.forget([key])
         watches.ended.forget([key])
         watches.queue.add(key)
         return
-    jobs.see(key, event["object"])
-    if not watches.ended.see(event["object"]):
-        watches.queue.add(key, new=not event["object"].get("status"))
+    world.metrics.jobs.see(key, body)
+    if watches.ended.see(body):
+        return
+    if body.get("status"):
+        watches.queue.add_after(key, GATHER_SECONDS)
+    else:
+        world.heard[key] = dict(body)
+        watches.queue.add(key, new=True)

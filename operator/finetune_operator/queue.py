@@ -47,7 +47,8 @@ class Queue:
         self._again: set[Key] = set()
         self._later: dict[Key, asyncio.TimerHandle] = {}
         self._failures: dict[Key, int] = {}
-        self._filled = asyncio.Event()
+        self._any, self._any_new = asyncio.Event(), asyncio.Event()
+        """Set when there is something to hand out."""
         self._jitter = jitter
         self._waited = waited
         self._clock = clock
@@ -63,9 +64,10 @@ class Queue:
         self._cancel_later(key)
         if new:
             self._new.setdefault(key, self._ready.pop(key, self._clock()))
+            self._any_new.set()
         elif key not in self._new:
             self._ready.setdefault(key, self._clock())
-        self._filled.set()
+        self._any.set()
 
     def add_after(self, key: Key, seconds: float) -> None:
         """Have the key worked on in so many seconds, or earlier if that was asked for before."""
@@ -90,11 +92,12 @@ class Queue:
         """The key went well: its next failure is a first one."""
         self._failures.pop(key, None)
 
-    async def get(self) -> Key:
-        """The next key; it is in work until `done`."""
-        while not (keys := self._new or self._ready):
-            self._filled.clear()
-            await self._filled.wait()
+    async def get(self, *, new: bool = False) -> Key:
+        """The next key, or the next new one only; it is in work until `done`."""
+        filled = self._any_new if new else self._any
+        while not (keys := self._new or ({} if new else self._ready)):
+            filled.clear()
+            await filled.wait()
         key = next(iter(keys))
         self._waited(self._clock() - keys.pop(key))
         self._working.add(key)

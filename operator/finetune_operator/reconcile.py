@@ -1,13 +1,14 @@
 """One pass: observe, decide, act, write the status once, tell the news.
 
-Nothing is remembered between passes but how long a pod's progress has stood still.
+Nothing is remembered between passes but how long a pod's progress has stood still, and which jobs were begun just now.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 from finetune_operator.api import JSON, KIND, FineTuneJob, Status
@@ -46,6 +47,9 @@ SETTLE_SECONDS = 5
 NEW_SECONDS = 10
 """A job this young, of which nothing has been told, has not come further than its first attempt."""
 
+TELL_SECONDS = 0.3
+"""The first that is told of a job that has begun is how its first pod fares: one status less is written for it."""
+
 BUSY = (429, 503, 504)
 """HTTP: an API server that has no time says nothing about what it was asked."""
 
@@ -78,6 +82,10 @@ class World:
     settings: Settings
     metrics: Metrics
     clock: Callable[[], datetime]
+    heard: dict[Key, JSON] = field(default_factory=dict)
+    """Jobs of which nothing has been told, as the watch brought them: a first pass need not ask for them again."""
+    begun: set[Key] = field(default_factory=set)
+    """Jobs whose first pods were asked for in the pass before, and of which nothing has been told."""
 
 
 async def reconcile(key: Key, world: World) -> float | None:
@@ -86,13 +94,18 @@ async def reconcile(key: Key, world: World) -> float | None:
     Safe to run at any moment, any number of times. Raises `KubeError` where the API server refuses a call, after having
     told the user if it is something to be created: whoever called tries again, ever later.
     """
-    facts = await observe(key, world)
+    begun = key in world.begun
+    world.begun.discard(key)
+    facts = await observe(key, world, begun=begun)
     if facts is None:
         return None  # deleted: its children go by owner reference
     decision = decide(facts, world.settings, world.clock())
     error = None
     try:
         await act(facts.job, decision, world)
+        if not begun and not facts.job.stored_status and any(isinstance(action, Start) for action in decision.actions):
+            world.begun.add(key)
+            return TELL_SECONDS
     except TakenError as taken:
         decision = decide(replace(facts, conflicts=(taken.conflict,)), world.settings, world.clock())
     except RefusedError as refused:
@@ -108,16 +121,16 @@ async def reconcile(key: Key, world: World) -> float | None:
 # --- observe ---------------------------------------------------------------------------------------------------------
 
 
-async def observe(key: Key, world: World) -> Facts | None:
-    """The job and its children as they are now; None if the job is gone."""
+async def observe(key: Key, world: World, *, begun: bool = False) -> Facts | None:
+    """The job and its children as they are now; None if the job is gone. `begun` by the pass before: it has some."""
     try:
-        body = await world.kube.read(KIND, key.namespace, key.name)
+        body = world.heard.pop(key, None) or await world.kube.read(KIND, key.namespace, key.name)
     except NotFoundError:
         return None
     job = FineTuneJob.parse(body)
     if job.status.finished or job.deleting or job.managed_elsewhere or (job.problem and not job.stored_status):
         return Facts(job)
-    if job.problem is None and _is_new(job, world.clock()):
+    if job.problem is None and not begun and _is_new(job, world.clock()):
         return Facts(job, claim_modes=await _claim_modes(job, world.kube))
     jobs = parse_jobs(await world.kube.children("Job", key.namespace, key.name), job.uid)
     pods = parse_pods(await world.kube.children("Pod", key.namespace, key.name), job.uid)
@@ -203,13 +216,18 @@ async def act(job: FineTuneJob, decision: Decision, world: World) -> None:
 
 async def start(job: FineTuneJob, action: Start, world: World) -> None:
     """What the attempt mounts, then its Job. What is there already and ours is left as it is."""
-    claim = build_claim(job, world.settings)
-    if claim is not None:
-        await ensure(job, claim, world.kube)
-    await ensure(job, build_config_map(job), world.kube)
+    mounted = [build_claim(job, world.settings), build_config_map(job)]
     if action.step.pods > 1:
-        await ensure(job, build_service(job), world.kube)
+        mounted.append(build_service(job))
+    await together(ensure(job, manifest, world.kube) for manifest in mounted if manifest is not None)
     await ensure(job, build_stage_job(job, action.step, action.attempt, world.settings, action.overrides), world.kube)
+
+
+async def together(calls: Iterable[Coroutine[None, None, None]]) -> None:
+    """All at once; the first error is raised when all have ended, so that none goes on behind our back."""
+    for outcome in await asyncio.gather(*calls, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
 
 
 async def ensure(job: FineTuneJob, manifest: JSON, kube: Kube) -> None:

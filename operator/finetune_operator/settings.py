@@ -64,7 +64,9 @@ class Settings(BaseSettings):
         description="namespace/name of the Lease by which one of several operators works while the others stand by. "
         "Empty: there is no other.",
     )
-    workers: int = Field(default=4, ge=1, le=64, description="Jobs worked on at once.")
+    workers: int = Field(
+        default=8, ge=2, le=64, description="Jobs worked on at once; half of that only begins new ones."
+    )
     progress_interval_seconds: float = Field(
         default=30, gt=0, description="Between two looks at a running stage's progress."
     )

@@ -48,6 +48,14 @@ async def test_a_new_key_comes_before_those_that_were_worked_on_before(queue: Qu
     assert await nothing(queue)
 
 
+async def test_who_takes_new_keys_only_is_given_no_other(queue: Queue) -> None:
+    queue.add(A)
+    waiting = asyncio.create_task(queue.get(new=True))
+    queue.add(B, new=True)
+    assert await asyncio.wait_for(waiting, PATIENCE_SECONDS) == B
+    assert await queue.get() == A
+
+
 async def test_a_key_that_waits_and_turns_out_to_be_new_comes_once(queue: Queue) -> None:
     for key in (A, B):
         queue.add(key)
