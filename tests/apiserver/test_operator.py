@@ -44,7 +44,8 @@ def test_played_pods_take_a_job_through_the_whole_line(space: Space) -> None:
     config = space.read("configmaps", "demo-config")
     assert (config["immutable"], json.loads(config["data"]["job.json"])) == (True, SPEC)
     wait_for(lambda: "Succeeded" in reasons_told(space), "the Event of the end, which comes after the status")
-    assert reasons_told(space) == {"Pending", "Preparing", "Training", "Merging", "Quantizing", "Succeeded"}
+    told = reasons_told(space) - {"Pending"}  # a first pod that runs at once was never pending
+    assert told == {"Preparing", "Training", "Merging", "Quantizing", "Succeeded"}
     writes = space.history("demo", made["metadata"]["resourceVersion"])
     print(f"{len(writes)} status writes for a job of {len(LINE)} stages")
     assert 2 * len(LINE) < len(writes) <= 3 * len(LINE) + 2
