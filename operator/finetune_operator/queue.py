@@ -1,7 +1,8 @@
 """A queue of keys: each once, never two at work on the same key, failures tried again ever later.
 
-The semantics are those of client-go's workqueue: a key added while it is in work is handed out again afterwards. Keys
-that are new come before others: under load a job begins at once, while what is told of those that run waits its turn.
+The semantics are those of client-go's workqueue: a key added while it is in work is handed out again afterwards. Some
+hands take only keys that are new, and the others take new ones only where no other waits: a crowd of running jobs keeps
+no new one from its beginning, and a crowd of new ones keeps none from its next stage.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Queue:
         return len(self._new) + len(self._ready)
 
     def add(self, key: Key, *, new: bool = False) -> None:
-        """Have the key worked on as soon as there is a hand free; a new one before all that are not."""
+        """Have the key worked on as soon as there is a hand free."""
         if key in self._working:
             self._again.add(key)
             return
@@ -93,9 +94,9 @@ class Queue:
         self._failures.pop(key, None)
 
     async def get(self, *, new: bool = False) -> Key:
-        """The next key, or the next new one only; it is in work until `done`."""
+        """The next key, new ones last, or the next new one only; it is in work until `done`."""
         filled = self._any_new if new else self._any
-        while not (keys := self._new or ({} if new else self._ready)):
+        while not (keys := self._new if new else self._ready or self._new):
             filled.clear()
             await filled.wait()
         key = next(iter(keys))

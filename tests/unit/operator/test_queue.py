@@ -39,12 +39,12 @@ async def test_keys_come_in_the_order_of_their_adding(queue: Queue) -> None:
     assert [await queue.get(), await queue.get()] == [B, A]
 
 
-async def test_a_new_key_comes_before_those_that_were_worked_on_before(queue: Queue) -> None:
-    queue.add(A)
+async def test_new_keys_come_after_those_that_were_worked_on_before_which_they_keep_from_nothing(queue: Queue) -> None:
     queue.add(B, new=True)
+    queue.add(A)
     queue.add(B)
     assert len(queue) == 2
-    assert [await queue.get(), await queue.get()] == [B, A]
+    assert [await queue.get(), await queue.get()] == [A, B]
     assert await nothing(queue)
 
 
@@ -59,7 +59,7 @@ async def test_who_takes_new_keys_only_is_given_no_other(queue: Queue) -> None:
 async def test_a_key_that_waits_and_turns_out_to_be_new_comes_once(queue: Queue) -> None:
     for key in (A, B):
         queue.add(key)
-    queue.add(B, new=True)
+    queue.add(A, new=True)
     assert [await queue.get(), await queue.get()] == [B, A]
     assert await nothing(queue)
 
