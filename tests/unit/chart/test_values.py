@@ -35,7 +35,7 @@ from .conftest import Helm, HelmError
         ("image.repository", "", r"at '/image/repository': minLength: got 0, want 1"),
         ("image.pullPolicy", "always", r"at '/image/pullPolicy': value must be one of 'IfNotPresent', 'Always'"),
         ("imagePullSecrets", ["registry"], r"at '/imagePullSecrets/0': got string, want object"),
-        ("operator.workers", 0, r"at '/operator/workers': minimum: got 0, want 1"),
+        ("operator.workers", 0, r"at '/operator/workers': minimum: got 0, want 2"),
         ("operator.workers", 2.5, r"at '/operator/workers': got number, want integer"),
         ("operator.logLevel", "debug", r"at '/operator/logLevel': value must be one of 'DEBUG', 'INFO'"),
         ("crd.install", "no", r"at '/crd/install': got string, want boolean"),
