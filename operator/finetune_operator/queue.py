@@ -1,8 +1,8 @@
 """A queue of keys: each once, never two at work on the same key, failures tried again ever later.
 
 The semantics are those of client-go's workqueue: a key added while it is in work is handed out again afterwards. Some
-hands take only keys that are new, and the others take new ones only where no other waits: a crowd of running jobs keeps
-no new one from its beginning, and a crowd of new ones keeps none from its next stage.
+hands take only keys that are new, the others whatever has waited longest: a crowd of running jobs keeps no new one from
+its beginning, and a crowd of new ones keeps none from its next stage for longer than those before it take.
 """
 
 from __future__ import annotations
@@ -94,15 +94,20 @@ class Queue:
         self._failures.pop(key, None)
 
     async def get(self, *, new: bool = False) -> Key:
-        """The next key, new ones last, or the next new one only; it is in work until `done`."""
+        """The key that has waited longest, or the next new one only; it is in work until `done`."""
         filled = self._any_new if new else self._any
-        while not (keys := self._new if new else self._ready or self._new):
+        while (keys := self._next(new=new)) is None:
             filled.clear()
             await filled.wait()
         key = next(iter(keys))
         self._waited(self._clock() - keys.pop(key))
         self._working.add(key)
         return key
+
+    def _next(self, *, new: bool) -> dict[Key, float] | None:
+        """Those of which the first comes next; None if none wait."""
+        waiting = [keys for keys in ((self._new,) if new else (self._new, self._ready)) if keys]
+        return min(waiting, key=lambda keys: next(iter(keys.values())), default=None)
 
     def done(self, key: Key) -> None:
         """The key is in work no more; if it was added meanwhile, it is next in line again."""

@@ -8,7 +8,7 @@ import pytest
 
 from finetune_operator.queue import AWAY_BACKOFF_SECONDS, Key, Queue
 
-A, B = Key("ns", "a"), Key("ns", "b")
+A, B, C = Key("ns", "a"), Key("ns", "b"), Key("ns", "c")
 PATIENCE_SECONDS = 30
 """For what is due at once: a machine under load is late."""
 
@@ -39,12 +39,13 @@ async def test_keys_come_in_the_order_of_their_adding(queue: Queue) -> None:
     assert [await queue.get(), await queue.get()] == [B, A]
 
 
-async def test_new_keys_come_after_those_that_were_worked_on_before_which_they_keep_from_nothing(queue: Queue) -> None:
+async def test_whoever_takes_any_key_takes_the_one_that_has_waited_longest_new_or_not(queue: Queue) -> None:
     queue.add(B, new=True)
     queue.add(A)
+    queue.add(C, new=True)
     queue.add(B)
-    assert len(queue) == 2
-    assert [await queue.get(), await queue.get()] == [A, B]
+    assert len(queue) == 3
+    assert [await queue.get() for _ in range(3)] == [B, A, C]
     assert await nothing(queue)
 
 
@@ -59,8 +60,8 @@ async def test_who_takes_new_keys_only_is_given_no_other(queue: Queue) -> None:
 async def test_a_key_that_waits_and_turns_out_to_be_new_comes_once(queue: Queue) -> None:
     for key in (A, B):
         queue.add(key)
-    queue.add(A, new=True)
-    assert [await queue.get(), await queue.get()] == [B, A]
+    queue.add(B, new=True)
+    assert [await queue.get(new=True), await queue.get()] == [B, A]
     assert await nothing(queue)
 
 
