@@ -14,7 +14,7 @@ from benchmarks.operator import plants
 from benchmarks.operator.calls import Call, count
 from benchmarks.operator.client import Client, Sightings, many
 from benchmarks.operator.contestants import Contestant, Running
-from benchmarks.operator.processes import Used, cpu_seconds, memory_mib, quiet
+from benchmarks.operator.processes import Used, memory_mib, quiet
 from cluster.progress import say
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ async def _restart(at: Bench, key: str, jobs: int, pods: int) -> Figures:
 async def _idle(at: Bench, operator: Running) -> Figures:
     """What an operator does when there is nothing to do."""
     at.tell(f"idle for {IDLE_SECONDS:.0f} s")
-    mark, before = at.ground.calls.mark(), cpu_seconds(operator.pid)
+    mark, used = at.ground.calls.mark(), Used({"operator": operator.pid})
     await asyncio.sleep(IDLE_SECONDS)
     calls = at.calls(mark)
     at.tell(f"idle: {count(calls) or 'no call'}")
@@ -223,7 +223,7 @@ async def _idle(at: Bench, operator: Running) -> Figures:
     return {
         "idle-leases": len(leases) / IDLE_SECONDS,
         "idle-others": float(sum(call.resource != "leases" for call in calls)),
-        "idle-cpu": 100 * (cpu_seconds(operator.pid) - before) / IDLE_SECONDS,
+        "idle-cpu": 100 * used.seconds("operator") / IDLE_SECONDS,
         "idle-memory": memory_mib(operator.pid),
     }
 

@@ -332,7 +332,7 @@ def writes_of_a_run(behind: Behind) -> int:
     """So many, about: what changes at the same time is told in one write or in two."""
     before = len(behind.proxy.writes)
     behind.space.submit("demo", SPEC)
-    played(behind.space, partial(succeeded, behind.space))
+    played(behind.space, partial(told_of_its_end, behind.space))
     writes = len(behind.proxy.writes) - before
     take_away(behind.space)
     return writes
@@ -344,18 +344,20 @@ def replace_at(behind: Behind, moment: int) -> bool:
     proxy.rule = namesake = Namesake(space, moment)
     before = len(proxy.writes)
     space.submit("demo", SPEC)
-    played(space, lambda: there_and_succeeded(space))
+    played(space, partial(told_of_its_end, space))
     if namesake.uid:
-        played(space, lambda: there_and_succeeded(space))  # the first may have ended just as it was replaced
         check_namesake(behind, namesake, before, moment)
     take_away(space)
     return bool(namesake.uid)
 
 
-def there_and_succeeded(space: Space) -> bool:
-    """Of a job that another takes the place of: for a moment there is none."""
-    found = space.find("finetunejobs", "demo") or {}
-    return bool(found.get("status", {}).get("phase") == "Succeeded")
+def told_of_its_end(space: Space) -> bool:
+    """Whether the job that there is now has had the last write of a run, the Event of its end."""
+    found = space.find("finetunejobs", "demo")
+    return found is not None and any(
+        event["reason"] == "Succeeded" and event["involvedObject"].get("uid") == found["metadata"]["uid"]
+        for event in space.all("events")
+    )
 
 
 def check_namesake(behind: Behind, namesake: Namesake, before: int, moment: int) -> None:

@@ -31,6 +31,8 @@ class StandIn:
 
     async def read(self, kind: str, *_: str) -> JSON:
         self.read_of.append(kind)
+        if kind != "FineTuneJob":
+            raise NotFoundError(404, "not there")
         return self.body
 
     async def children(self, kind: str, *_: str) -> list[JSON]:
@@ -94,20 +96,7 @@ async def test_what_a_stand_in_is_told_first_of_a_job_comes_with_the_second_pass
 @pytest.mark.parametrize("kind", ["PersistentVolumeClaim", "ConfigMap", "Job"])
 async def test_a_child_that_a_stand_in_refuses_is_told_at_once(kind: str) -> None:
     kube = StandIn(job_body(status=None), refused=frozenset({kind}))
-    kube.read = Absent(kube.body)  # type: ignore[method-assign]
     with pytest.raises(KubeError):
         await reconcile(KEY, world(kube, START))
     assert len(kube.told) == 1
     assert "Job" not in kube.made
-
-
-@dataclass
-class Absent:
-    """Of what is read there is only the FineTuneJob."""
-
-    body: JSON
-
-    async def __call__(self, kind: str, *_: str) -> JSON:
-        if kind != "FineTuneJob":
-            raise NotFoundError(404, "not there")
-        return self.body
