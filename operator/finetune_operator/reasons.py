@@ -113,6 +113,11 @@ TABLE: dict[str, Row] = {
         "A file is not what its manifest says.",
         "What was read is not what was written: check the volume.",
     ),
+    Said.GATE_FAILED: Row(
+        Retry.NEVER,
+        "What came out is measured worse than a gate of the spec allows; it was not published.",
+        "The message has both figures and what to change; or apply the job under a new name with a wider gate.",
+    ),
     Said.RENDEZVOUS_FAILED: Row(
         Retry.COUNTED,
         "The pods of a stage did not meet in time.",

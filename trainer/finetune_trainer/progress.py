@@ -50,6 +50,7 @@ class Reason(StrEnum):
     OUT_OF_HOST_MEMORY = "OutOfHostMemory"
     NON_FINITE_LOSS = "NonFiniteLoss"
     VERIFICATION_FAILED = "VerificationFailed"
+    GATE_FAILED = "GateFailed"
     RENDEZVOUS_FAILED = "RendezvousFailed"
     PEER_LOST = "PeerLost"
     INTERRUPTED = "Interrupted"
@@ -76,6 +77,7 @@ class ExitCode(IntEnum):
     INTERRUPTED = 20, "saved and left on request, to be run again"
     PEER_LOST = 21, "another pod of the stage was lost: the reason stands there"
     OUT_OF_HOST_MEMORY = 22, "the machine's or the pod's own memory does not suffice"
+    GATE_FAILED = 23, "a measured figure is worse than the job allows"
 
     def __new__(cls, code: int, meaning: str) -> Self:
         """A number that knows what it means."""
