@@ -9,7 +9,8 @@ the model or the data is resolved by the prepare stage (`finetune_trainer.settin
     model       the base model            data      datasets, columns, evaluation
     sources     hubs, volume, S3, OCI     method    QLoRA, LoRA, Full, GaLore; SFT, DPO
     training    hyperparameters, devices  outcome   merge, quantize
-    tracking    W&B, MLflow, TensorBoard  base      what all of them are made of
+    publish     hub, S3, OCI to put things in tracking  W&B, MLflow, TensorBoard
+    base        what all of them are made of
     environment what a pod is told by variables
 
 Imports nothing heavier than pydantic.
@@ -82,6 +83,14 @@ from finetune_trainer.config.outcome import (
     MergePolicy,
     Quantize,
     QuantizeMethod,
+)
+from finetune_trainer.config.publish import (
+    HuggingFaceTarget,
+    OciTarget,
+    Output,
+    Publish,
+    PublishedArtifact,
+    S3Target,
 )
 from finetune_trainer.config.sources import (
     COMMIT_PATTERN,
@@ -183,6 +192,7 @@ __all__ = [
     "GradientCheckpointing",
     "HuggingFaceDataset",
     "HuggingFaceSource",
+    "HuggingFaceTarget",
     "JobConfig",
     "LongRows",
     "Lora",
@@ -204,13 +214,18 @@ __all__ = [
     "Objective",
     "ObjectiveType",
     "OciSource",
+    "OciTarget",
     "Optimizer",
+    "Output",
     "Packing",
     "Parallelism",
+    "Publish",
+    "PublishedArtifact",
     "Quantize",
     "QuantizeMethod",
     "RelativePath",
     "S3Source",
+    "S3Target",
     "SecretKeyRef",
     "SecretName",
     "SecretRef",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -87,7 +87,9 @@ class Quantize(Model):
 
     name: ShortName = Field(description="Its folder below quantized/ and its name in the status.")
     method: QuantizeMethod = Field(description="GPTQ or AWQ.")
-    bits: Annotated[int, Field(ge=4, le=4)] | None = Field(default=None, description="Bits a weight. Default 4.")
+    bits: int | None = Field(
+        default=None, ge=4, le=8, multiple_of=4, description="Bits a weight: GPTQ 4 or 8, AWQ 4. Default 4."
+    )
     group_size: int | None = Field(
         default=None,
         ge=16,
@@ -98,4 +100,33 @@ class Quantize(Model):
     symmetric: bool | None = Field(
         default=None, description="Scales without a zero point. Default true for GPTQ, false for AWQ."
     )
+    act_order: bool | None = Field(
+        default=None,
+        description="GPTQ: round the columns that matter most first, over group borders (desc_act); servers may be "
+        "slower with it. False: reordered within the groups, which costs nothing. Default false.",
+    )
+    dampening_frac: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="GPTQ: what is added to the Hessian's diagonal, as a share of its mean (damp_percent); raised by "
+        "itself where it does not suffice. Default 0.05.",
+    )
     calibration: Calibration | None = Field(default=None, description="The rows that the quantizer looks at.")
+    max_perplexity_increase_percent: float | None = Field(
+        default=None,
+        ge=0,
+        description="Gate: fail if the perplexity on the held-out rows is more than so many percent above the 16-bit "
+        "model's, and publish nothing. Default none.",
+    )
+
+    @model_validator(mode="after")
+    def _fields_are_of_the_method(self) -> Self:
+        if self.method is QuantizeMethod.AWQ and self.bits not in (None, 4):
+            msg = f"quantize: AWQ has 4 bits, bits is {self.bits}: drop it, or use method GPTQ"
+            raise ValueError(msg)
+        for field, value in (("actOrder", self.act_order), ("dampeningFrac", self.dampening_frac)):
+            if value is not None and self.method is not QuantizeMethod.GPTQ:
+                msg = f"quantize: {field} is for GPTQ, method is {self.method}: drop it"
+                raise ValueError(msg)
+        return self
