@@ -302,6 +302,16 @@ class Artifact(Model):
     measured: Measured | None = None
 
 
+class Published(Model):
+    """An artifact where an entry of output.publish sends it: complete, and compared with what is there."""
+
+    name: str = Field(description="Name of the entry.")
+    artifact: str = Field(description="Name of the artifact: adapter, merged, model, or that of the quantized form.")
+    uri: str = Field(description="Where it can be fetched from, with the commit or digest where the place has one.")
+    digest: str = Field(description="SHA-256 of the manifest of the files that went out.")
+    size_bytes: int
+
+
 class LayerFacts(Model):
     """Parameters of one kind of layer in one dtype, as it is trained."""
 
@@ -337,6 +347,7 @@ class LastWord(Model):
     data: DataFacts | None = None
     training: TrainFacts | None = None
     artifact: Artifact | None = None
+    published: Published | None = Field(default=None, description="Of a publish stage.")
 
     @property
     def succeeded(self) -> bool:
