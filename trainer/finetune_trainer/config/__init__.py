@@ -34,6 +34,7 @@ from finetune_trainer.config.base import (
 )
 from finetune_trainer.config.data import ROWS_LIMIT, ColumnName, Columns, Dataset, DatasetFormat, Evaluation, Template
 from finetune_trainer.config.environment import (
+    CLAIM_VARIABLE,
     DRILL_OUT_OF_MEMORY_VARIABLE,
     NODE_RANK_VARIABLE,
     REMOTE_CODE_VARIABLE,
@@ -138,6 +139,7 @@ from finetune_trainer.config.training import (
 __all__ = [
     "ADAPTER_METHODS",
     "BITSANDBYTES",
+    "CLAIM_VARIABLE",
     "COMMIT_PATTERN",
     "DEFAULT_REGION",
     "DEFAULT_SEED",

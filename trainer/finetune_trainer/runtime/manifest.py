@@ -125,15 +125,7 @@ def digest_of(value: Any) -> str:  # noqa: ANN401 - any JSON value
 
 def last_word(manifest: Manifest, target: Target, attempt: int) -> LastWord:
     """What a stage says that ended with this manifest, now or in an attempt long ago."""
-    result, made = manifest.result, manifest.result.artifact
-    artifact = made and Artifact(
-        name=made.name,
-        type=made.type,
-        path=target.path,
-        size_bytes=manifest.size_bytes,
-        digest=manifest.digest,
-        measured=made.measured,
-    )
+    result = manifest.result
     return LastWord(
         stage=manifest.stage,
         attempt=attempt,
@@ -143,7 +135,21 @@ def last_word(manifest: Manifest, target: Target, attempt: int) -> LastWord:
         resolved=result.resolved,
         data=result.data,
         training=result.training,
-        artifact=artifact,
+        artifact=artifact_of(manifest, target.path),
+    )
+
+
+def artifact_of(manifest: Manifest, path: str) -> Artifact | None:
+    """The artifact that the manifest proves, in a folder below the work folder; None of rows."""
+    if (made := manifest.result.artifact) is None:
+        return None
+    return Artifact(
+        name=made.name,
+        type=made.type,
+        path=path,
+        size_bytes=manifest.size_bytes,
+        digest=manifest.digest,
+        measured=made.measured,
     )
 
 
