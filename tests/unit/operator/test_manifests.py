@@ -12,7 +12,7 @@ from finetune_operator.manifests import build_claim, build_config_map, build_ser
 from finetune_operator.names import Step, line
 from finetune_operator.queueing import PRIORITY_LABEL, QUEUE_LABEL
 from finetune_operator.settings import Resources
-from finetune_trainer.config import REMOTE_CODE_VARIABLE, RENDEZVOUS_VARIABLE
+from finetune_trainer.config import CLAIM_VARIABLE, REMOTE_CODE_VARIABLE, RENDEZVOUS_VARIABLE
 from tests.unit.operator.builders import GANG, SETTINGS, SPEC, WHOLE, a_job
 
 KEYS = ("prepare", "train", "merge", "quantize-0")
@@ -166,6 +166,14 @@ def test_the_network_is_reached_where_something_is_fetched_or_tracked(tracking: 
     assert {key for key, variables in told.items() if "HTTPS_PROXY" in variables} == reached
     offline = {key for key, variables in told.items() if variables.get("HF_HUB_OFFLINE") == "1"}
     assert offline == {"train", "merge", "quantize-0"}, "models and rows come from the hub in prepare alone"
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_stage_is_told_the_claim_that_it_works_in(key: str) -> None:
+    assert environment(key)[CLAIM_VARIABLE] == "demo-0123abcd"
+    assert (
+        environment(key, SPEC | {"output": {"volume": {"existing": {"claimName": "mine"}}}})[CLAIM_VARIABLE] == "mine"
+    )
 
 
 @pytest.mark.parametrize("allowed", [False, True])
