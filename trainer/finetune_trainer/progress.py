@@ -178,7 +178,7 @@ class ResolvedParallelism(Model):
 class ResolvedMerge(Model):
     """How the adapter is merged."""
 
-    base: str = Field(description="Dequantized or Original.")
+    base: str = Field(description="Dequantized, Original, or Auto: the better one as the merge stage measures it.")
     dtype: str
     max_shard_size: str
 
@@ -191,6 +191,8 @@ class ResolvedQuantize(Model):
     bits: int
     group_size: int
     symmetric: bool
+    act_order: bool | None = Field(default=None, description="GPTQ.")
+    dampening_frac: float | None = Field(default=None, description="GPTQ.")
 
 
 class Resolved(Model):
@@ -289,6 +291,13 @@ class Measured(Model):
         default=None, description="Share of tokens with the same first choice, 0 to 1."
     )
     perplexity_increase_percent: float | None = Field(default=None, description="Against the model it was made from.")
+    loss_increase: float | None = Field(default=None, description="The same in nats a token.")
+    eval_loss_dequantized: float | None = Field(
+        default=None, description="Merge base Auto: of the adapter on the dequantized weights, nats a token."
+    )
+    eval_loss_original: float | None = Field(
+        default=None, description="Merge base Auto: of the adapter on the original weights, nats a token."
+    )
 
 
 class Artifact(Model):

@@ -47,17 +47,25 @@ def test_nothing_is_merged(given: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("entry", "columns", "expected"),
     [
-        pytest.param({"method": "GPTQ"}, 4096, (128, True), id="GPTQ: symmetric"),
-        pytest.param({"method": "AWQ"}, 4096, (128, False), id="AWQ: zero points"),
-        pytest.param({"method": "AWQ"}, 576, (64, False), id="SmolLM2"),
-        pytest.param({"method": "GPTQ"}, 96, (32, True), id="small layers"),
-        pytest.param({"method": "AWQ", "symmetric": True, "groupSize": 32}, 4096, (32, True), id="as asked for"),
+        pytest.param({"method": "GPTQ"}, 4096, (4, 128, True, False, 0.05), id="GPTQ: symmetric"),
+        pytest.param({"method": "AWQ"}, 4096, (4, 128, False, None, None), id="AWQ: zero points"),
+        pytest.param({"method": "AWQ"}, 576, (4, 64, False, None, None), id="SmolLM2"),
+        pytest.param({"method": "GPTQ", "bits": 8}, 96, (8, 32, True, False, 0.05), id="small layers, 8 bits"),
+        pytest.param(
+            {"method": "AWQ", "symmetric": True, "groupSize": 32}, 4096, (4, 32, True, None, None), id="as asked for"
+        ),
+        pytest.param(
+            {"method": "GPTQ", "symmetric": False, "actOrder": True, "dampeningFrac": 0.1, "groupSize": 16},
+            48,
+            (4, 16, False, True, 0.1),
+            id="GPTQ as asked for",
+        ),
     ],
 )
-def test_quantized_forms_are_settled(entry: dict[str, Any], columns: int, expected: tuple[int, bool]) -> None:
+def test_quantized_forms_are_settled(entry: dict[str, Any], columns: int, expected: tuple[Any, ...]) -> None:
     config = parse_config(make_config(quantize=[{"name": "q", **entry}]))
     (found,) = resolve_quantize(config, replace(LLAMA, linear_layers={"a": columns}))
-    assert (found.group_size, found.symmetric) == expected
+    assert (found.bits, found.group_size, found.symmetric, found.act_order, found.dampening_frac) == expected
 
 
 def quantize(**entry: Any) -> dict[str, Any]:
@@ -92,6 +100,9 @@ def quantize(**entry: Any) -> dict[str, Any]:
             quantize(), {"linear_layers": {"a": 100}}, "none of the group sizes.*leave quantize out", id="none"
         ),
         pytest.param(
+            quantize(bits=8), {"linear_layers": {"a": 100}}, "none of the group sizes.*100 columns", id="none, 8 bits"
+        ),
+        pytest.param(
             quantize(method="AWQ"),
             {"linear_rows": {"model.layers.0.self_attn.k_proj": 96}},
             r"64 outputs of a layer at a time, model.layers.0.self_attn.k_proj has 96. Use method GPTQ",
@@ -120,6 +131,27 @@ def quantize(**entry: Any) -> dict[str, Any]:
 def test_what_cannot_be_is_refused_with_the_way_out(given: dict[str, Any], facts: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidConfig, match=words):
         check_outcome(parse_config(make_config(**given)), replace(LLAMA, **facts))
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        pytest.param({"method": "AWQ", "bits": 8}, "AWQ has 4 bits, bits is 8: drop it, or use method GPTQ", id="AWQ"),
+        pytest.param({"bits": 6}, "multiple of 4", id="6 bits"),
+        pytest.param({"method": "AWQ", "actOrder": True}, "actOrder is for GPTQ, method is AWQ: drop it", id="order"),
+        pytest.param({"method": "AWQ", "dampeningFrac": 0.1}, "dampeningFrac is for GPTQ", id="damping of AWQ"),
+        pytest.param({"dampeningFrac": 5}, "less than 1", id="a share, not percents"),
+        pytest.param({"maxPerplexityIncreasePercent": -1}, "greater than or equal to 0", id="negative gate"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_no_config(entry: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidConfig, match=words):
+        parse_config(make_config(**quantize(**entry)))
+
+
+def test_a_gate_needs_held_out_rows() -> None:
+    with pytest.raises(InvalidConfig, match=r"percent 0 holds nothing out: drop quantize\[\].maxPerplexityIncrease"):
+        parse_config(make_config(evaluation={"percent": 0}, **quantize(maxPerplexityIncreasePercent=5)))
 
 
 WORDS = {"a": 0, "b": 1, "c": 2}

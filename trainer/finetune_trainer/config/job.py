@@ -56,6 +56,10 @@ class JobConfig(Model):
             if percent == 0 and asked:
                 msg = f"evaluation.percent 0 holds nothing out: drop training.{field} or hold rows out"
                 raise ValueError(msg)
+        if percent == 0 and any(entry.max_perplexity_increase_percent is not None for entry in self.quantize or ()):
+            gate = "quantize[].maxPerplexityIncreasePercent"
+            msg = f"evaluation.percent 0 holds nothing out: drop {gate} or hold rows out"
+            raise ValueError(msg)
         return self
 
     @model_validator(mode="after")

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 DEFAULT_SHARD_SIZE = "5GB"
 DEFAULT_BITS = 4
+DEFAULT_DAMPENING = 0.05
+"""Of gptqmodel 7.6."""
 DEFAULT_GROUP_SIZES = (128, 64, 32)
 GROUP_SIZES = {QuantizeMethod.GPTQ: (16, 32, 64, 128, 256, 512, 1024), QuantizeMethod.AWQ: (16, 32, 64, 128)}
 """What the kernels of gptqmodel 7.6 take."""
@@ -62,14 +64,13 @@ def check_outcome(config: JobConfig, model: ModelFacts) -> None:
 
 
 def resolve_merge(config: JobConfig) -> ResolvedMerge | None:
-    """Into which weights the adapter is merged. Auto: those that were trained on, in 16 bits."""
+    """Into which weights the adapter is merged. Auto stays open where the merge stage has two to measure."""
     if not config.merges:
         return None
     asked, held = config.merge or Merge(), resolve_base_format(config)
     base = or_default(asked.base, MergeBase.AUTO)
-    if base is MergeBase.AUTO:
-        original = asked.original is not None or held is BaseFormat.INT8 or held in FLOATING
-        base = MergeBase.ORIGINAL if original else MergeBase.DEQUANTIZED
+    if base is MergeBase.AUTO and (held in FLOATING or (held is BaseFormat.GPTQ and asked.original is None)):
+        base = choose_unmeasured(held, asked)
     if base is MergeBase.DEQUANTIZED and held in FLOATING:
         msg = f"merge.base Dequantized is for a quantized base, this one is held in {held}. Leave merge.base unset."
         raise InvalidConfig(msg)
@@ -80,11 +81,23 @@ def resolve_merge(config: JobConfig) -> ResolvedMerge | None:
             "or set merge.policy to Never."
         )
         raise InvalidConfig(msg)
+    if base is MergeBase.ORIGINAL and held not in FLOATING and asked.max_kl_divergence is not None:
+        msg = (
+            f"merge.maxKLDivergence is for the weights that were trained on: the original ones of a base that is held "
+            f"in {held} are others. Set merge.maxLossIncrease, or leave merge.base unset."
+        )
+        raise InvalidConfig(msg)
     return ResolvedMerge(
         base=base.value,
         dtype=or_default(asked.dtype, MergeDtype.BF16).value,
         max_shard_size=or_default(asked.max_shard_size, DEFAULT_SHARD_SIZE),
     )
+
+
+def choose_unmeasured(held: BaseFormat, asked: Merge) -> MergeBase:
+    """What base Auto means where there is no choice, or nothing to measure it on."""
+    original = asked.original is not None or held is BaseFormat.INT8 or held in FLOATING
+    return MergeBase.ORIGINAL if original else MergeBase.DEQUANTIZED
 
 
 def check_original(
@@ -142,12 +155,15 @@ def _resolve_entry(entry: Quantize, model: ModelFacts) -> ResolvedQuantize:
     if entry.method is QuantizeMethod.AWQ:
         _check_awq_rows(entry, model)
     _check_calibration(entry, model)
+    gptq = entry.method is QuantizeMethod.GPTQ
     return ResolvedQuantize(
         name=entry.name,
         method=entry.method.value,
-        symmetric=or_default(entry.symmetric, entry.method is QuantizeMethod.GPTQ),
+        symmetric=or_default(entry.symmetric, gptq),
         bits=or_default(entry.bits, DEFAULT_BITS),
         group_size=_group_size(entry, set(model.linear_layers.values())),
+        act_order=or_default(entry.act_order, False) if gptq else None,
+        dampening_frac=or_default(entry.dampening_frac, DEFAULT_DAMPENING) if gptq else None,
     )
 
 
