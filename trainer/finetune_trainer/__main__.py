@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 from finetune_trainer import launch
 from finetune_trainer.config import GradientCheckpointing
 from finetune_trainer.progress import ExitCode, LastWord, Reason, Stage, exit_code
+from finetune_trainer.reporting.write import write_job_report
 from finetune_trainer.runtime import distributed, fence, manifest, stages
 from finetune_trainer.runtime.context import Context
 from finetune_trainer.runtime.errors import InvalidConfig, TrainerError, VerificationFailed, translate
@@ -201,7 +203,7 @@ def _names(config: JobConfig, arguments: argparse.Namespace) -> list[str | None]
 
 def _run_stage(config: JobConfig, arguments: argparse.Namespace, name: str | None, stopping: threading.Event) -> int:
     """Run a stage to its last word."""
-    stage, work = Stage(arguments.command), WorkFolder(arguments.work.absolute())
+    stage, work, began = Stage(arguments.command), WorkFolder(arguments.work.absolute()), time.monotonic()
     report = Report(stage, arguments.attempt)
     port = arguments.progress_port if distributed.leads() else None
     try:
@@ -213,6 +215,8 @@ def _run_stage(config: JobConfig, arguments: argparse.Namespace, name: str | Non
             distributed.lead(lambda: held.enter_context(alone))
             context = _context(arguments, report, target, name, stopping)
             found = distributed.lead(lambda: _done_already(target, work, report)) or _work(config, context, target)
+            if distributed.leads():
+                write_job_report(config, context, found, time.monotonic() - began)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every end is told
         return _end_badly(arguments, fence.explained(work.root, arguments.attempt, error))
     return _end(arguments, manifest.last_word(found, target, arguments.attempt))
