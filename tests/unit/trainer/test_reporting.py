@@ -265,6 +265,7 @@ def test_a_merged_model_is_served_as_it_was_made(tmp_path: Path) -> None:
     assert [each.told.file for each in plans] == ["serve/merged-vllm.yaml", "serve/merged-kserve.yaml"]
     manifests = loaded(plans)
     assert sorted(manifests) == ["Deployment", "InferenceService", "Service"]
+    assert "*id" not in (plans[0].text or ""), "people edit these"
     deployment, service = manifests["Deployment"], manifests["Service"]
     assert {each["metadata"]["name"] for each in manifests.values()} == {"support-bot-1a2b-merged"}
     labels = deployment["spec"]["template"]["metadata"]["labels"]
@@ -316,12 +317,11 @@ def test_an_adapter_is_served_on_the_base_that_it_was_trained_on(
             "--served-model-name=base",
             "--dtype=bfloat16",
             "--max-model-len=4096",
+            "--tokenizer=/job/adapter",
             "--chat-template=/job/adapter/chat_template.jinja",
             "--enable-lora",
             "--lora-modules=adapter=/job/adapter",
-            options[0],
-            "--tokenizer=/job/adapter",
-            *options[1:],
+            *options,
             "--port=8000",
         ]
 
@@ -342,6 +342,22 @@ def test_an_adapter_that_vllm_cannot_serve_has_a_reason_and_no_manifest(
     (only,) = plan(tmp_path, kind="Adapter", **settings)
     assert only.text is None
     assert told in (only.told.refusal or "")
+
+
+def test_a_gguf_file_is_served_by_llama_cpp(tmp_path: Path) -> None:
+    for folder in ("merged", "quantized/awq4"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "merged" / "config.json").write_text('{"max_position_embeddings": 2048}')
+    (tmp_path / "quantized" / "awq4" / "model-Q8_0.gguf").write_bytes(b"GGUF")
+    plans = plan(tmp_path, kind="Quantized")
+    assert [each.told.file for each in plans] == ["serve/awq4-llamacpp.yaml", "serve/awq4-kserve.yaml"]
+    for pod in pods(loaded(plans)):
+        (container,) = pod["containers"]
+        assert container["image"].partition(":server-b")[2].isdigit(), "a build, not the newest"
+        assert container["command"] == ["/app/llama-server"]
+        assert "--model=/job/quantized/awq4/model-Q8_0.gguf" in container["args"]
+        assert "--ctx-size=2048" in container["args"]
+        assert "limits" not in container["resources"], "no GPU"
 
 
 def test_names_fit_kubernetes_and_keep_the_artifact() -> None:

@@ -58,8 +58,8 @@ def _installed() -> Iterator[tuple[str, str]]:
 
 
 def peak_memory_bytes() -> int:
-    """Most memory that the process held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Most memory that the process, or one of those that it started and that have ended, held so far."""
+    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def peak_gpu_memory_bytes() -> int | None:

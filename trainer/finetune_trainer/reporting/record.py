@@ -35,8 +35,8 @@ class StageRun(Model):
     digest: str = Field(description="SHA-256 of its manifest.")
     finished_at: datetime
     seconds: float = Field(description="From the start of the process's work to its proof, loading included.")
-    peak_memory_bytes: int = Field(description="Most memory of the process, its children not counted.")
-    peak_gpu_memory_bytes: int | None = Field(default=None, description="Most memory of its GPU.")
+    peak_memory_bytes: int = Field(description="Most memory of a process of the stage.")
+    peak_gpu_memory_bytes: int | None = Field(default=None, description="Most memory of a GPU, of the first process.")
     machine: Machine
     libraries: dict[str, str] = Field(description="Versions of what computes, by distribution.")
 

@@ -1,15 +1,16 @@
 """Manifests that serve what was made: a Deployment with its Service, and a KServe InferenceService. Pure.
 
-Both run the same pod: vLLM on one GPU, which reads the job's folder on its claim. Of a quantized form vLLM reads the
-method from the model's config and takes the fastest kernel of the GPU at hand, so none is named here. An adapter is
-served on the base as it was trained on, or not at all: on other weights it is another model.
+Both run the same pod, which reads the job's folder on its claim: vLLM on one GPU, or llama.cpp's server for a GGUF
+file. Of a quantized form vLLM reads the method from the model's config and takes the fastest kernel of the GPU at hand,
+so none is named here. An adapter is served on the base as it was trained on, or not at all: on other weights it is
+another model.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -20,15 +21,18 @@ from finetune_trainer.models.loading import DTYPES
 from finetune_trainer.reporting.record import Serving
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from finetune_trainer.progress import Resolved
     from finetune_trainer.reporting.record import JobReport, MadeArtifact
 
 SERVE_FOLDER = "serve"
-IMAGE = "vllm/vllm-openai:v0.33.0"
+VLLM = "vLLM"
+VLLM_IMAGE = "vllm/vllm-openai:v0.33.0"
 """Reads what transformers 5 writes (it has 5.16 to 5.20 itself)."""
+LLAMA_CPP_IMAGE = "ghcr.io/ggml-org/llama.cpp:server-b11151"
+"""Of the same build there is server-cuda-b11151."""
 UNKNOWN_CLAIM = "FILL-IN-THE-CLAIM"
 """No name that Kubernetes takes: applied as it is, it is refused."""
 JOB_FOLDER = "/job"
@@ -60,19 +64,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class Served:
-    """What a server is to load. Paths are in the job's folder."""
+    """A server, and what it is to load."""
 
     artifact: str
-    model: str
-    tokenizer: str
-    """The folder with the tokenizer as trained with, and its chat template."""
-    dtype: str
-    length: int
-    """Tokens of prompt and answer together."""
-    chat_template: bool
+    server: str
+    image: str
+    command: tuple[str, ...]
+    args: tuple[str, ...]
+    resources: Manifest
     remarks: tuple[str, ...]
-    options: tuple[str, ...] = field(default=())
-    """Of this model alone, as vLLM's command line has them."""
+
+
+ON_GPU: Manifest = {"limits": {"nvidia.com/gpu": "1"}, "requests": {"cpu": "2", "memory": "16Gi"}}
+ON_CPU: Manifest = {"requests": {"cpu": "4", "memory": "8Gi"}}
 
 
 def plan_serving(report: JobReport, root: Path, claim: str | None) -> list[Plan]:
@@ -85,64 +89,114 @@ def _plans(artifact: MadeArtifact, report: JobReport, root: Path, claim: str | N
         return
     refusal = refuse_adapter(report.settings) if artifact.type == "Adapter" else None
     if refusal is not None:
-        yield Plan(Serving(artifact=artifact.name, server="vLLM", refusal=refusal))
+        yield Plan(Serving(artifact=artifact.name, server=VLLM, refusal=refusal))
         return
-    describe = _describe_adapter if artifact.type == "Adapter" else _describe_finished
-    served, name = describe(artifact, report.settings, root), dns_label(report.job, artifact.name)
+    served, name = _describe(artifact, report.settings, root), dns_label(report.job, artifact.name)
     pod = build_pod(served, report.job, claim)
-    kinds = {"vLLM": [build_deployment(name, pod), build_service(name)], "KServe": [build_inference_service(name, pod)]}
+    kinds = {served.server: [build_deployment(name, pod), build_service(name)]}
+    kinds["KServe"] = [build_inference_service(name, pod)]
     for server, manifests in kinds.items():
-        file = f"{SERVE_FOLDER}/{artifact.name}-{server.lower()}.yaml"
+        file = f"{SERVE_FOLDER}/{artifact.name}-{server.lower().replace('.', '')}.yaml"
         yield Plan(Serving(artifact=artifact.name, server=server, file=file), write_yaml(manifests, served, claim))
 
 
 # What is served
 
 
+def _describe(artifact: MadeArtifact, settings: Resolved, root: Path) -> Served:
+    if artifact.type == "Adapter":
+        return _describe_adapter(artifact, settings, root)
+    exported = next(iter(sorted((root / artifact.path).glob("*.gguf"))), None)
+    if exported is not None:
+        return _describe_gguf(artifact, exported.name, settings, root)
+    return _describe_finished(artifact, settings, root)
+
+
 def _describe_finished(artifact: MadeArtifact, settings: Resolved, root: Path) -> Served:
     """A model in one piece, of 16 bits or quantized."""
-    config = json.loads((root / artifact.path / CONFIG).read_text(encoding="utf-8"))
+    config = _config(root / artifact.path)
     quantized = next((each for each in settings.quantize if artifact.path == f"quantized/{each.name}"), None)
     remark = (
         "A model of its own, in one piece."
         if quantized is None
         else f"{quantized.method} with {quantized.bits} bits, which vLLM reads in the model's {CONFIG}."
     )
-    return Served(
-        artifact=artifact.name,
-        model=artifact.path,
-        tokenizer=artifact.path,
-        dtype=str(config.get("dtype") or "auto"),
-        length=served_length(config, settings),
-        chat_template=(root / artifact.path / CHAT_TEMPLATE).is_file(),
-        remarks=(remark,),
+    options = (
+        f"--served-model-name={artifact.name}",
+        f"--dtype={config.get('dtype') or 'auto'}",
+        f"--max-model-len={served_length(config, settings)}",
+        *_chat_template(root, artifact.path),
     )
+    return _with_vllm(artifact.name, artifact.path, options, (remark,))
 
 
 def _describe_adapter(artifact: MadeArtifact, settings: Resolved, root: Path) -> Served:
     """The base as it was trained on, with the adapter on it."""
-    config = json.loads((root / "model" / CONFIG).read_text(encoding="utf-8"))
     rank = settings.lora.r if settings.lora else LORA_RANKS[0]
     path = f"{JOB_FOLDER}/{artifact.path}"
-    options = ["--enable-lora", f"--lora-modules={artifact.name}={path}"]
-    options += [f"--max-lora-rank={next(each for each in LORA_RANKS if each >= rank)}", f"--tokenizer={path}"]
+    dtype = ComputeDtype.BF16 if settings.compute_dtype == ComputeDtype.FP32 else settings.compute_dtype  # LoRA's two
+    options = [
+        "--served-model-name=base",
+        f"--dtype={DTYPES[dtype]}",
+        f"--max-model-len={served_length(_config(root / 'model'), settings)}",
+        f"--tokenizer={path}",
+        *_chat_template(root, artifact.path),
+        "--enable-lora",
+        f"--lora-modules={artifact.name}={path}",
+        f"--max-lora-rank={next(each for each in LORA_RANKS if each >= rank)}",
+    ]
     if settings.base_format == BaseFormat.NF4:
         options.append("--quantization=bitsandbytes")  # NF4 with double quantization, made as the weights are loaded
+    remarks = (
+        f"The base, held in {settings.base_format} as in training, with the adapter on it.",
+        f"Ask for the model '{artifact.name}'; 'base' answers without the adapter.",
+    )
+    return _with_vllm(artifact.name, "model", options, remarks)
+
+
+def _with_vllm(artifact: str, model: str, options: Sequence[str], remarks: tuple[str, ...]) -> Served:
+    larger = "Of a model too large for one GPU raise nvidia.com/gpu, and add --tensor-parallel-size to match."
+    return Served(
+        artifact=artifact,
+        server=VLLM,
+        image=VLLM_IMAGE,
+        command=("vllm", "serve", f"{JOB_FOLDER}/{model}"),
+        args=(*options, f"--port={PORT}"),
+        resources=ON_GPU,
+        remarks=(*remarks, larger),
+    )
+
+
+def _describe_gguf(artifact: MadeArtifact, file: str, settings: Resolved, root: Path) -> Served:
+    """A GGUF file, whose tokenizer and chat template are in it."""
+    config = _config(root / "merged")  # it was made from
     return Served(
         artifact=artifact.name,
-        model="model",
-        tokenizer=artifact.path,
-        dtype=DTYPES[
-            "BF16" if settings.compute_dtype == ComputeDtype.FP32 else settings.compute_dtype
-        ],  # as LoRA needs it
-        length=served_length(config, settings),
-        chat_template=(root / artifact.path / CHAT_TEMPLATE).is_file(),
-        remarks=(
-            f"The base, held in {settings.base_format} as in training, with the adapter on it.",
-            f"Ask for the model '{artifact.name}'; 'base' answers without the adapter.",
+        server="llama.cpp",
+        image=LLAMA_CPP_IMAGE,
+        command=("/app/llama-server",),
+        args=(
+            f"--model={JOB_FOLDER}/{artifact.path}/{file}",
+            f"--alias={artifact.name}",
+            f"--ctx-size={served_length(config, settings)}",
+            "--jinja",
+            "--host=0.0.0.0",
+            f"--port={PORT}",
         ),
-        options=tuple(options),
+        resources=ON_CPU,
+        remarks=("A GGUF file on CPU. For a GPU take the image server-cuda of the same build and ask for one.",),
     )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return config
+
+
+def _chat_template(root: Path, path: str) -> tuple[str, ...]:
+    """The option that names the template as trained with, if the model has one."""
+    there = (root / path / CHAT_TEMPLATE).is_file()
+    return (f"--chat-template={JOB_FOLDER}/{path}/{CHAT_TEMPLATE}",) if there else ()
 
 
 def refuse_adapter(settings: Resolved) -> str | None:
@@ -173,17 +227,17 @@ def served_length(config: dict[str, Any], settings: Resolved) -> int:
 
 
 def build_pod(served: Served, folder: str, claim: str | None) -> Manifest:
-    """A pod with vLLM. `folder`: of the job, in the claim."""
+    """The server's pod. `folder`: of the job, in the claim."""
     return {
         "containers": [
             {
                 "name": "kserve-container",  # the name that KServe looks for
-                "image": IMAGE,
-                "command": ["vllm", "serve", f"{JOB_FOLDER}/{served.model}"],
-                "args": list(arguments(served)),
+                "image": served.image,
+                "command": list(served.command),
+                "args": list(served.args),
                 "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}, {"name": "VLLM_NO_USAGE_STATS", "value": "1"}],
                 "ports": [{"name": "http1", "containerPort": PORT, "protocol": "TCP"}],
-                "resources": {"limits": {"nvidia.com/gpu": "1"}, "requests": {"cpu": "2", "memory": "16Gi"}},
+                "resources": served.resources,
                 "startupProbe": {**_probe(), "periodSeconds": 10, "failureThreshold": START_MINUTES * 6},
                 "readinessProbe": {**_probe(), "periodSeconds": 10},
                 "volumeMounts": [
@@ -197,18 +251,6 @@ def build_pod(served: Served, folder: str, claim: str | None) -> Manifest:
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
         ],
     }
-
-
-def arguments(served: Served) -> Iterator[str]:
-    """The options that vLLM is started with."""
-    adapted = served.tokenizer != served.model
-    yield f"--served-model-name={'base' if adapted else served.artifact}"
-    yield f"--dtype={served.dtype}"
-    yield f"--max-model-len={served.length}"
-    if served.chat_template:
-        yield f"--chat-template={JOB_FOLDER}/{served.tokenizer}/{CHAT_TEMPLATE}"
-    yield from served.options
-    yield f"--port={PORT}"
 
 
 def _probe() -> Manifest:
@@ -257,11 +299,18 @@ def write_yaml(manifests: list[Manifest], served: Served, claim: str | None) -> 
     """The file, with what there is to know about it above."""
     remarks = [f"{served.artifact}: kubectl apply --namespace <that of the claim> --filename <this file>"]
     remarks += served.remarks
-    remarks.append("Of a model too large for one GPU raise nvidia.com/gpu, and add --tensor-parallel-size to match.")
     if claim is None:
         remarks.append(f"FILL IN claimName: the claim that has the job's folder. {UNKNOWN_CLAIM} is refused as it is.")
     head = "".join(f"# {remark}\n" for remark in remarks)
-    return head + yaml.safe_dump_all(manifests, sort_keys=False, width=120)
+    return head + yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what stands in several places in full: people change files that they apply."""
+
+    def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002 - PyYAML's signature
+        """Nothing is written as a reference."""
+        return True
 
 
 def dns_label(job: str, artifact: str) -> str:
