@@ -135,6 +135,13 @@ class MeasuredStatus(Model):
     kl_divergence: Number | None = Field(default=None, description="From the model it was made from, nats a token.")
     top1_agreement: Number | None = Field(default=None, description="Share of tokens with the same first choice.")
     perplexity_increase_percent: Number | None = Field(default=None, description="Against the model it was made from.")
+    loss_increase: Number | None = Field(default=None, description="The same in nats a token.")
+    eval_loss_dequantized: Number | None = Field(
+        default=None, description="Merge base Auto: of the adapter on the dequantized weights, nats a token."
+    )
+    eval_loss_original: Number | None = Field(
+        default=None, description="Merge base Auto: of the adapter on the original weights, nats a token."
+    )
 
 
 class ArtifactStatus(Model):

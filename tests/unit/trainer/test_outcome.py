@@ -7,10 +7,18 @@ from typing import Any
 
 import pytest
 
+from finetune_trainer.config import BaseFormat, Merge
 from finetune_trainer.models.folder import ModelFacts
 from finetune_trainer.runtime.errors import InvalidConfig, InvalidModel
 from finetune_trainer.runtime.parsing import parse_config
-from finetune_trainer.settings.outcome import check_original, check_outcome, resolve_merge, resolve_quantize
+from finetune_trainer.settings.outcome import (
+    check_original,
+    check_outcome,
+    choose_unmeasured,
+    resolve_merge,
+    resolve_quantize,
+)
+from finetune_trainer.settings.resolve import check_held_out
 from tests.tiny import make_config
 
 LAYERS = {"model.layers.0.self_attn.q_proj": 576, "model.layers.0.mlp.down_proj": 1536}
@@ -23,20 +31,34 @@ ORIGINAL = {"original": {"volume": {"claimName": "models", "path": "original"}}}
 @pytest.mark.parametrize(
     ("given", "base"),
     [
-        pytest.param({}, "Dequantized", id="NF4"),
-        pytest.param({"method": {"baseWeights": {"format": "FP4"}}}, "Dequantized", id="FP4"),
-        pytest.param(GPTQ, "Dequantized", id="GPTQ, widened"),
-        pytest.param(GPTQ | {"merge": ORIGINAL}, "Original", id="GPTQ with its original"),
-        pytest.param(INT8, "Original", id="Int8"),
+        pytest.param({}, "Auto", id="NF4: to be measured"),
+        pytest.param({"method": {"baseWeights": {"format": "FP4"}}}, "Auto", id="FP4: to be measured"),
+        pytest.param(GPTQ, "Dequantized", id="GPTQ: there is nothing but the widened weights"),
+        pytest.param(GPTQ | {"merge": ORIGINAL}, "Auto", id="GPTQ with its original: to be measured"),
+        pytest.param(INT8, "Auto", id="Int8: to be measured"),
         pytest.param(INT8 | {"merge": {"base": "Dequantized"}}, "Dequantized", id="Int8, widened"),
-        pytest.param({"method": {"type": "LoRA"}}, "Original", id="unquantized"),
+        pytest.param({"method": {"type": "LoRA"}}, "Original", id="unquantized: there is nothing but its weights"),
         pytest.param({"merge": {"base": "Original"}}, "Original", id="NF4, the 16-bit base"),
     ],
 )
-def test_the_adapter_goes_into_what_was_trained_on_unless_asked_otherwise(given: dict[str, Any], base: str) -> None:
+def test_the_weights_to_merge_into_are_settled_where_there_is_no_choice(given: dict[str, Any], base: str) -> None:
     merge = resolve_merge(parse_config(make_config(**given)))
     assert merge is not None
     assert (merge.base, merge.dtype, merge.max_shard_size) == (base, "BF16", "5GB")
+
+
+@pytest.mark.parametrize(
+    ("held", "original", "base"),
+    [
+        pytest.param("NF4", False, "Dequantized", id="NF4"),
+        pytest.param("GPTQ", False, "Dequantized", id="GPTQ"),
+        pytest.param("GPTQ", True, "Original", id="GPTQ with its original"),
+        pytest.param("Int8", False, "Original", id="Int8"),
+        pytest.param("BF16", False, "Original", id="unquantized"),
+    ],
+)
+def test_without_a_measure_the_kind_of_the_base_decides(held: str, original: bool, base: str) -> None:
+    assert choose_unmeasured(BaseFormat(held), Merge.model_validate(ORIGINAL if original else {})) == base
 
 
 @pytest.mark.parametrize("given", [{"merge": {"policy": "Never"}}, {"method": {"type": "Full"}}], ids=["Never", "Full"])
@@ -86,6 +108,12 @@ def quantize(**entry: Any) -> dict[str, Any]:
             {},
             r"merge.base Dequantized.*held in FP32. Leave merge.base unset",
             id="nothing to widen",
+        ),
+        pytest.param(
+            {"merge": {"base": "Original", "maxKLDivergence": 0.01}},
+            {},
+            r"merge.maxKLDivergence is for the weights that were trained on.*held in NF4.*Set merge.maxLossIncrease",
+            id="a gate for other weights",
         ),
         pytest.param(
             quantize(groupSize=128), {}, r"groupSize 128 .*576, 1536 columns\). Use 64 or 32", id="group size"
@@ -149,9 +177,26 @@ def test_fields_that_do_not_go_together_are_no_config(entry: dict[str, Any], wor
         parse_config(make_config(**quantize(**entry)))
 
 
-def test_a_gate_needs_held_out_rows() -> None:
-    with pytest.raises(InvalidConfig, match=r"percent 0 holds nothing out: drop quantize\[\].maxPerplexityIncrease"):
-        parse_config(make_config(evaluation={"percent": 0}, **quantize(maxPerplexityIncreasePercent=5)))
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        pytest.param(
+            quantize(maxPerplexityIncreasePercent=5), r"quantize\[\].maxPerplexityIncreasePercent", id="forms"
+        ),
+        pytest.param({"merge": {"maxKLDivergence": 0.01}}, "merge.maxKLDivergence", id="merge, KL"),
+        pytest.param({"merge": {"maxLossIncrease": 0.0}}, "merge.maxLossIncrease", id="merge, loss"),
+    ],
+)
+def test_a_gate_needs_held_out_rows(given: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidConfig, match=rf"percent 0 holds nothing out: drop {field} or hold rows out"):
+        parse_config(make_config(evaluation={"percent": 0}, **given))
+    with pytest.raises(InvalidConfig, match=rf"{field} needs a held-out loss, but no row was held out"):
+        check_held_out(parse_config(make_config(**given)), eval_rows=0)
+
+
+def test_a_gate_for_the_original_weights_is_refused_where_others_are_asked_for() -> None:
+    with pytest.raises(InvalidConfig, match="maxLossIncrease is for base Original, base is Dequantized"):
+        parse_config(make_config(merge={"base": "Dequantized", "maxLossIncrease": 0.0}))
 
 
 WORDS = {"a": 0, "b": 1, "c": 2}

@@ -46,21 +46,24 @@ class JobConfig(Model):
     @model_validator(mode="after")
     def _measured_rows_are_held_out(self) -> Self:
         percent = self.evaluation.percent if self.evaluation else None
-        training = self.training or Training()
-        asking = {
-            "eval": training.eval is not None,
-            "restoreBest": bool(training.restore_best),
-            "earlyStopping": training.early_stopping is not None,
-        }
-        for field, asked in asking.items():
-            if percent == 0 and asked:
-                msg = f"evaluation.percent 0 holds nothing out: drop training.{field} or hold rows out"
-                raise ValueError(msg)
-        if percent == 0 and any(entry.max_perplexity_increase_percent is not None for entry in self.quantize or ()):
-            gate = "quantize[].maxPerplexityIncreasePercent"
-            msg = f"evaluation.percent 0 holds nothing out: drop {gate} or hold rows out"
+        if percent == 0 and (fields := self.measured_fields):
+            msg = f"evaluation.percent 0 holds nothing out: drop {fields[0]} or hold rows out"
             raise ValueError(msg)
         return self
+
+    @property
+    def measured_fields(self) -> tuple[str, ...]:
+        """Fields that are set and rest on a measure of held-out rows."""
+        training = self.training or Training()
+        gates = [entry.max_perplexity_increase_percent for entry in self.quantize or ()]
+        asking = {
+            "training.eval": training.eval is not None,
+            "training.restoreBest": bool(training.restore_best),
+            "training.earlyStopping": training.early_stopping is not None,
+            **{f"merge.{gate}": True for gate in (self.merge.gates if self.merge else ())},
+            "quantize[].maxPerplexityIncreasePercent": any(gate is not None for gate in gates),
+        }
+        return tuple(field for field, asked in asking.items() if asked)
 
     @model_validator(mode="after")
     def _dpo_compares_whole_rows(self) -> Self:

@@ -44,8 +44,8 @@ class Merge(Model):
     base: MergeBase | None = Field(
         default=None,
         description="Dequantized: the weights that were trained on, widened. Original: the weights before they were "
-        "quantized. Auto: Dequantized for NF4, FP4 and GPTQ bases; Original for Int8 and unquantized ones, and where "
-        "original is set. Default Auto.",
+        "quantized. Auto: the one of both in which the adapter has the lower held-out loss; without held-out rows "
+        "Dequantized for NF4, FP4 and GPTQ bases, Original for Int8 ones and where original is set. Default Auto.",
     )
     original: Source | None = Field(
         default=None,
@@ -60,13 +60,38 @@ class Merge(Model):
         description="Largest file of the saved weights, e.g. 2048MB. Default 5GB.",
     )
 
+    max_kl_divergence: float | None = Field(
+        default=None,
+        alias="maxKLDivergence",
+        ge=0.0,
+        le=100.0,
+        description="Gate for the weights that were trained on (base Dequantized, or a base that is not quantized): "
+        "fails the job where the merged model is farther from the trained one, nats a token. Default none: told, "
+        "fails nothing.",
+    )
+    max_loss_increase: float | None = Field(
+        default=None,
+        ge=-100.0,
+        le=100.0,
+        description="Gate for base Original: fails the job where the merged model's held-out loss is higher than the "
+        "trained one's by more, nats a token. Default none: told, fails nothing.",
+    )
     @model_validator(mode="after")
     def _original_is_merged_into(self) -> Self:
-        if self.original is not None and self.base is MergeBase.DEQUANTIZED:
-            msg = "merge: original is for base Original, base is Dequantized"
-            raise ValueError(msg)
+        if self.base is not MergeBase.DEQUANTIZED:
+            return self
+        for field, value in {"original": self.original, "maxLossIncrease": self.max_loss_increase}.items():
+            if value is not None:
+                msg = f"merge: {field} is for base Original, base is Dequantized"
+                raise ValueError(msg)
         return self
 
+
+    @property
+    def gates(self) -> dict[str, float]:
+        """What is asked of the merged model's figures, by the names of the fields."""
+        given = {"maxKLDivergence": self.max_kl_divergence, "maxLossIncrease": self.max_loss_increase}
+        return {name: value for name, value in given.items() if value is not None}
 
 class QuantizeMethod(StrEnum):
     """How the finished model is made small."""
