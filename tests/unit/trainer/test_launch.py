@@ -5,6 +5,7 @@ Nodes are processes of this machine that meet over loopback.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
