@@ -15,6 +15,8 @@ SOURCES = "/sources"
 SECRETS = "/secrets"
 CONFIG = "/etc/finetune"
 CONFIG_FILE = "job.json"
+REPORT = "report/index.html"
+"""In a job's folder: written anew by each stage."""
 
 PHASES = {
     Stage.PREPARE: Phase.PREPARING,
@@ -88,6 +90,11 @@ def config_map(job: FineTuneJob) -> str:
 def folder(job: FineTuneJob) -> str:
     """The job's folder in its claim, and the name of a claim made for it: jobs of one name never meet."""
     return f"{job.name}-{job.uid[:UID_CHARACTERS]}"
+
+
+def report(job: FineTuneJob) -> str:
+    """Path of the report in the claim."""
+    return f"{folder(job)}/{REPORT}"
 
 
 def claim(job: FineTuneJob) -> str:

@@ -28,6 +28,7 @@ from finetune_trainer.config import (
     BaseFormat,
     DatasetFormat,
     MethodType,
+    QuantizeMethod,
 )
 
 
@@ -136,6 +137,14 @@ def distinct_names(where: str) -> Rule:
     )
 
 
+def of_method(fields: tuple[str, ...], *methods: QuantizeMethod) -> Rule:
+    """Settings that only some ways to quantize have."""
+    return Rule(
+        f"self.method in {one_of(methods)} || !({' || '.join(f'has(self.{field})' for field in fields)})",
+        f"quantize: {', '.join(fields)} only with method {' and '.join(methods)}, drop them with any other",
+    )
+
+
 def pinned(hub: str) -> str:
     """Whether a hub's revision is a commit, if this hub is the source."""
     return f"(!has(self.{hub}) || self.{hub}.revision.matches('{COMMIT_PATTERN}'))"
@@ -233,6 +242,17 @@ BLOCKS: dict[str, tuple[Rule, ...]] = {
             "!has(self.original) || self.?base.orValue('Auto') != 'Dequantized'",
             "merge.original is for base Original: drop it, or set merge.base to Original",
         ),
+        Rule(
+            "!has(self.maxLossIncrease) || self.?base.orValue('Auto') != 'Dequantized'",
+            "merge.maxLossIncrease is for base Original: drop it, or set merge.base to Original",
+        ),
+    ),
+    "quantize.[]": (
+        Rule(
+            f"self.method != '{QuantizeMethod.AWQ}' || self.?bits.orValue(4) == 4",
+            "quantize: AWQ has 4 bits: drop bits, or use method GPTQ",
+        ),
+        of_method(("actOrder", "dampeningFrac"), QuantizeMethod.GPTQ),
     ),
     "output.volume": (exactly_one(("create", "existing"), "output.volume"),),
     "output.volume.create.accessModes": (
@@ -262,14 +282,20 @@ def measured(field: str, asked: str) -> Rule:
     """What needs a held-out loss needs rows that are held out."""
     return Rule(
         f"self.?evaluation.?percent.orValue(5.0) > 0.0 || !({asked})",
-        f"evaluation.percent 0 holds nothing out: drop training.{field} or hold rows out",
+        f"evaluation.percent 0 holds nothing out: drop {field} or hold rows out",
     )
 
 
 WHOLE: tuple[Rule, ...] = (
-    measured("eval", "self.?training.?eval.hasValue()"),
-    measured("restoreBest", "self.?training.?restoreBest.orValue(false)"),
-    measured("earlyStopping", "self.?training.?earlyStopping.hasValue()"),
+    measured("training.eval", "self.?training.?eval.hasValue()"),
+    measured("training.restoreBest", "self.?training.?restoreBest.orValue(false)"),
+    measured("training.earlyStopping", "self.?training.?earlyStopping.hasValue()"),
+    measured("merge.maxKLDivergence", "self.?merge.?maxKLDivergence.hasValue()"),
+    measured("merge.maxLossIncrease", "self.?merge.?maxLossIncrease.hasValue()"),
+    measured(
+        "quantize[].maxPerplexityIncreasePercent",
+        "has(self.quantize) && self.quantize.exists(form, has(form.maxPerplexityIncreasePercent))",
+    ),
     Rule(
         f"{OBJECTIVE} != 'DPO' || self.?training.?packing.orValue('Auto') != 'On'",
         "training.packing: rows of DPO are not packed, leave it unset or Off",

@@ -480,6 +480,7 @@ def _reject(job: FineTuneJob, view: View, now: datetime) -> Decision:
         completion_time=format_time(now),
         claim_name=job.status.claim_name,
         folder=job.status.folder,
+        report=job.status.report,
         conditions=build_conditions(job, view, now, accepted=False),
         stages=job.status.stages,
         artifacts=job.status.artifacts,

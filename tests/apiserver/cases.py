@@ -20,6 +20,8 @@ ROWS = {"volume": {"claimName": "datasets", "path": "train.jsonl"}}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SHARED = {"volume": {"create": {"accessModes": ["ReadWriteMany"]}}}
 DPO = {"type": "DPO"}
+AWQ = {"name": "q", "method": "AWQ"}
+GPTQ = {"name": "q", "method": "GPTQ"}
 ONE_SOURCE = "set exactly one of huggingFace, modelScope, volume, s3 and oci"
 
 
@@ -99,7 +101,11 @@ FINE: dict[str, JSON] = {
         }
     ),
     "quantized without a word about merging": spec(quantize=[{"name": "q", "method": "AWQ"}]),
-    "trained whole, then quantized": spec(method={"type": "Full"}, quantize=[{"name": "q", "method": "AWQ"}]),
+    "trained whole, then quantized": spec(method={"type": "Full"}, quantize=[AWQ]),
+    "gates of the merge": spec(merge={"maxKLDivergence": 0.01, "maxLossIncrease": -0.01}),
+    "GPTQ of 8 bits with its settings": spec(
+        quantize=[GPTQ | {"bits": 8, "actOrder": True, "dampeningFrac": 0.1, "maxPerplexityIncreasePercent": 5}]
+    ),
 }
 """Recipes, and what comes close to what is refused."""
 
@@ -257,6 +263,18 @@ BAD: dict[str, tuple[JSON, str]] = {
     "an early stop on no rows": (
         spec(evaluation={"percent": 0}, training={"earlyStopping": {"patience": 3}}),
         "evaluation.percent 0 holds nothing out: drop training.earlyStopping or hold rows out",
+    ),
+    "a gate of divergence on no rows": (
+        spec(evaluation={"percent": 0}, merge={"maxKLDivergence": 0.01}),
+        "evaluation.percent 0 holds nothing out: drop merge.maxKLDivergence or hold rows out",
+    ),
+    "a gate of loss on no rows": (
+        spec(evaluation={"percent": 0}, merge={"maxLossIncrease": 0.01}),
+        "evaluation.percent 0 holds nothing out: drop merge.maxLossIncrease or hold rows out",
+    ),
+    "a gate of perplexity on no rows": (
+        spec(evaluation={"percent": 0}, quantize=[AWQ | {"maxPerplexityIncreasePercent": 5}]),
+        "evaluation.percent 0 holds nothing out: drop quantize[].maxPerplexityIncreasePercent or hold rows out",
     ),
     "rows without end": (spec(evaluation={"maxRows": 10**7 + 1}), "spec.evaluation.maxRows"),
     "a seed of 33 bits": (spec(evaluation={"seed": 2**32}), "spec.evaluation.seed"),
@@ -425,6 +443,11 @@ BAD: dict[str, tuple[JSON, str]] = {
         spec(merge={"base": "Dequantized", "original": {"volume": VOLUME}}),
         "merge.original is for base Original",
     ),
+    "a gate of loss for the dequantized": (
+        spec(merge={"base": "Dequantized", "maxLossIncrease": 0.01}),
+        "merge.maxLossIncrease is for base Original: drop it, or set merge.base to Original",
+    ),
+    "a gate of divergence below zero": (spec(merge={"maxKLDivergence": -0.1}), "spec.merge.maxKLDivergence"),
     "shards of a size that is none": (spec(merge={"maxShardSize": "2 GB"}), "spec.merge.maxShardSize"),
     "quantize without merge": (
         spec(merge={"policy": "Never"}, quantize=[{"name": "q", "method": "GPTQ"}]),
@@ -434,7 +457,21 @@ BAD: dict[str, tuple[JSON, str]] = {
         spec(quantize=[{"name": "q", "method": "GPTQ"}, {"name": "q", "method": "GPTQ"}]),
         'Duplicate value: {"name":"q"}',
     ),
-    "three bits": (spec(quantize=[{"name": "q", "method": "GPTQ", "bits": 3}]), "spec.quantize[0].bits"),
+    "three bits": (spec(quantize=[GPTQ | {"bits": 3}]), "spec.quantize[0].bits"),
+    "six bits": (spec(quantize=[GPTQ | {"bits": 6}]), "spec.quantize[0].bits"),
+    "AWQ of 8 bits": (spec(quantize=[AWQ | {"bits": 8}]), "quantize: AWQ has 4 bits: drop bits, or use method GPTQ"),
+    "an order of columns for AWQ": (
+        spec(quantize=[AWQ | {"actOrder": False}]),
+        "quantize: actOrder, dampeningFrac only with method GPTQ, drop them with any other",
+    ),
+    "dampening for AWQ": (
+        spec(quantize=[AWQ | {"dampeningFrac": 0.1}]),
+        "quantize: actOrder, dampeningFrac only with method GPTQ, drop them with any other",
+    ),
+    "a gate below zero": (
+        spec(quantize=[AWQ | {"maxPerplexityIncreasePercent": -1}]),
+        "spec.quantize[0].maxPerplexityIncreasePercent",
+    ),
     # --- cluster
     "two volumes": (
         spec(output={"volume": {"create": {}, "existing": {"claimName": "x"}}}),

@@ -206,6 +206,10 @@ class Status(Model):
     completion_time: Time | None = Field(default=None, description="When it ended, however it ended.")
     claim_name: str | None = Field(default=None, description="PersistentVolumeClaim that the job works in.")
     folder: str | None = Field(default=None, description="The job's folder inside that claim.")
+    report: str | None = Field(
+        default=None,
+        description="The report of what was done and measured, a page for a browser: its path inside the claim.",
+    )
     attempt_count: int | None = Field(
         default=None, description="Number of the latest attempt: 1 unless a stage had to be run again."
     )

@@ -35,6 +35,7 @@ VALIDATORS = {
     "_dpo_compares_whole_rows": "packed pairs",
     "_epoch_or_interval": "epochs and steps of saving",
     "_exactly_one_source": "two sources",
+    "_fields_are_of_the_method": "AWQ of 8 bits",
     "_files_or_split": "files and a split",
     "_fsdp_settings_for_fsdp": "settings of FSDP for DDP",
     "_goes_together": "QLoRA on 16 bits",

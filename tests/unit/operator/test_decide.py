@@ -85,6 +85,14 @@ def test_the_phase_is_that_of_the_stage_that_is_due() -> None:
     assert phases == ["Preparing", "Training", "Merging", "Quantizing"]
 
 
+def test_the_report_is_told_once_a_stage_has_written_it() -> None:
+    cluster = Cluster()
+    cluster.settle()
+    assert cluster.job.status.report is None
+    cluster.say()
+    assert cluster.settle().status.report == "demo-0123abcd/report/index.html"
+
+
 def test_a_job_without_merge_ends_with_the_adapter() -> None:
     cluster = Cluster(spec=SPEC | {"merge": {"policy": "Never"}})
     play(cluster)
