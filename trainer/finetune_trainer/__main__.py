@@ -1,4 +1,4 @@
-"""finetune-trainer prepare|train|merge|quantize|evaluate --config job.json --work DIR.
+"""finetune-trainer prepare|train|merge|quantize|publish|evaluate --config job.json --work DIR.
 
 One stage of a fine-tuning job, the same in a pod and on a workstation. Run them in that order with the same config
 and work folder; a stage that is done already says so and ends at once, one that was interrupted goes on.
@@ -48,8 +48,11 @@ COMMANDS = {
     Stage.TRAIN.value: "train an adapter or the model itself; goes on from the newest good checkpoint",
     Stage.MERGE.value: "merge the adapter into the base",
     Stage.QUANTIZE.value: "make the quantized forms of the finished model",
+    Stage.PUBLISH.value: "put artifacts where others fetch them: a hub, a bucket, a registry",
     EVALUATE: "measure every artifact that is there on the held-out rows",
 }
+ENTRIES = {Stage.QUANTIZE.value: "quantize", Stage.PUBLISH.value: "output.publish"}
+"""Stages of which a config may ask for several, and the list that they stand in."""
 EPILOG = """\
 A config of several devices trains in several processes: train starts those of this machine itself.
 
@@ -97,8 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
     for name, help_text in COMMANDS.items():
         command = commands.add_parser(name, help=help_text, description=help_text.capitalize() + ".")
         _add_options(command)
-        if name == Stage.QUANTIZE:
-            command.add_argument("--name", help="the entry of the config's quantize to make (default: all of them)")
+        if name in ENTRIES:
+            whole = f"the entry of the config's {ENTRIES[name]} to work on (default: all of them)"
+            command.add_argument("--name", help=whole)
         if name == Stage.TRAIN:
             _add_overrides(command)
     return parser
@@ -190,15 +194,18 @@ def _stopped_by_signals(stopping: threading.Event) -> Iterator[None]:
 
 
 def _names(config: JobConfig, arguments: argparse.Namespace) -> list[str | None]:
-    """The entries of quantize to make; one nameless piece of work for every other stage."""
-    if arguments.command != Stage.QUANTIZE:
+    """The entries of quantize or output.publish to work on; one nameless piece of work for every other stage."""
+    if arguments.command not in ENTRIES:
         return [None]
     if arguments.name is not None:
         return [arguments.name]
-    if not config.quantize:
-        msg = 'quantize: the config has no entry. Add one, e.g. {"name": "gptq4", "method": "GPTQ"}.'
+    quantized = [entry.name for entry in config.quantize or ()]
+    published = [entry.name for _, _, entry in config.destinations()]
+    names = quantized if arguments.command == Stage.QUANTIZE else published
+    if not names:
+        msg = f"{ENTRIES[arguments.command]}: the config has no entry. Add one."
         raise InvalidConfig(msg)
-    return [entry.name for entry in config.quantize]
+    return list(names)
 
 
 def _run_stage(config: JobConfig, arguments: argparse.Namespace, name: str | None, stopping: threading.Event) -> int:

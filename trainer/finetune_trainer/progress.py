@@ -34,6 +34,7 @@ class Stage(StrEnum):
     TRAIN = "train"
     MERGE = "merge"
     QUANTIZE = "quantize"
+    PUBLISH = "publish"
 
 
 class Reason(StrEnum):

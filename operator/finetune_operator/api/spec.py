@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from finetune_operator.api.words import GROUP, MANAGER
+from finetune_trainer import config
 from finetune_trainer.config import ClaimName, JobConfig, Model
 
 QUANTITY_PATTERN = r"^([0-9]+|[0-9]*\.[0-9]+)(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi|E|Ei)?$"
@@ -103,9 +104,10 @@ class RetentionPolicy(Model):
     )
 
 
-class Output(Model):
+class Output(config.Output):
     """Where the results go."""
 
+    publish: ClassVar[None] = None  # type: ignore[misc]  # the trainer's alone until Jobs are made for it
     volume: OutputVolume | None = Field(default=None, description="The claim. Default: one is made for the job.")
     retention_policy: RetentionPolicy | None = Field(default=None, description="What outlives the job.")
 
@@ -326,7 +328,8 @@ class Spec(JobConfig):
     @property
     def config(self) -> JobConfig:
         """The half that the trainer reads."""
-        return JobConfig.model_construct(**{name: getattr(self, name) for name in JobConfig.model_fields})
+        fields = {name: getattr(self, name) for name in JobConfig.model_fields}
+        return JobConfig.model_construct(**fields | {"output": None})
 
     @property
     def created_claim(self) -> CreateClaim | None:

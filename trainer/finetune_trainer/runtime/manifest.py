@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError
 
 from finetune_trainer.config import Model
-from finetune_trainer.progress import Artifact, DataFacts, LastWord, Measured, Reason, Resolved, Stage, TrainFacts
+from finetune_trainer.progress import (
+    Artifact,
+    DataFacts,
+    LastWord,
+    Measured,
+    Published,
+    Reason,
+    Resolved,
+    Stage,
+    TrainFacts,
+)
 from finetune_trainer.runtime import fence
 from finetune_trainer.runtime.errors import NotFound, VerificationFailed
 
@@ -57,6 +67,7 @@ class Result(Model):
     data: DataFacts | None = None
     training: TrainFacts | None = None
     artifact: Made | None = None
+    published: Published | None = None
 
 
 class Manifest(Model):
@@ -136,6 +147,7 @@ def last_word(manifest: Manifest, target: Target, attempt: int) -> LastWord:
         data=result.data,
         training=result.training,
         artifact=artifact_of(manifest, target.path),
+        published=result.published,
     )
 
 

@@ -328,9 +328,16 @@ class Answer:
 
 
 class Site:
-    """A small HTTP server that answers as `answer` says, gives ranges, and keeps what it was asked."""
+    """A small HTTP server that answers as `answer` says, gives ranges, and keeps what it was asked.
 
-    def __init__(self, answer: Callable[[str, Mapping[str, str]], Answer]) -> None:
+    `take`: what it says to a POST or PUT, whose whole body came.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[str, Mapping[str, str]], Answer],
+        take: Callable[[str, Mapping[str, str], bytes], Answer] | None = None,
+    ) -> None:
         self.asked: list[str] = []
         site = self
 
@@ -343,11 +350,26 @@ class Site:
                 if status == HTTPStatus.OK and start:
                     said.headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
                     body, status = body[int(start) :], HTTPStatus.PARTIAL_CONTENT
+                self._say(said, status, body)
+
+            def do_POST(self) -> None:
+                site.asked.append(self.path)
+                length = int(self.headers.get("Content-Length", "0"))
+                body = self.rfile.read(length)
+                if take is None or len(body) < length:
+                    self.close_connection = True
+                    return
+                said = take(self.path, self.headers, body)  # type: ignore[arg-type]
+                self._say(said, said.status, said.body)
+
+            do_PUT = do_POST  # noqa: N815 - the name http.server calls
+
+            def _say(self, said: Answer, status: int, body: bytes) -> None:
                 self.send_response(status)
                 for name, value in {**said.headers, "Content-Length": str(len(body))}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                if self.command == "GET":
+                if self.command != "HEAD":
                     self.wfile.write(body)
 
             do_HEAD = do_GET  # noqa: N815 - the name http.server calls
