@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from finetune_trainer.config import CLAIM_VARIABLE
+from finetune_trainer.config import CLAIM_VARIABLE, JobConfig
 from finetune_trainer.progress import DataFacts, DatasetFacts, Measured, ResolvedLora, Stage, TrainFacts
 from finetune_trainer.reporting import serving
 from finetune_trainer.reporting.charts import Series, line_chart, round_ticks
-from finetune_trainer.reporting.collect import read_history, read_runs, shortened, thinned, with_run
+from finetune_trainer.reporting.collect import collect, read_history, read_runs, shortened, thinned, with_run
 from finetune_trainer.reporting.html import Html, escape, tag
 from finetune_trainer.reporting.page import build_page
 from finetune_trainer.reporting.record import (
@@ -31,6 +31,7 @@ from finetune_trainer.reporting.record import (
     Serving,
     StageRun,
 )
+from finetune_trainer.runtime.work import WorkFolder
 from tests.unit.trainer.runs import LINEAR, SETTINGS, replace_settings
 
 if TYPE_CHECKING:
@@ -225,6 +226,15 @@ def test_a_stage_that_was_done_already_keeps_the_run_that_did_it() -> None:
 def test_a_damaged_report_is_begun_anew(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text('{"version": 1, "stages": 7}')
     assert read_runs(tmp_path) == ()
+
+
+def test_files_of_an_older_trainer_are_left_out(tmp_path: Path, config: dict[str, Any]) -> None:
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "preview.jsonl").write_text('{"text": "a", "tokens": 1, "lossTokens": 1}\n')
+    (report / "samples.json").write_text('[{"prompt": "a"}]')
+    found = collect(JobConfig.model_validate(config), WorkFolder(tmp_path), (), NOW)
+    assert (found.preview, found.samples, found.settings, found.artifacts) == ((), (), None, ())
 
 
 # Serving

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import ValidationError
 
 from finetune_trainer.config import (
+    SOURCE_FIELDS,
     HuggingFaceSource,
     Model,
     ModelScopeSource,
@@ -152,10 +153,8 @@ def _revision_in(folder: Path | None) -> str | None:
 
 
 def _kind(source: Source) -> str:
-    return next(iter(source.model_dump(by_alias=True, exclude_none=True, include=set(SOURCE_KINDS))))
-
-
-SOURCE_KINDS = ("hugging_face", "model_scope", "volume", "s3", "oci")
+    given = source.model_dump(by_alias=True, exclude_none=True)
+    return next(field for field in SOURCE_FIELDS if field in given)
 
 
 def _place(source: Source) -> str:
@@ -195,11 +194,12 @@ def _read_samples(path: Path) -> tuple[Sample, ...]:
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
         return tuple(Sample(**{name: shortened(text) for name, text in record.items()}) for record in records)
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return ()
 
 
 def _read_preview(path: Path) -> tuple[PreviewRow, ...]:
+    """The rows; without those of an older trainer, which did not tell their parts."""
     return tuple(
         PreviewRow(
             tokens=record["tokens"],
@@ -208,6 +208,7 @@ def _read_preview(path: Path) -> tuple[PreviewRow, ...]:
             rejected=_parts(record.get("rejected", {}).get("parts", ())),
         )
         for record in _json_lines(path)
+        if "parts" in record
     )
 
 

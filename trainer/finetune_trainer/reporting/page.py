@@ -307,10 +307,10 @@ def _settings(report: JobReport) -> Html:
     return Html("") if report.settings is None else pairs(_flat(report.settings))
 
 
-def _flat(record: Model, prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flat(record: Model) -> Iterator[tuple[str, str]]:
     """Every setting by the name it has in the resource, blocks joined by dots."""
     for name, value in record.model_dump(mode="json", by_alias=True, exclude_none=True).items():
-        yield from _flattened(prefix + name, value)
+        yield from _flattened(name, value)
 
 
 def _flattened(name: str, value: object) -> Iterator[tuple[str, str]]:
