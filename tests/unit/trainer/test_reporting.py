@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from finetune_trainer.config import CLAIM_VARIABLE, JobConfig
-from finetune_trainer.progress import DataFacts, DatasetFacts, Measured, ResolvedLora, Stage, TrainFacts
+from finetune_trainer.progress import DataFacts, DatasetFacts, Measured, Published, ResolvedLora, Stage, TrainFacts
 from finetune_trainer.reporting import serving
 from finetune_trainer.reporting.charts import Series, line_chart, round_ticks
 from finetune_trainer.reporting.collect import collect, read_history, read_runs, shortened, thinned, with_run
@@ -31,6 +31,8 @@ from finetune_trainer.reporting.record import (
     Serving,
     StageRun,
 )
+from finetune_trainer.runtime import manifest
+from finetune_trainer.runtime.manifest import Result, Target
 from finetune_trainer.runtime.work import WorkFolder
 from tests.unit.trainer.runs import LINEAR, SETTINGS, replace_settings
 
@@ -92,6 +94,7 @@ def make_report(text: str = "plain") -> JobReport:
         training=TrainFacts(steps=8, epochs=1.0, trainable_parameters=10, total_parameters=100),
         history=History(training=lines, measured=({"step": 4, "eval_loss": 1.5},), lines=4),
         artifacts=(artifact,),
+        published=(Published(name=text, artifact=text, uri=text, digest="sha256:5", size_bytes=9),),
         samples=(Sample(prompt=text, before=text, after=text, expected=text),),
         preview=(PreviewRow(tokens=9, loss_tokens=4, parts=(Part(text=text, learned=True),), rejected=()),),
         serving=(Serving(artifact=text, server="vLLM", refusal=text),),
@@ -235,6 +238,20 @@ def test_files_of_an_older_trainer_are_left_out(tmp_path: Path, config: dict[str
     (report / "samples.json").write_text('[{"prompt": "a"}]')
     found = collect(JobConfig.model_validate(config), WorkFolder(tmp_path), (), NOW)
     assert (found.preview, found.samples, found.settings, found.artifacts) == ((), (), None, ())
+
+
+def test_it_is_told_where_artifacts_went(tmp_path: Path, config: dict[str, Any]) -> None:
+    secret = {"credentialsSecretRef": {"name": "s3"}}
+    entries = [
+        {"name": name, "artifact": "Merged", "s3": {"uri": f"s3://models/{name}", **secret}}
+        for name in ("here", "later")
+    ]
+    config["output"] = {"publish": entries}
+    work = WorkFolder(tmp_path)
+    went = Published(name="here", artifact="merged", uri="s3://models/here", digest="sha256:5", size_bytes=9)
+    target = Target(Stage.PUBLISH, work.published("here"), "published/here", "sha256:0")
+    manifest.publish(target, 1, lambda _: Result(message="Published.", published=went))
+    assert collect(JobConfig.model_validate(config), work, (), NOW).published == (went,)
 
 
 # Serving

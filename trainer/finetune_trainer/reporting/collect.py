@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from finetune_trainer.config import JobConfig, Source
-    from finetune_trainer.progress import Resolved
+    from finetune_trainer.progress import Published, Resolved
     from finetune_trainer.runtime.manifest import Manifest
     from finetune_trainer.runtime.work import WorkFolder
 
@@ -78,6 +78,7 @@ def collect(config: JobConfig, work: WorkFolder, runs: Sequence[StageRun], now: 
         training=next((found.result.training for _, found in made if found.result.training is not None), None),
         history=read_history(work.report / LINES_NAME),
         artifacts=tuple(artifact for path, found in made if (artifact := _artifact(path, found)) is not None),
+        published=tuple(_published(config, work)),
         samples=_read_samples(work.report / SAMPLES_NAME),
         preview=_read_preview(work.report / PREVIEW_NAME),
     )
@@ -122,6 +123,14 @@ def _artifact(path: str, found: Manifest) -> MadeArtifact | None:
     if told is None:
         return None
     return MadeArtifact(**dict(told), files=len(found.files), made_from=found.inputs)
+
+
+def _published(config: JobConfig, work: WorkFolder) -> Iterator[Published]:
+    """Where artifacts went."""
+    for _, _, entry in config.destinations():
+        found = _manifest_in(work.published(entry.name))
+        if found is not None and found.result.published is not None:
+            yield found.result.published
 
 
 # Sources

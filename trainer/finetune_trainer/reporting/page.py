@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from finetune_trainer.config import Model
-    from finetune_trainer.progress import DataFacts
+    from finetune_trainer.progress import DataFacts, Published
     from finetune_trainer.reporting.charts import Point
     from finetune_trainer.reporting.record import History, JobReport, MadeArtifact, Part, PreviewRow, Sample
 
@@ -50,6 +50,7 @@ def build_page(report: JobReport) -> str:
             "Measured on the held-out rows. Losses and KL divergences "
             "are nats a token; an artifact is compared with what it was made from.",
         ),
+        _section("Published", _published(report.published), "Compared with what is there."),
         _section("Training", _charts(report)),
         _section("Answers before and after", _samples(report.samples), "To prompts of the held-out rows, greedily."),
         _section("Data", _data(report.data)),
@@ -145,6 +146,13 @@ def _figure(artifact: MadeArtifact, name: str) -> str:
     if name in PERCENT_OF_ONE:
         return f"{value:.2%}"
     return f"{value:+.2f}%" if name.endswith("_percent") else _plain(value)
+
+
+def _published(entries: Sequence[Published]) -> Html:
+    if not entries:
+        return Html("")
+    rows = ([each.name, each.artifact, each.uri, _bytes(each.size_bytes), _digest(each.digest)] for each in entries)
+    return table(["Entry", "Artifact", "Place", "Size", "Digest of its manifest"], rows, numbers=3)
 
 
 # Training

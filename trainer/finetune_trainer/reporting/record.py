@@ -10,7 +10,7 @@ from datetime import datetime
 from pydantic import Field
 
 from finetune_trainer.config import Model
-from finetune_trainer.progress import Artifact, DataFacts, Resolved, Stage, TrainFacts
+from finetune_trainer.progress import Artifact, DataFacts, Published, Resolved, Stage, TrainFacts
 
 REPORT_VERSION = 1
 REPORT_NAME = "report.json"
@@ -114,6 +114,7 @@ class JobReport(Model):
     training: TrainFacts | None = None
     history: History | None = None
     artifacts: tuple[MadeArtifact, ...] = ()
+    published: tuple[Published, ...] = ()
     samples: tuple[Sample, ...] = ()
     preview: tuple[PreviewRow, ...] = ()
     serving: tuple[Serving, ...] = ()
