@@ -90,7 +90,7 @@ TABLE: dict[str, Row] = {
     Said.ACCESS_DENIED: Row(
         Retry.NEVER,
         "A token or a permission is missing.",
-        "Check the Secret that the source names and who may read the files.",
+        "Check the Secret that the source or the place names, and who may read or write there.",
     ),
     Said.VOLUME_FULL: Row(
         Retry.NEVER,

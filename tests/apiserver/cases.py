@@ -22,6 +22,12 @@ SHARED = {"volume": {"create": {"accessModes": ["ReadWriteMany"]}}}
 DPO = {"type": "DPO"}
 AWQ = {"name": "q", "method": "AWQ"}
 GPTQ = {"name": "q", "method": "GPTQ"}
+BUCKET = {"s3": {"uri": "s3://models/fox", "credentialsSecretRef": {"name": "s3"}}}
+REPOSITORY = {"huggingFace": {"repo": "acme/fox", "tokenSecretRef": {"name": "hub", "key": "token"}}}
+TAG = {"oci": {"reference": "registry.test:5000/acme/fox:v1"}}
+ADAPTER = {"name": "out", "artifact": "Adapter"}
+MERGED = {"name": "out", "artifact": "Merged"}
+QUANTIZED = {"name": "out", "artifact": "Quantized", "quantizeName": "q"}
 ONE_SOURCE = "set exactly one of huggingFace, modelScope, volume, s3 and oci"
 
 
@@ -33,6 +39,17 @@ def spec(**changes: Any) -> JSON:
 def dataset(**fields: Any) -> JSON:
     """The shortest spec, whose dataset says more."""
     return spec(datasets=[ROWS | fields])
+
+
+def published(*entries: JSON, **changes: Any) -> JSON:
+    """The shortest spec that publishes something."""
+    return spec(output={"publish": list(entries)}, **changes)
+
+
+WHOLE = published(
+    MERGED | BUCKET | {"name": "bucket"}, parallelism={"gpusPerNode": 0}, quantize=[GPTQ | {"name": "gptq4"}]
+)
+"""A job with a stage of each kind, on CPU."""
 
 
 def examples() -> dict[str, JSON]:
@@ -100,11 +117,24 @@ FINE: dict[str, JSON] = {
             "tensorboard": True,
         }
     ),
+    "gates of the merge": spec(merge={"maxKLDivergence": 0.01, "maxLossIncrease": -0.01}),
     "quantized without a word about merging": spec(quantize=[{"name": "q", "method": "AWQ"}]),
     "trained whole, then quantized": spec(method={"type": "Full"}, quantize=[AWQ]),
-    "gates of the merge": spec(merge={"maxKLDivergence": 0.01, "maxLossIncrease": -0.01}),
     "GPTQ of 8 bits with its settings": spec(
         quantize=[GPTQ | {"bits": 8, "actOrder": True, "dampeningFrac": 0.1, "maxPerplexityIncreasePercent": 5}]
+    ),
+    "an adapter that is not merged, published": published(ADAPTER | BUCKET, merge={"policy": "Never"}),
+    "a model trained whole, published": published(MERGED | TAG, method={"type": "Full"}),
+    "everything, published everywhere": published(
+        ADAPTER | BUCKET | {"name": "a"},
+        MERGED | REPOSITORY | {"name": "b"},
+        QUANTIZED | TAG | {"name": "c"},
+        QUANTIZED | {"name": "d", "s3": BUCKET["s3"] | {"endpoint": "https://minio.test"}},
+        quantize=[AWQ],
+    ),
+    "two branches of one repository": published(
+        ADAPTER | REPOSITORY,
+        MERGED | {"name": "too", "huggingFace": REPOSITORY["huggingFace"] | {"revision": "merged"}},
     ),
 }
 """Recipes, and what comes close to what is refused."""
@@ -471,6 +501,80 @@ BAD: dict[str, tuple[JSON, str]] = {
     "a gate below zero": (
         spec(quantize=[AWQ | {"maxPerplexityIncreasePercent": -1}]),
         "spec.quantize[0].maxPerplexityIncreasePercent",
+    ),
+    # --- what goes out
+    "no place to publish to": (published(ADAPTER), "output.publish: set exactly one of huggingFace, s3 and oci"),
+    "two places to publish to": (
+        published(ADAPTER | BUCKET | TAG),
+        "output.publish: set exactly one of huggingFace, s3 and oci",
+    ),
+    "a claim to publish to": (
+        published(ADAPTER | {"volume": VOLUME}),
+        'unknown field "spec.output.publish[0].volume"',
+    ),
+    "an artifact that is not there": (
+        published({"name": "out", "artifact": "Checkpoint"} | BUCKET),
+        'supported values: "Adapter", "Merged", "Quantized"',
+    ),
+    "a quantized form without its name": (
+        published({"name": "out", "artifact": "Quantized"} | BUCKET, quantize=[AWQ]),
+        "output.publish: quantizeName goes with artifact Quantized, which needs it",
+    ),
+    "a quantized form's name for the merged model": (
+        published(MERGED | BUCKET | {"quantizeName": "q"}, quantize=[AWQ]),
+        "output.publish: quantizeName goes with artifact Quantized, which needs it",
+    ),
+    "a quantized form that is not made": (
+        published(QUANTIZED | BUCKET, quantize=[AWQ | {"name": "other"}]),
+        "output.publish: quantizeName must be the name of an entry of quantize",
+    ),
+    "a quantized form where none is made": (
+        published(QUANTIZED | BUCKET),
+        "output.publish: quantizeName must be the name of an entry of quantize",
+    ),
+    "the adapter of a model trained whole": (
+        published(ADAPTER | BUCKET, method={"type": "Full"}),
+        "output.publish: artifact Adapter is for method.type QLoRA and LoRA",
+    ),
+    "a merged model that is not merged": (
+        published(MERGED | BUCKET, merge={"policy": "Never"}),
+        "output.publish: artifact Merged needs the merge: leave merge.policy unset, or publish Adapter",
+    ),
+    "two things published under one name": (
+        published(ADAPTER | BUCKET, MERGED | TAG),
+        'Duplicate value: {"name":"out"}',
+    ),
+    "two things below one prefix": (
+        published(ADAPTER | BUCKET, MERGED | BUCKET | {"name": "too"}),
+        "output.publish: each entry needs a place of its own, two have the same s3",
+    ),
+    "two things on one branch": (
+        published(ADAPTER | REPOSITORY, MERGED | REPOSITORY | {"name": "too"}),
+        "output.publish: each entry needs a place of its own, two have the same huggingFace",
+    ),
+    "two things under one tag": (
+        published(ADAPTER | TAG, MERGED | TAG | {"name": "too"}),
+        "output.publish: each entry needs a place of its own, two have the same oci",
+    ),
+    "a hub without a token": (
+        published(ADAPTER | {"huggingFace": {"repo": "acme/fox"}}),
+        "spec.output.publish[0].huggingFace.tokenSecretRef: Required value",
+    ),
+    "a bucket without keys": (
+        published(ADAPTER | {"s3": {"uri": "s3://models/fox"}}),
+        "spec.output.publish[0].s3.credentialsSecretRef: Required value",
+    ),
+    "a whole bucket to publish to": (
+        published(ADAPTER | {"s3": BUCKET["s3"] | {"uri": "s3://models"}}),
+        "uri: write s3://bucket/key, or s3://bucket/prefix/",
+    ),
+    "a registry by its address": (
+        published(ADAPTER | {"oci": {"reference": "https://registry.test/acme/fox:v1"}}),
+        "reference: write registry/repository:tag, without https://",
+    ),
+    "a digest to publish to": (
+        published(ADAPTER | {"oci": {"reference": f"registry.test/acme/fox@sha256:{'0' * 64}"}}),
+        "spec.output.publish[0].oci.reference",
     ),
     # --- cluster
     "two volumes": (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
@@ -107,7 +107,6 @@ class RetentionPolicy(Model):
 class Output(config.Output):
     """Where the results go."""
 
-    publish: ClassVar[None] = None  # type: ignore[misc]  # the trainer's alone until Jobs are made for it
     volume: OutputVolume | None = Field(default=None, description="The claim. Default: one is made for the job.")
     retention_policy: RetentionPolicy | None = Field(default=None, description="What outlives the job.")
 
@@ -329,7 +328,8 @@ class Spec(JobConfig):
     def config(self) -> JobConfig:
         """The half that the trainer reads."""
         fields = {name: getattr(self, name) for name in JobConfig.model_fields}
-        return JobConfig.model_construct(**fields | {"output": None})
+        publish = self.output.publish if self.output else None
+        return JobConfig.model_construct(**fields | {"output": publish and config.Output(publish=publish)})
 
     @property
     def created_claim(self) -> CreateClaim | None:

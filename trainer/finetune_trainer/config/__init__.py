@@ -86,6 +86,7 @@ from finetune_trainer.config.outcome import (
     QuantizeMethod,
 )
 from finetune_trainer.config.publish import (
+    TARGET_FIELDS,
     HuggingFaceTarget,
     OciTarget,
     Output,
@@ -165,6 +166,7 @@ __all__ = [
     "SOURCE_FIELDS",
     "STEPS_LIMIT",
     "SUBDOMAIN_PATTERN",
+    "TARGET_FIELDS",
     "TOKEN_FILE",
     "WANDB_KEY_FILE",
     "WANDB_SLOT",
