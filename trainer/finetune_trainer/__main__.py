@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 from finetune_trainer import launch
 from finetune_trainer.config import GradientCheckpointing
 from finetune_trainer.progress import ExitCode, LastWord, Reason, Stage, exit_code
-from finetune_trainer.reporting.write import write_job_report
 from finetune_trainer.runtime import distributed, fence, manifest, stages
 from finetune_trainer.runtime.context import Context
 from finetune_trainer.runtime.errors import InvalidConfig, TrainerError, VerificationFailed, translate
@@ -223,10 +222,17 @@ def _run_stage(config: JobConfig, arguments: argparse.Namespace, name: str | Non
             context = _context(arguments, report, target, name, stopping)
             found = distributed.lead(lambda: _done_already(target, work, report)) or _work(config, context, target)
             if distributed.leads():
-                write_job_report(config, context, found, time.monotonic() - began)
+                _tell_of_job(config, context, found, time.monotonic() - began)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every end is told
         return _end_badly(arguments, fence.explained(work.root, arguments.attempt, error))
     return _end(arguments, manifest.last_word(found, target, arguments.attempt))
+
+
+def _tell_of_job(config: JobConfig, context: Context, found: Manifest, seconds: float) -> None:
+    """Write the report of the job so far."""
+    from finetune_trainer.reporting.write import write_job_report  # noqa: PLC0415 - brings numpy, slow for --help
+
+    write_job_report(config, context, found, seconds)
 
 
 def _context(
