@@ -271,6 +271,8 @@ BLOCKS: dict[str, tuple[Rule, ...]] = {
             "quantize: AWQ has 4 bits: drop bits, or use method GPTQ",
         ),
         of_method(("actOrder", "dampeningFrac"), QuantizeMethod.GPTQ),
+        of_method(("bits", "groupSize", "symmetric", "calibration"), QuantizeMethod.GPTQ, QuantizeMethod.AWQ),
+        of_method(("ggufType",), QuantizeMethod.GGUF),
     ),
     "output.publish": (
         apart("huggingFace", "repo", "revision"),

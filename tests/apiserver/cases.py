@@ -498,6 +498,14 @@ BAD: dict[str, tuple[JSON, str]] = {
         spec(quantize=[AWQ | {"dampeningFrac": 0.1}]),
         "quantize: actOrder, dampeningFrac only with method GPTQ, drop them with any other",
     ),
+    "bits for GGUF": (
+        spec(quantize=[{"name": "q8", "method": "GGUF", "bits": 8}]),
+        "quantize: bits, groupSize, symmetric, calibration only with method GPTQ and AWQ, drop them with any other",
+    ),
+    "a type of GGUF for GPTQ": (
+        spec(quantize=[GPTQ | {"ggufType": "Q8_0"}]),
+        "quantize: ggufType only with method GGUF, drop them with any other",
+    ),
     "a gate below zero": (
         spec(quantize=[AWQ | {"maxPerplexityIncreasePercent": -1}]),
         "spec.quantize[0].maxPerplexityIncreasePercent",

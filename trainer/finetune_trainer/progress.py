@@ -189,11 +189,12 @@ class ResolvedQuantize(Model):
 
     name: str
     method: str
-    bits: int
-    group_size: int
-    symmetric: bool
+    bits: int | None = Field(default=None, description="GPTQ, AWQ.")
+    group_size: int | None = Field(default=None, description="GPTQ, AWQ.")
+    symmetric: bool | None = Field(default=None, description="GPTQ, AWQ.")
     act_order: bool | None = Field(default=None, description="GPTQ.")
     dampening_frac: float | None = Field(default=None, description="GPTQ.")
+    gguf_type: str | None = Field(default=None, description="GGUF.")
 
 
 class Resolved(Model):

@@ -1,4 +1,4 @@
-"""finetune-trainer quantize --name NAME --config job.json --work DIR: a GPTQ or AWQ form of the finished model.
+"""finetune-trainer quantize --name NAME --config job.json --work DIR: a GPTQ, AWQ or GGUF form of the finished model.
 
 GPTQ rounds each layer column by column and lets the columns not yet rounded make up for the error on rows of the
 training set (Frantar et al. 2022, arXiv:2210.17323). AWQ scales up the weights that large activations meet before it
@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 from finetune_trainer.config import Calibration, QuantizeMethod
 from finetune_trainer.data.tokenized import INPUT_IDS, LENGTHS, TRAIN, read_rows
 from finetune_trainer.evaluate import Comparison, compare, finished_dtype, read_token_rows
-from finetune_trainer.models.finished import GENERATION_CONFIG, copy_companions, load_quantized
+from finetune_trainer.models import gguf_export
+from finetune_trainer.models.finished import GENERATION_CONFIG, copy_companions, copy_licence, load_quantized
 from finetune_trainer.models.folder import CONFIG, load_tokenizer
 from finetune_trainer.models.loading import load_finished, set_up_torch, working_device
 from finetune_trainer.progress import Measured
@@ -54,6 +55,8 @@ log = logging.getLogger(__name__)
 DEFAULT_SAMPLES, DEFAULT_MAX_LENGTH = 256, 1024
 NOT_SHIPPED = ("quant_log.csv",)
 NEW_TOKENS = 24
+COMPARED_TEXTS = 32
+"""Held-out rows that two tokenizers must cut alike."""
 COMPARED_BYTES = 2 * 2
 """Bytes a parameter on a GPU at most: the finished model and the quantized one, in 16 bits."""
 
@@ -62,18 +65,36 @@ def run(config: JobConfig, context: Context) -> Manifest:
     """Quantize on rows of the training set, write, load back, compare with the finished model, publish."""
     set_up_torch()
     entry, settings = _settings(config, context)
-    calibration = choose_calibration(read_calibration_rows(context.work.data), entry, context.resolved.seed)
 
     def build(folder: Path) -> Result:
-        context.report.begin("loading the finished model")
-        write_quantized(context.work.merged, folder, settings, calibration, context)
-        copy_companions(context.work.merged, context.work.tokenizer, folder)
-        shutil.copyfile(context.work.merged / GENERATION_CONFIG, folder / GENERATION_CONFIG)
+        if settings.gguf_type is not None:
+            export(folder, settings.gguf_type, context)
+        else:
+            calibration = choose_calibration(read_calibration_rows(context.work.data), entry, context.resolved.seed)
+            write_with_companions(folder, settings, calibration, context)
         found = call_apart(partial(measure, folder=folder), context)
         log.info("it writes: %s", found.answer)
         return judge(entry, settings, found.comparison)
 
     return context.publish(build)
+
+
+def export(folder: Path, kind: str, context: Context) -> None:
+    """Write the finished model as a GGUF file, its tokenizer and chat template in it."""
+    merged = context.work.merged
+    gguf_export.write(merged, context.work.tokenizer, folder / gguf_export.file_name(kind), kind, context)
+    copy_licence(merged, folder)
+
+
+def write_with_companions(
+    folder: Path, settings: ResolvedQuantize, calibration: list[dict[str, list[int]]], context: Context
+) -> None:
+    """Write the quantized model and all that belongs to it."""
+    merged = context.work.merged
+    context.report.begin("loading the finished model")
+    write_quantized(merged, folder, settings, calibration, context)
+    copy_companions(merged, context.work.tokenizer, folder)
+    shutil.copyfile(merged / GENERATION_CONFIG, folder / GENERATION_CONFIG)
 
 
 def _settings(config: JobConfig, context: Context) -> tuple[Quantize, ResolvedQuantize]:
@@ -254,6 +275,9 @@ def measure(context: Context, folder: Path) -> Found:
     context.report.begin("loading the quantized model back")
     quantized = load_quantized(folder, device)
     answer = _write_answer(quantized, rows, context)
+    if (path := gguf_export.find_exported(folder)) is not None:
+        some = [list(row.input_ids) for row in rows[:COMPARED_TEXTS]]
+        gguf_export.verify_tokenizer(path, load_tokenizer(context.work.tokenizer), some)
     if not rows:
         return Found(answer, None)
     finished = load_finished(context.work.merged, device, finished_dtype(device))
@@ -283,6 +307,8 @@ def judge(entry: Quantize, settings: ResolvedQuantize, found: Comparison | None)
 
 
 def _described(settings: ResolvedQuantize) -> str:
+    if settings.gguf_type is not None:
+        return f"Exported as GGUF {settings.gguf_type}"
     return f"Quantized to {settings.bits} bits in groups of {settings.group_size} ({settings.method})"
 
 

@@ -90,6 +90,20 @@ def test_quantized_forms_are_settled(entry: dict[str, Any], columns: int, expect
     assert (found.bits, found.group_size, found.symmetric, found.act_order, found.dampening_frac) == expected
 
 
+@pytest.mark.parametrize(
+    ("entry", "columns", "kind"),
+    [
+        pytest.param({}, 576, "Q8_0", id="by default"),
+        pytest.param({"ggufType": "Q4_0"}, 576, "Q4_0", id="as asked for"),
+        pytest.param({"ggufType": "F16"}, 100, "F16", id="any size in 16 bits"),
+    ],
+)
+def test_gguf_forms_have_a_type_alone(entry: dict[str, Any], columns: int, kind: str) -> None:
+    config = parse_config(make_config(quantize=[{"name": "q", "method": "GGUF", **entry}]))
+    (found,) = resolve_quantize(config, replace(LLAMA, linear_layers={"a": columns}))
+    assert found.model_dump(exclude_none=True) == {"name": "q", "method": "GGUF", "gguf_type": kind}
+
+
 def quantize(**entry: Any) -> dict[str, Any]:
     return {"quantize": [{"name": "q", "method": "GPTQ", **entry}]}
 
@@ -149,6 +163,15 @@ def quantize(**entry: Any) -> dict[str, Any]:
             quantize(method="AWQ"), {"architecture": "Gemma3ForCausalLM"}, "Use GPTQ; AWQ is for Llama", id="Gemma 3"
         ),
         pytest.param(
+            quantize(method="GGUF"),
+            {"linear_layers": {"a": 100}},
+            r"Q8_0 holds 32 weights of a row in a block, a has 100 columns. Set ggufType to F16 or BF16",
+            id="no whole blocks",
+        ),
+        pytest.param(
+            quantize(method="GGUF"), {"architecture": "Gemma3ForCausalLM"}, "Use GPTQ; GGUF is for Llama", id="GGUF"
+        ),
+        pytest.param(
             quantize(calibration={"maxLength": 9000}),
             {},
             r"calibration.maxLength is 9,000.*8,192 tokens. Set it to 8,192 or less",
@@ -167,6 +190,9 @@ def test_what_cannot_be_is_refused_with_the_way_out(given: dict[str, Any], facts
         pytest.param({"method": "AWQ", "bits": 8}, "AWQ has 4 bits, bits is 8: drop it, or use method GPTQ", id="AWQ"),
         pytest.param({"bits": 6}, "multiple of 4", id="6 bits"),
         pytest.param({"method": "AWQ", "actOrder": True}, "actOrder is for GPTQ, method is AWQ: drop it", id="order"),
+        pytest.param({"method": "GGUF", "bits": 8}, "bits is for GPTQ and AWQ, method is GGUF: drop it", id="GGUF"),
+        pytest.param({"ggufType": "Q8_0"}, "ggufType is for GGUF, method is GPTQ: drop it", id="GGUF's type"),
+        pytest.param({"method": "GGUF", "ggufType": "Q4_K_M"}, "ggufType", id="a k-quant"),
         pytest.param({"method": "AWQ", "dampeningFrac": 0.1}, "dampeningFrac is for GPTQ", id="damping of AWQ"),
         pytest.param({"dampeningFrac": 5}, "less than 1", id="a share, not percents"),
         pytest.param({"maxPerplexityIncreasePercent": -1}, "greater than or equal to 0", id="negative gate"),

@@ -78,6 +78,7 @@ from finetune_trainer.config.model import (
 )
 from finetune_trainer.config.outcome import (
     Calibration,
+    GgufType,
     Merge,
     MergeBase,
     MergeDtype,
@@ -193,6 +194,7 @@ __all__ = [
     "Every",
     "Fsdp",
     "GaLore",
+    "GgufType",
     "GradientCheckpointing",
     "HuggingFaceDataset",
     "HuggingFaceSource",

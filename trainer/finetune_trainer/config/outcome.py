@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Self
 
 from pydantic import Field, model_validator
+from pydantic.alias_generators import to_camel
 
 from finetune_trainer.config.base import Model, ShortName
 from finetune_trainer.config.sources import Source
@@ -59,7 +60,6 @@ class Merge(Model):
         pattern=r"^[0-9]+(KB|MB|GB)$",
         description="Largest file of the saved weights, e.g. 2048MB. Default 5GB.",
     )
-
     max_kl_divergence: float | None = Field(
         default=None,
         alias="maxKLDivergence",
@@ -76,6 +76,7 @@ class Merge(Model):
         description="Gate for base Original: fails the job where the merged model's held-out loss is higher than the "
         "trained one's by more, nats a token. Default none: told, fails nothing.",
     )
+
     @model_validator(mode="after")
     def _original_is_merged_into(self) -> Self:
         if self.base is not MergeBase.DEQUANTIZED:
@@ -86,18 +87,31 @@ class Merge(Model):
                 raise ValueError(msg)
         return self
 
-
     @property
     def gates(self) -> dict[str, float]:
         """What is asked of the merged model's figures, by the names of the fields."""
         given = {"maxKLDivergence": self.max_kl_divergence, "maxLossIncrease": self.max_loss_increase}
         return {name: value for name, value in given.items() if value is not None}
 
+
 class QuantizeMethod(StrEnum):
     """How the finished model is made small."""
 
     GPTQ = "GPTQ"
     AWQ = "AWQ"
+    GGUF = "GGUF"
+
+
+class GgufType(StrEnum):
+    """What a GGUF file holds its matrices in; norms stay whole. The number is that of bits, without the scales."""
+
+    F16 = "F16"
+    BF16 = "BF16"
+    Q8_0 = "Q8_0"
+    Q5_1 = "Q5_1"
+    Q5_0 = "Q5_0"
+    Q4_1 = "Q4_1"
+    Q4_0 = "Q4_0"
 
 
 class Calibration(Model):
@@ -111,7 +125,10 @@ class Quantize(Model):
     """One quantized form of the finished model."""
 
     name: ShortName = Field(description="Its folder below quantized/ and its name in the status.")
-    method: QuantizeMethod = Field(description="GPTQ or AWQ.")
+    method: QuantizeMethod = Field(description="GPTQ or AWQ, for vLLM and transformers; GGUF, for llama.cpp.")
+    gguf_type: GgufType | None = Field(
+        default=None, description="GGUF: F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1 or Q4_0. Default Q8_0."
+    )
     bits: int | None = Field(
         default=None, ge=4, le=8, multiple_of=4, description="Bits a weight: GPTQ 4 or 8, AWQ 4. Default 4."
     )
@@ -150,8 +167,19 @@ class Quantize(Model):
         if self.method is QuantizeMethod.AWQ and self.bits not in (None, 4):
             msg = f"quantize: AWQ has 4 bits, bits is {self.bits}: drop it, or use method GPTQ"
             raise ValueError(msg)
-        for field, value in (("actOrder", self.act_order), ("dampeningFrac", self.dampening_frac)):
-            if value is not None and self.method is not QuantizeMethod.GPTQ:
-                msg = f"quantize: {field} is for GPTQ, method is {self.method}: drop it"
+        for field in self.model_fields_set - FIELDS_OF[self.method]:
+            if getattr(self, field) is not None:
+                takers = " and ".join(method for method, names in FIELDS_OF.items() if field in names)
+                msg = f"quantize: {to_camel(field)} is for {takers}, method is {self.method}: drop it"
                 raise ValueError(msg)
         return self
+
+
+OF_ALL = {"name", "method", "max_perplexity_increase_percent"}
+OF_CALIBRATED = OF_ALL | {"bits", "group_size", "symmetric", "calibration"}
+FIELDS_OF = {
+    QuantizeMethod.GPTQ: OF_CALIBRATED | {"act_order", "dampening_frac"},
+    QuantizeMethod.AWQ: OF_CALIBRATED,
+    QuantizeMethod.GGUF: OF_ALL | {"gguf_type"},
+}
+"""What may be set beside each method."""

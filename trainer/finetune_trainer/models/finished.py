@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_trainer.models import gguf_export
 from finetune_trainer.models.folder import CONFIG, load_tokenizer
 from finetune_trainer.models.loading import DTYPES, load_finished
 from finetune_trainer.runtime.errors import VerificationFailed
@@ -131,6 +132,11 @@ def copy_companions(base: Path, tokenizer: Path, folder: Path) -> None:
     for path in sorted(tokenizer.iterdir()):
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
+    copy_licence(base, folder)
+
+
+def copy_licence(base: Path, folder: Path) -> None:
+    """The licence of the base, which what is made of it keeps."""
     for pattern in LICENCES:
         for path in sorted(base.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
@@ -140,13 +146,15 @@ def copy_companions(base: Path, tokenizer: Path, folder: Path) -> None:
 
 
 def load_quantized(folder: Path, device: torch.device) -> Any:  # noqa: ANN401 - a causal language model
-    """A GPTQ or AWQ model, in fp32 on CPU and fp16 on a GPU, to be measured.
+    """A GPTQ, AWQ or GGUF model, in fp32 on CPU and 16 bits on a GPU, to be measured.
 
     With the kernels that are written in torch: others are compiled as they are used, and a pod has no compiler.
     VerificationFailed unless every quantized layer of the files is one of the model.
     """
     import torch  # noqa: PLC0415 - slow
 
+    if (path := gguf_export.find_exported(folder)) is not None:
+        return gguf_export.load_exported(path, device)
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     model = load_finished(folder, device, dtype, quantization_config=_torch_kernels(folder))
     verify_layers(model, folder)
