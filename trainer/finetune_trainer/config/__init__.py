@@ -9,9 +9,8 @@ the model or the data is resolved by the prepare stage (`finetune_trainer.settin
     model       the base model            data      datasets, columns, evaluation
     sources     hubs, volume, S3, OCI     method    QLoRA, LoRA, Full, GaLore; SFT, DPO
     training    hyperparameters, devices  outcome   merge, quantize
-    publish     hub, S3, OCI to put things in tracking  W&B, MLflow, TensorBoard
-    base        what all of them are made of
-    environment what a pod is told by variables
+    publish     hub, S3, OCI to put into  tracking  W&B, MLflow, TensorBoard
+    base        what all are made of      environment  what a pod is told by variables
 
 Imports nothing heavier than pydantic.
 """
