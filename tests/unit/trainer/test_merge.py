@@ -19,6 +19,7 @@ from finetune_trainer.evaluate import IGNORED, Comparison, TokenRow, compare, lo
 from finetune_trainer.models import loading, streaming
 from finetune_trainer.models.finished import end_tokens
 from finetune_trainer.models.loading import import_peft, load_base, load_dequantized, load_finished, set_up_torch
+from finetune_trainer.models.recording import record
 from finetune_trainer.models.sharding import build_empty
 from finetune_trainer.progress import Measured, Resolved, ResolvedLora, ResolvedMerge, Stage
 from finetune_trainer.runtime.context import Context
@@ -429,6 +430,18 @@ def test_only_one_part_of_the_model_is_ever_in_memory(tmp_path: Path, monkeypatc
     empty = build_empty(bench.work.model)
     assert sum(seen) == sum(each.numel() for each in empty.parameters())
     assert max(seen) < sum(seen) / 4
+
+
+def test_a_model_whose_body_is_on_disk_answers_with_the_same_bits(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path, options={"architecture": "Qwen2"})
+    whole, kept = (merge.load_reference(bench.merging(), MergeBase.ORIGINAL) for _ in range(2))
+    loss = record(kept, tmp_path / "aside", lambda model: measure_loss(model, ROWS))
+    held = [sum(each.numel() for each in model.parameters()) for model in (whole, kept)]
+    assert held[1] < held[0] / 4
+    found = compare(kept, whole, ROWS)
+    assert (found.kl, found.top1, found.reference_loss) == (0.0, 1.0, found.loss)
+    assert found.loss == pytest.approx(loss, rel=1e-9)
+    assert not list((tmp_path / "aside").iterdir()), "what was read is dropped"
 
 
 # What is broken
