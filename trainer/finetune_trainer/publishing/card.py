@@ -112,7 +112,8 @@ def front_matter(card: Card) -> str:
         "tags": sorted(
             {"finetune-operator"}
             | ({settings.method.lower(), settings.objective.lower()} if settings else set())
-            | ({card.quantized.method.lower(), f"{card.quantized.bits}-bit"} if card.quantized else set())
+            | ({card.quantized.method.lower()} if card.quantized else set())
+            | ({f"{card.quantized.bits}-bit"} if card.quantized and card.quantized.bits else set())
         ),
     }
     return str(yaml.safe_dump({key: value for key, value in told.items() if value}, sort_keys=True, allow_unicode=True))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from finetune_trainer.config import JobConfig
-from finetune_trainer.publishing.licence import find_licence, read_front_matter
+from finetune_trainer.config import JobConfig, PublishedArtifact
+from finetune_trainer.progress import ResolvedQuantize
+from finetune_trainer.publishing.card import Card, build_card
+from finetune_trainer.publishing.licence import Licence, find_licence, read_front_matter
+from finetune_trainer.reporting.collect import collect
 from finetune_trainer.runtime import manifest
-from tests.unit.trainer.publishing.conftest import APACHE, Shop
+from tests.unit.trainer.publishing.conftest import APACHE, Shop, make_job
 from tests.unit.trainer.sources.standins import COMMIT
 
 if TYPE_CHECKING:
@@ -49,6 +53,18 @@ def test_people_read_how_it_was_made_and_how_good_all_artifacts_are(shop: Shop, 
     assert "| LoRA | r 4, alpha 8, dropout 0.1 |" in text
     assert "| Steps | 8 (2.5 epochs) |" in text
     assert "vllm serve ./out" in text
+
+
+def test_a_gguf_file_is_loaded_by_llama_cpp(shop: Shop) -> None:
+    report = collect(JobConfig.model_validate(make_job()), shop.work, (), datetime(2026, 1, 1, tzinfo=UTC))
+    gguf = ResolvedQuantize(name="gptq4", method="GGUF", gguf_type="Q8_0")
+    kind, path = PublishedArtifact.QUANTIZED, "quantized/gptq4"
+    text = build_card(Card(kind, path, "acme/fox", report, Licence(), gguf, ("model-Q8_0.gguf",)))
+    (shop.work.root / "card").write_text(text)
+    told = read_front_matter(shop.work.root / "card")
+    assert "llama-server --model model-Q8_0.gguf" in text
+    assert "library_name" not in told
+    assert told["tags"] == ["finetune-operator", "gguf", "qlora", "sft"]
 
 
 def test_an_adapter_is_loaded_on_the_base_as_it_was_held(shop: Shop, registry: Registry) -> None:
