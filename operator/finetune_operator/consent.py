@@ -47,8 +47,9 @@ def _addresses(spec: Spec, settings: Settings) -> Iterator[Failure | None]:
 
 def addresses(spec: Spec) -> Iterator[tuple[str, str]]:
     """Field and URL of everything a job reaches at an address of its own choice."""
-    for _, field, source in spec.sources():
-        kind = source.kind
+    sources = ((field, source.kind) for _, field, source in spec.sources())
+    targets = ((field, entry.kind) for _, field, entry in spec.destinations())
+    for field, kind in (*sources, *targets):
         if isinstance(kind, S3Source):
             yield f"{field}.s3.endpoint", kind.address
         if isinstance(kind, OciSource):

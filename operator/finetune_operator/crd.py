@@ -27,6 +27,7 @@ STATUS_LIST_KEYS = {
     "conditions": ("type",),
     "stages": ("name",),
     "artifacts": ("name",),
+    "artifacts.[].published": ("name",),
     "attempts": ("stage", "number"),
 }
 
@@ -80,7 +81,7 @@ def _version() -> JSON:
 def _root() -> JSON:
     return {
         "type": "object",
-        "description": "A language model, fine-tuned, merged and quantized: from files on a claim to files on a claim.",
+        "description": "A language model, fine-tuned, merged, quantized, proven and published.",
         "required": ["spec"],
         "properties": {
             "apiVersion": {"type": "string"},

@@ -35,7 +35,7 @@ CONTROLLER_UID = "batch.kubernetes.io/controller-uid"
 TRACKING = "batch.kubernetes.io/job-tracking"
 """Kubernetes' own finalizer of a Job's pods: a pod that has it still counts for its Job."""
 
-RUN = re.compile(r"(prepare|train|merge|quantize-[0-9]{1,4}) [0-9]{1,9}")
+RUN = re.compile(r"(prepare|train|merge|(quantize|publish)-[0-9]{1,4}) [0-9]{1,9}")
 """Labels of stage and attempt that make sense."""
 
 

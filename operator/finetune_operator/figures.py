@@ -11,10 +11,11 @@ from finetune_operator.api import (
     ArtifactStatus,
     DataStatus,
     MeasuredStatus,
+    PublishedStatus,
     TrainingStatus,
     format_time,
 )
-from finetune_trainer.progress import Artifact, DataFacts, Measured, Progress, Resolved, TrainFacts
+from finetune_trainer.progress import Artifact, DataFacts, Measured, Progress, Published, Resolved, TrainFacts
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 STEPS, BYTES = "steps", "bytes"
@@ -143,3 +144,16 @@ def artifact_status(artifact: Artifact, claim: str, folder: str) -> ArtifactStat
         digest=artifact.digest,
         measured=MeasuredStatus(**figures) if figures else None,
     )
+
+
+def published_status(artifact: ArtifactStatus, published: Published) -> ArtifactStatus:
+    """An artifact, with one more place where it is."""
+    others = tuple(each for each in artifact.published or () if each.name != published.name)
+    told = PublishedStatus(
+        name=published.name,
+        uri=published.uri,
+        digest=published.digest,
+        size=size(published.size_bytes),
+        size_bytes=published.size_bytes,
+    )
+    return artifact.model_copy(update={"published": (*others, told)})

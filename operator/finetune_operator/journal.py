@@ -28,7 +28,7 @@ from finetune_operator.api import (
 )
 from finetune_operator.facts import Facts, Gang, StageJob, StagePod, after
 from finetune_operator.failures import Failure, classify, decisive, ending_with, failure, obstacle, parting
-from finetune_operator.figures import artifact_status, data_status, final_training, resolved_status
+from finetune_operator.figures import artifact_status, data_status, final_training, published_status, resolved_status
 from finetune_operator.healing import describe, relieve
 from finetune_operator.limits import Scene, exceeded
 from finetune_operator.names import Position, Step
@@ -334,6 +334,9 @@ def _hear(journal: Journal, job: FineTuneJob, word: LastWord) -> Journal:
         told = artifact_status(word.artifact, names.claim(job), names.folder(job))
         others = tuple(artifact for artifact in journal.artifacts if artifact.name != told.name)
         journal = replace(journal, artifacts=(*others, told))
+    if (sent := word.published) is not None:
+        artifacts = (published_status(each, sent) if each.name == sent.artifact else each for each in journal.artifacts)
+        journal = replace(journal, artifacts=tuple(artifacts))
     measured = word.artifact.measured if word.artifact else None
     return replace(
         journal,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from finetune_operator.api import FineTuneJob, Phase, Spec
@@ -15,12 +16,15 @@ SOURCES = "/sources"
 SECRETS = "/secrets"
 CONFIG = "/etc/finetune"
 CONFIG_FILE = "job.json"
+REPORT = "report/index.html"
+"""In a job's folder: written anew by each stage."""
 
 PHASES = {
     Stage.PREPARE: Phase.PREPARING,
     Stage.TRAIN: Phase.TRAINING,
     Stage.MERGE: Phase.MERGING,
     Stage.QUANTIZE: Phase.QUANTIZING,
+    Stage.PUBLISH: Phase.PUBLISHING,
 }
 
 
@@ -30,10 +34,14 @@ Position = tuple[int, int]
 """An attempt's number and its step's place: it grows strictly over the life of a job, the number alone never falls."""
 
 
+ENTRIES = 10_000
+"""More than one stage can have: an index has at most 4 digits."""
+
+
 def place(key: str) -> int:
-    """Where a step stands in the longest line: prepare 0, train 1, merge 2, quantize-0 3, quantize-1 4."""
+    """Where a step stands in the longest line: by its stage, and among the entries of one stage by its index."""
     stage, _, index = key.partition("-")
-    return STAGES.index(Stage(stage)) + int(index or 0)
+    return STAGES.index(Stage(stage)) * ENTRIES + int(index or 0)
 
 
 @dataclass(frozen=True)
@@ -59,20 +67,29 @@ class Step:
 
 
 def line(spec: Spec) -> tuple[Step, ...]:
-    """The steps of a job, in their order. A method that trains the model itself leaves nothing to merge."""
+    """The steps of a job, in their order. A method that trains the model itself leaves nothing to merge.
+
+    What is published comes last: where a gate fires, or anything else fails, nothing has gone out.
+    """
     steps = [_step(Stage.PREPARE)]
     if spec.stops_after_prepare:
         return tuple(steps)
     steps.append(_step(Stage.TRAIN, pods=spec.num_nodes))
     if spec.merges:
         steps.append(_step(Stage.MERGE))
-    for index, entry in enumerate(spec.quantize or ()):
-        steps.append(Step(Stage.QUANTIZE, f"quantize-{index}", f"quantize-{entry.name}", entry.name))
+    steps += _entries(Stage.QUANTIZE, (entry.name for entry in spec.quantize or ()))
+    steps += _entries(Stage.PUBLISH, (entry.name for _, _, entry in spec.destinations()))
     return tuple(steps)
 
 
 def _step(stage: Stage, pods: int = 1) -> Step:
     return Step(stage, stage.value, stage.value, pods=pods)
+
+
+def _entries(stage: Stage, entries: Iterable[str]) -> Iterator[Step]:
+    """One step an entry; users' names stay out of the names of children."""
+    for index, entry in enumerate(entries):
+        yield Step(stage, f"{stage.value}-{index}", f"{stage.value}-{entry}", entry)
 
 
 def stage_job(job: FineTuneJob, step: Step, attempt: int) -> str:
@@ -88,6 +105,11 @@ def config_map(job: FineTuneJob) -> str:
 def folder(job: FineTuneJob) -> str:
     """The job's folder in its claim, and the name of a claim made for it: jobs of one name never meet."""
     return f"{job.name}-{job.uid[:UID_CHARACTERS]}"
+
+
+def report(job: FineTuneJob) -> str:
+    """Path of the report in the claim."""
+    return f"{folder(job)}/{REPORT}"
 
 
 def claim(job: FineTuneJob) -> str:

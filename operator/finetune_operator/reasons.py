@@ -90,7 +90,7 @@ TABLE: dict[str, Row] = {
     Said.ACCESS_DENIED: Row(
         Retry.NEVER,
         "A token or a permission is missing.",
-        "Check the Secret that the source names and who may read the files.",
+        "Check the Secret that the source or the place names, and who may read or write there.",
     ),
     Said.VOLUME_FULL: Row(
         Retry.NEVER,
@@ -112,6 +112,11 @@ TABLE: dict[str, Row] = {
         Retry.COUNTED,
         "A file is not what its manifest says.",
         "What was read is not what was written: check the volume.",
+    ),
+    Said.GATE_FAILED: Row(
+        Retry.NEVER,
+        "What came out is measured worse than a gate of the spec allows; it was not published.",
+        "The message has both figures and what to change; or apply the job under a new name with a wider gate.",
     ),
     Said.RENDEZVOUS_FAILED: Row(
         Retry.COUNTED,

@@ -24,10 +24,13 @@ from finetune_trainer.config import (
     NAME_PATTERN,
     SMOOTHED_LOSSES,
     SOURCE_FIELDS,
+    TARGET_FIELDS,
     WITHOUT_BETAS,
     BaseFormat,
     DatasetFormat,
     MethodType,
+    PublishedArtifact,
+    QuantizeMethod,
 )
 
 
@@ -88,6 +91,9 @@ SOURCES = {
 }
 """Path and name of everything that is fetched."""
 
+TARGETS = "output.publish.[]"
+"""Path of everything that is sent."""
+
 OF_ITS_KIND: dict[str, tuple[Rule, ...]] = {
     "volume": (
         Rule("!self.path.split('/').exists(part, part == '..')", "path: no part may be '..'"),
@@ -111,6 +117,7 @@ HUBS = ("huggingFace", "modelScope")
 def _sources() -> dict[str, tuple[Rule, ...]]:
     unions = {path: (exactly_one(SOURCE_FIELDS, name),) for path, name in SOURCES.items()}
     kinds = {f"{path}.{kind}": rules for path in SOURCES for kind, rules in OF_ITS_KIND.items()}
+    kinds |= {f"{TARGETS}.{kind}": OF_ITS_KIND[kind] for kind in TARGET_FIELDS if kind in OF_ITS_KIND}
     splits = {f"{path}.{hub}": (SPLIT,) for path in DATASETS for hub in HUBS}
     return unions | kinds | splits
 
@@ -133,6 +140,26 @@ def distinct_names(where: str) -> Rule:
     return Rule(
         "self.all(one, !has(one.name) || self.filter(other, has(other.name) && other.name == one.name).size() == 1)",
         f"{where}: each name at most once",
+    )
+
+
+def of_method(fields: tuple[str, ...], *methods: QuantizeMethod) -> Rule:
+    """Settings that only some ways to quantize have."""
+    return Rule(
+        f"self.method in {one_of(methods)} || !({' || '.join(f'has(self.{field})' for field in fields)})",
+        f"quantize: {', '.join(fields)} only with method {' and '.join(methods)}, drop them with any other",
+    )
+
+
+def apart(kind: str, *fields: str, at: str | None = None) -> Rule:
+    """No two places of this kind are the same: in these fields, and in one that may be unset."""
+    same = " && ".join(f"other.{kind}.{field} == one.{kind}.{field}" for field in fields)
+    if at is not None:
+        one, other = (f"{who}.{kind}.{at}" for who in ("one", "other"))
+        same += f" && has({other}) == has({one}) && (!has({one}) || {other} == {one})"
+    return Rule(
+        f"self.all(one, !has(one.{kind}) || self.filter(other, has(other.{kind}) && {same}).size() == 1)",
+        f"output.publish: each entry needs a place of its own, two have the same {kind}",
     )
 
 
@@ -233,6 +260,31 @@ BLOCKS: dict[str, tuple[Rule, ...]] = {
             "!has(self.original) || self.?base.orValue('Auto') != 'Dequantized'",
             "merge.original is for base Original: drop it, or set merge.base to Original",
         ),
+        Rule(
+            "!has(self.maxLossIncrease) || self.?base.orValue('Auto') != 'Dequantized'",
+            "merge.maxLossIncrease is for base Original: drop it, or set merge.base to Original",
+        ),
+    ),
+    "quantize.[]": (
+        Rule(
+            f"self.method != '{QuantizeMethod.AWQ}' || self.?bits.orValue(4) == 4",
+            "quantize: AWQ has 4 bits: drop bits, or use method GPTQ",
+        ),
+        of_method(("actOrder", "dampeningFrac"), QuantizeMethod.GPTQ),
+        of_method(("bits", "groupSize", "symmetric", "calibration"), QuantizeMethod.GPTQ, QuantizeMethod.AWQ),
+        of_method(("ggufType",), QuantizeMethod.GGUF),
+    ),
+    "output.publish": (
+        apart("huggingFace", "repo", "revision"),
+        apart("s3", "uri", at="endpoint"),
+        apart("oci", "reference"),
+    ),
+    TARGETS: (
+        exactly_one(TARGET_FIELDS, "output.publish"),
+        Rule(
+            f"(self.artifact == '{PublishedArtifact.QUANTIZED}') == has(self.quantizeName)",
+            "output.publish: quantizeName goes with artifact Quantized, which needs it",
+        ),
     ),
     "output.volume": (exactly_one(("create", "existing"), "output.volume"),),
     "output.volume.create.accessModes": (
@@ -262,14 +314,29 @@ def measured(field: str, asked: str) -> Rule:
     """What needs a held-out loss needs rows that are held out."""
     return Rule(
         f"self.?evaluation.?percent.orValue(5.0) > 0.0 || !({asked})",
-        f"evaluation.percent 0 holds nothing out: drop training.{field} or hold rows out",
+        f"evaluation.percent 0 holds nothing out: drop {field} or hold rows out",
+    )
+
+
+def published(artifact: PublishedArtifact, there: str, message: str) -> Rule:
+    """An artifact can go out only where the job makes it."""
+    return Rule(
+        "!(has(self.output) && has(self.output.publish))"
+        f" || self.output.publish.all(entry, entry.artifact != '{artifact}' || {there})",
+        f"output.publish: {message}",
     )
 
 
 WHOLE: tuple[Rule, ...] = (
-    measured("eval", "self.?training.?eval.hasValue()"),
-    measured("restoreBest", "self.?training.?restoreBest.orValue(false)"),
-    measured("earlyStopping", "self.?training.?earlyStopping.hasValue()"),
+    measured("training.eval", "self.?training.?eval.hasValue()"),
+    measured("training.restoreBest", "self.?training.?restoreBest.orValue(false)"),
+    measured("training.earlyStopping", "self.?training.?earlyStopping.hasValue()"),
+    measured("merge.maxKLDivergence", "self.?merge.?maxKLDivergence.hasValue()"),
+    measured("merge.maxLossIncrease", "self.?merge.?maxLossIncrease.hasValue()"),
+    measured(
+        "quantize[].maxPerplexityIncreasePercent",
+        "has(self.quantize) && self.quantize.exists(form, has(form.maxPerplexityIncreasePercent))",
+    ),
     Rule(
         f"{OBJECTIVE} != 'DPO' || self.?training.?packing.orValue('Auto') != 'On'",
         "training.packing: rows of DPO are not packed, leave it unset or Off",
@@ -305,6 +372,22 @@ WHOLE: tuple[Rule, ...] = (
         "self.?quantize.orValue([]).size() == 0 || self.?merge.?policy.orValue('Auto') != 'Never'",
         "quantize needs the merged model: leave merge.policy unset or drop quantize",
     ),
+    published(
+        PublishedArtifact.ADAPTER,
+        f"({TRAINS_ADAPTER})",
+        "artifact Adapter is for method.type QLoRA and LoRA: publish Merged, the finished model",
+    ),
+    published(
+        PublishedArtifact.MERGED,
+        "self.?merge.?policy.orValue('Auto') != 'Never'",
+        "artifact Merged needs the merge: leave merge.policy unset, or publish Adapter",
+    ),
+    published(
+        PublishedArtifact.QUANTIZED,
+        "!has(entry.quantizeName)"
+        " || (has(self.quantize) && self.quantize.exists(form, form.name == entry.quantizeName))",
+        "quantizeName must be the name of an entry of quantize",
+    ),
     Rule(
         f"!has(self.model.adapter) || {TRAINS_ADAPTER}",
         "model.adapter is for QLoRA and LoRA: drop it, or set method.type to one of these",
@@ -327,7 +410,12 @@ def _joined(*parts: dict[str, tuple[Rule, ...]]) -> dict[str, tuple[Rule, ...]]:
 RULES = _joined(_sources(), BLOCKS, {"": WHOLE})
 """By path below spec; the empty path is spec itself."""
 
-LIST_KEYS = {"quantize": ("name",), "pod.imagePullSecrets": ("name",), "pod.env": ("name",)}
+LIST_KEYS = {
+    "quantize": ("name",),
+    "output.publish": ("name",),
+    "pod.imagePullSecrets": ("name",),
+    "pod.env": ("name",),
+}
 """Lists of named entries; all other lists are replaced as a whole."""
 
 

@@ -480,6 +480,7 @@ def _reject(job: FineTuneJob, view: View, now: datetime) -> Decision:
         completion_time=format_time(now),
         claim_name=job.status.claim_name,
         folder=job.status.folder,
+        report=job.status.report,
         conditions=build_conditions(job, view, now, accepted=False),
         stages=job.status.stages,
         artifacts=job.status.artifacts,
@@ -490,4 +491,6 @@ def _reject(job: FineTuneJob, view: View, now: datetime) -> Decision:
 
 def _summary(journal: Journal) -> str:
     made = ", ".join(artifact.name for artifact in journal.artifacts)
-    return cut(f"All stages are complete and verified{f': {made}' if made else ''}.")
+    sent = ", ".join(place.name for artifact in journal.artifacts for place in artifact.published or ())
+    told = f"{f': {made}' if made else ''}{f'; published: {sent}' if sent else ''}"
+    return cut(f"All stages are complete and verified{told}.")

@@ -50,6 +50,7 @@ def build_status(facts: Facts, journal: Journal, view: View, now: datetime, *, p
         completion_time=format_time(now) if finished else None,
         claim_name=names.claim(job),
         folder=names.folder(job),
+        report=names.report(job) if any(map(journal.proven, journal.steps)) else None,
         attempt_count=journal.count,
         retries=journal.retries,
         active_seconds=journal.active_seconds or None,

@@ -20,6 +20,14 @@ ROWS = {"volume": {"claimName": "datasets", "path": "train.jsonl"}}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SHARED = {"volume": {"create": {"accessModes": ["ReadWriteMany"]}}}
 DPO = {"type": "DPO"}
+AWQ = {"name": "q", "method": "AWQ"}
+GPTQ = {"name": "q", "method": "GPTQ"}
+BUCKET = {"s3": {"uri": "s3://models/fox", "credentialsSecretRef": {"name": "s3"}}}
+REPOSITORY = {"huggingFace": {"repo": "acme/fox", "tokenSecretRef": {"name": "hub", "key": "token"}}}
+TAG = {"oci": {"reference": "registry.test:5000/acme/fox:v1"}}
+ADAPTER = {"name": "out", "artifact": "Adapter"}
+MERGED = {"name": "out", "artifact": "Merged"}
+QUANTIZED = {"name": "out", "artifact": "Quantized", "quantizeName": "q"}
 ONE_SOURCE = "set exactly one of huggingFace, modelScope, volume, s3 and oci"
 
 
@@ -31,6 +39,17 @@ def spec(**changes: Any) -> JSON:
 def dataset(**fields: Any) -> JSON:
     """The shortest spec, whose dataset says more."""
     return spec(datasets=[ROWS | fields])
+
+
+def published(*entries: JSON, **changes: Any) -> JSON:
+    """The shortest spec that publishes something."""
+    return spec(output={"publish": list(entries)}, **changes)
+
+
+WHOLE = published(
+    MERGED | BUCKET | {"name": "bucket"}, parallelism={"gpusPerNode": 0}, quantize=[GPTQ | {"name": "gptq4"}]
+)
+"""A job with a stage of each kind, on CPU."""
 
 
 def examples() -> dict[str, JSON]:
@@ -98,8 +117,25 @@ FINE: dict[str, JSON] = {
             "tensorboard": True,
         }
     ),
+    "gates of the merge": spec(merge={"maxKLDivergence": 0.01, "maxLossIncrease": -0.01}),
     "quantized without a word about merging": spec(quantize=[{"name": "q", "method": "AWQ"}]),
-    "trained whole, then quantized": spec(method={"type": "Full"}, quantize=[{"name": "q", "method": "AWQ"}]),
+    "trained whole, then quantized": spec(method={"type": "Full"}, quantize=[AWQ]),
+    "GPTQ of 8 bits with its settings": spec(
+        quantize=[GPTQ | {"bits": 8, "actOrder": True, "dampeningFrac": 0.1, "maxPerplexityIncreasePercent": 5}]
+    ),
+    "an adapter that is not merged, published": published(ADAPTER | BUCKET, merge={"policy": "Never"}),
+    "a model trained whole, published": published(MERGED | TAG, method={"type": "Full"}),
+    "everything, published everywhere": published(
+        ADAPTER | BUCKET | {"name": "a"},
+        MERGED | REPOSITORY | {"name": "b"},
+        QUANTIZED | TAG | {"name": "c"},
+        QUANTIZED | {"name": "d", "s3": BUCKET["s3"] | {"endpoint": "https://minio.test"}},
+        quantize=[AWQ],
+    ),
+    "two branches of one repository": published(
+        ADAPTER | REPOSITORY,
+        MERGED | {"name": "too", "huggingFace": REPOSITORY["huggingFace"] | {"revision": "merged"}},
+    ),
 }
 """Recipes, and what comes close to what is refused."""
 
@@ -257,6 +293,18 @@ BAD: dict[str, tuple[JSON, str]] = {
     "an early stop on no rows": (
         spec(evaluation={"percent": 0}, training={"earlyStopping": {"patience": 3}}),
         "evaluation.percent 0 holds nothing out: drop training.earlyStopping or hold rows out",
+    ),
+    "a gate of divergence on no rows": (
+        spec(evaluation={"percent": 0}, merge={"maxKLDivergence": 0.01}),
+        "evaluation.percent 0 holds nothing out: drop merge.maxKLDivergence or hold rows out",
+    ),
+    "a gate of loss on no rows": (
+        spec(evaluation={"percent": 0}, merge={"maxLossIncrease": 0.01}),
+        "evaluation.percent 0 holds nothing out: drop merge.maxLossIncrease or hold rows out",
+    ),
+    "a gate of perplexity on no rows": (
+        spec(evaluation={"percent": 0}, quantize=[AWQ | {"maxPerplexityIncreasePercent": 5}]),
+        "evaluation.percent 0 holds nothing out: drop quantize[].maxPerplexityIncreasePercent or hold rows out",
     ),
     "rows without end": (spec(evaluation={"maxRows": 10**7 + 1}), "spec.evaluation.maxRows"),
     "a seed of 33 bits": (spec(evaluation={"seed": 2**32}), "spec.evaluation.seed"),
@@ -425,6 +473,11 @@ BAD: dict[str, tuple[JSON, str]] = {
         spec(merge={"base": "Dequantized", "original": {"volume": VOLUME}}),
         "merge.original is for base Original",
     ),
+    "a gate of loss for the dequantized": (
+        spec(merge={"base": "Dequantized", "maxLossIncrease": 0.01}),
+        "merge.maxLossIncrease is for base Original: drop it, or set merge.base to Original",
+    ),
+    "a gate of divergence below zero": (spec(merge={"maxKLDivergence": -0.1}), "spec.merge.maxKLDivergence"),
     "shards of a size that is none": (spec(merge={"maxShardSize": "2 GB"}), "spec.merge.maxShardSize"),
     "quantize without merge": (
         spec(merge={"policy": "Never"}, quantize=[{"name": "q", "method": "GPTQ"}]),
@@ -434,7 +487,103 @@ BAD: dict[str, tuple[JSON, str]] = {
         spec(quantize=[{"name": "q", "method": "GPTQ"}, {"name": "q", "method": "GPTQ"}]),
         'Duplicate value: {"name":"q"}',
     ),
-    "three bits": (spec(quantize=[{"name": "q", "method": "GPTQ", "bits": 3}]), "spec.quantize[0].bits"),
+    "three bits": (spec(quantize=[GPTQ | {"bits": 3}]), "spec.quantize[0].bits"),
+    "six bits": (spec(quantize=[GPTQ | {"bits": 6}]), "spec.quantize[0].bits"),
+    "AWQ of 8 bits": (spec(quantize=[AWQ | {"bits": 8}]), "quantize: AWQ has 4 bits: drop bits, or use method GPTQ"),
+    "an order of columns for AWQ": (
+        spec(quantize=[AWQ | {"actOrder": False}]),
+        "quantize: actOrder, dampeningFrac only with method GPTQ, drop them with any other",
+    ),
+    "dampening for AWQ": (
+        spec(quantize=[AWQ | {"dampeningFrac": 0.1}]),
+        "quantize: actOrder, dampeningFrac only with method GPTQ, drop them with any other",
+    ),
+    "bits for GGUF": (
+        spec(quantize=[{"name": "q8", "method": "GGUF", "bits": 8}]),
+        "quantize: bits, groupSize, symmetric, calibration only with method GPTQ and AWQ, drop them with any other",
+    ),
+    "a type of GGUF for GPTQ": (
+        spec(quantize=[GPTQ | {"ggufType": "Q8_0"}]),
+        "quantize: ggufType only with method GGUF, drop them with any other",
+    ),
+    "a gate below zero": (
+        spec(quantize=[AWQ | {"maxPerplexityIncreasePercent": -1}]),
+        "spec.quantize[0].maxPerplexityIncreasePercent",
+    ),
+    # --- what goes out
+    "no place to publish to": (published(ADAPTER), "output.publish: set exactly one of huggingFace, s3 and oci"),
+    "two places to publish to": (
+        published(ADAPTER | BUCKET | TAG),
+        "output.publish: set exactly one of huggingFace, s3 and oci",
+    ),
+    "a claim to publish to": (
+        published(ADAPTER | {"volume": VOLUME}),
+        'unknown field "spec.output.publish[0].volume"',
+    ),
+    "an artifact that is not there": (
+        published({"name": "out", "artifact": "Checkpoint"} | BUCKET),
+        'supported values: "Adapter", "Merged", "Quantized"',
+    ),
+    "a quantized form without its name": (
+        published({"name": "out", "artifact": "Quantized"} | BUCKET, quantize=[AWQ]),
+        "output.publish: quantizeName goes with artifact Quantized, which needs it",
+    ),
+    "a quantized form's name for the merged model": (
+        published(MERGED | BUCKET | {"quantizeName": "q"}, quantize=[AWQ]),
+        "output.publish: quantizeName goes with artifact Quantized, which needs it",
+    ),
+    "a quantized form that is not made": (
+        published(QUANTIZED | BUCKET, quantize=[AWQ | {"name": "other"}]),
+        "output.publish: quantizeName must be the name of an entry of quantize",
+    ),
+    "a quantized form where none is made": (
+        published(QUANTIZED | BUCKET),
+        "output.publish: quantizeName must be the name of an entry of quantize",
+    ),
+    "the adapter of a model trained whole": (
+        published(ADAPTER | BUCKET, method={"type": "Full"}),
+        "output.publish: artifact Adapter is for method.type QLoRA and LoRA",
+    ),
+    "a merged model that is not merged": (
+        published(MERGED | BUCKET, merge={"policy": "Never"}),
+        "output.publish: artifact Merged needs the merge: leave merge.policy unset, or publish Adapter",
+    ),
+    "two things published under one name": (
+        published(ADAPTER | BUCKET, MERGED | TAG),
+        'Duplicate value: {"name":"out"}',
+    ),
+    "two things below one prefix": (
+        published(ADAPTER | BUCKET, MERGED | BUCKET | {"name": "too"}),
+        "output.publish: each entry needs a place of its own, two have the same s3",
+    ),
+    "two things on one branch": (
+        published(ADAPTER | REPOSITORY, MERGED | REPOSITORY | {"name": "too"}),
+        "output.publish: each entry needs a place of its own, two have the same huggingFace",
+    ),
+    "two things under one tag": (
+        published(ADAPTER | TAG, MERGED | TAG | {"name": "too"}),
+        "output.publish: each entry needs a place of its own, two have the same oci",
+    ),
+    "a hub without a token": (
+        published(ADAPTER | {"huggingFace": {"repo": "acme/fox"}}),
+        "spec.output.publish[0].huggingFace.tokenSecretRef: Required value",
+    ),
+    "a bucket without keys": (
+        published(ADAPTER | {"s3": {"uri": "s3://models/fox"}}),
+        "spec.output.publish[0].s3.credentialsSecretRef: Required value",
+    ),
+    "a whole bucket to publish to": (
+        published(ADAPTER | {"s3": BUCKET["s3"] | {"uri": "s3://models"}}),
+        "uri: write s3://bucket/key, or s3://bucket/prefix/",
+    ),
+    "a registry by its address": (
+        published(ADAPTER | {"oci": {"reference": "https://registry.test/acme/fox:v1"}}),
+        "reference: write registry/repository:tag, without https://",
+    ),
+    "a digest to publish to": (
+        published(ADAPTER | {"oci": {"reference": f"registry.test/acme/fox@sha256:{'0' * 64}"}}),
+        "spec.output.publish[0].oci.reference",
+    ),
     # --- cluster
     "two volumes": (
         spec(output={"volume": {"create": {}, "existing": {"claimName": "x"}}}),

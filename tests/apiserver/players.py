@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from finetune_operator.api import Label, format_time
-from tests.apiserver.api import JSON, Space, wait_for
+from tests.apiserver.api import JSON, RefusedError, Space, wait_for
 from tests.unit.operator.builders import word
 
 
@@ -31,8 +31,11 @@ def _index(pod: JSON) -> int:
 
 
 def bind(space: Space, pod: JSON) -> None:
-    """The pod has a node, whose kubelet is the test: deleted, it stays until it is `gone`."""
-    target = {"apiVersion": "v1", "kind": "Node", "name": "played"}
+    """The pod has a node, whose kubelet is the test: deleted, it stays until it is `gone`.
+
+    A node of its own: there is no such Node, and the cluster clears away what is on one that has been missing for 40 s.
+    """
+    target = {"apiVersion": "v1", "kind": "Node", "name": f"played-{pod['metadata']['uid']}"}
     body = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod["metadata"]["name"]}, "target": target}
     space.call("POST", f"{space.path('pods', pod['metadata']['name'])}/binding", body)
 
@@ -43,9 +46,13 @@ def told_to_leave(space: Space, pod: JSON) -> None:
 
 
 def gone(space: Space, pod: JSON) -> None:
-    """The kubelet has cleared the pod away."""
+    """The kubelet has cleared the pod away, or the cluster did before it (see `bind`)."""
     body = {"gracePeriodSeconds": 0, "preconditions": {"uid": pod["metadata"]["uid"]}}
-    space.call("DELETE", space.path("pods", pod["metadata"]["name"]), body)
+    try:
+        space.call("DELETE", space.path("pods", pod["metadata"]["name"]), body)
+    except RefusedError as error:
+        if "not found" not in str(error):
+            raise
 
 
 def patch_pod(space: Space, pod: JSON, status: JSON) -> None:

@@ -9,13 +9,13 @@ import pytest
 
 from tests.apiserver import players
 from tests.apiserver.api import Space, wait_for
-from tests.apiserver.cases import SHARED, spec
+from tests.apiserver.cases import SHARED, WHOLE, spec
 from tests.apiserver.conftest import Operator, quiet_for
 
 CPU = {"gpusPerNode": 0}
-SPEC = spec(parallelism=CPU, quantize=[{"name": "gptq4", "method": "GPTQ"}])
+SPEC = WHOLE
 GANG = spec(parallelism=CPU | {"numNodes": 2}, output=SHARED)
-LINE = ("prepare", "train", "merge", "quantize-0")
+LINE = ("prepare", "train", "merge", "quantize-0", "publish-0")
 OURS = ("finetunejobs", "jobs", "configmaps", "services")
 KEPT = {"kube-root-ca.crt"}
 COMPLAINT = re.compile(r"\b(WARNING|ERROR)\b(?!.*: Attempt \d+ of )")
@@ -77,6 +77,7 @@ LIVES = {
     "training on two nodes": training_on_two_nodes,
     "merging": in_stage("merge", "Merging"),
     "quantizing": in_stage("quantize-0", "Quantizing"),
+    "publishing": in_stage("publish-0", "Publishing"),
     "run again": run_again,
     "failed": failed,
     "succeeded": succeeded,

@@ -335,8 +335,8 @@ def test_a_suspended_job_gives_its_quota_back_and_lines_up_again(space: Space) -
     space.wait_status("second", reason="WaitingForQuota")
     space.merge("finetunejobs", "first", {"spec": {"suspend": True}})
     players.run(space, second)
-    status = space.wait_status("first", phase="Suspended")
-    assert quota_of(space, "first")["status"] == "False"
+    space.wait_status("first", phase="Suspended")
+    wait_for(lambda: quota_of(space, "first")["status"] == "False", "the quota given back")
     space.merge("finetunejobs", "first", {"spec": {"suspend": False}})
     status = space.wait_status("first", phase="Queued", reason="WaitingForQuota")
     players.succeed(space, second)

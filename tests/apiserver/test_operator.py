@@ -11,16 +11,23 @@ import re
 import pytest
 
 from finetune_operator.api import API_VERSION, KIND, Label
-from finetune_trainer.progress import Progress, Reason, Stage
+from finetune_trainer.progress import ExitCode, Progress, Reason, Stage
 from tests.apiserver import players
 from tests.apiserver.api import Space, wait_for
-from tests.apiserver.cases import spec
+from tests.apiserver.cases import WHOLE
 from tests.apiserver.conftest import Operator, quiet_for
 from tests.apiserver.webhook import broken_webhook
 from tests.unit.operator.builders import word
 
-LINE = ("prepare", "train", "merge", "quantize-0")
-SPEC = spec(parallelism={"gpusPerNode": 0}, quantize=[{"name": "gptq4", "method": "GPTQ"}])
+LINE = {
+    "prepare": "Preparing",
+    "train": "Training",
+    "merge": "Merging",
+    "quantize-0": "Quantizing",
+    "publish-0": "Publishing",
+}
+"""Every stage, and the phase while it runs."""
+SPEC = WHOLE
 
 pytestmark = pytest.mark.usefixtures("operator")
 
@@ -30,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("operator")
 
 def test_played_pods_take_a_job_through_the_whole_line(space: Space) -> None:
     made = space.submit("demo", SPEC)
-    for stage, phase in zip(LINE, ("Preparing", "Training", "Merging", "Quantizing"), strict=True):
+    for stage, phase in LINE.items():
         job = players.next_job(space, "demo", stage, 1)
         players.run(space, job)
         space.wait_status("demo", phase=phase, reason="Running")
@@ -39,13 +46,14 @@ def test_played_pods_take_a_job_through_the_whole_line(space: Space) -> None:
     assert space.names("jobs") == sorted(f"demo-{stage}-1" for stage in LINE)
     assert status["attemptCount"] == 1
     assert [artifact["name"] for artifact in status["artifacts"]] == ["train", "merge", "quantize-0"]
+    places = {each["name"]: [one["uri"] for one in each.get("published", ())] for each in status["artifacts"]}
+    assert places == {"train": [], "merge": ["s3://models/demo"], "quantize-0": []}
     uid = space.read("finetunejobs", "demo")["metadata"]["uid"]
     assert space.names("persistentvolumeclaims") == [f"demo-{uid[:8]}"]
     config = space.read("configmaps", "demo-config")
     assert (config["immutable"], json.loads(config["data"]["job.json"])) == (True, SPEC)
     wait_for(lambda: "Succeeded" in reasons_told(space), "the Event of the end, which comes after the status")
-    told = reasons_told(space) - {"Pending"}  # a first pod that runs at once was never pending
-    assert told == {"Preparing", "Training", "Merging", "Quantizing", "Succeeded"}
+    assert reasons_told(space) - {"Pending"} == {*LINE.values(), "Succeeded"}, "a pod that runs at once never waited"
     writes = space.history("demo", made["metadata"]["resourceVersion"])
     print(f"{len(writes)} status writes for a job of {len(LINE)} stages")
     assert len(LINE) < len(writes) <= 3 * len(LINE) + 2
@@ -113,6 +121,19 @@ def test_what_played_pods_cannot_mend_ends_at_once(space: Space) -> None:
     status = space.wait_status("demo", phase="Failed")
     assert (status["reason"], status["message"]) == ("InvalidDataset", "line 3: no JSON.")
     assert space.names("jobs") == ["demo-prepare-1"]
+
+
+def test_a_gate_that_fires_in_a_played_pod_publishes_nothing(space: Space) -> None:
+    space.submit("demo", SPEC)
+    for stage in ("prepare", "train", "merge"):
+        players.succeed(space, players.next_job(space, "demo", stage, 1))
+    figures = "gptq4: the perplexity rose by 16.57%, maxPerplexityIncreasePercent is 5."
+    last = word("quantize-0", 1, Reason.GATE_FAILED, figures).to_json()
+    players.end(space, players.next_job(space, "demo", "quantize-0", 1), ExitCode.GATE_FAILED.value, last)
+    status = space.wait_status("demo", phase="Failed")
+    assert (status["reason"], status["message"], status["retries"]) == ("GateFailed", figures, 0)
+    assert space.names("jobs") == sorted(f"demo-{stage}-1" for stage in LINE if stage != "publish-0")
+    assert not any("published" in artifact for artifact in status["artifacts"])
 
 
 def test_a_deleted_stage_job_of_played_pods_is_run_again(space: Space) -> None:

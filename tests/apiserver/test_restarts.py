@@ -9,12 +9,12 @@ import pytest
 from cluster.control_plane import ControlPlane
 from tests.apiserver import players
 from tests.apiserver.api import Space, wait_for
-from tests.apiserver.cases import spec
+from tests.apiserver.cases import WHOLE, spec
 from tests.apiserver.conftest import Operator, quiet_for
 
 NewOperator = Callable[..., Operator]
-LINE = ("prepare", "train", "merge", "quantize-0")
-SPEC = spec(parallelism={"gpusPerNode": 0}, quantize=[{"name": "gptq4", "method": "GPTQ"}])
+LINE = ("prepare", "train", "merge", "quantize-0", "publish-0")
+SPEC = WHOLE
 MEMORY_LIMIT_MIB = 80
 
 

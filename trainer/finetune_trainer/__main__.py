@@ -1,4 +1,4 @@
-"""finetune-trainer prepare|train|merge|quantize|evaluate --config job.json --work DIR.
+"""finetune-trainer prepare|train|merge|quantize|publish|evaluate --config job.json --work DIR.
 
 One stage of a fine-tuning job, the same in a pod and on a workstation. Run them in that order with the same config
 and work folder; a stage that is done already says so and ends at once, one that was interrupted goes on.
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -46,8 +47,11 @@ COMMANDS = {
     Stage.TRAIN.value: "train an adapter or the model itself; goes on from the newest good checkpoint",
     Stage.MERGE.value: "merge the adapter into the base",
     Stage.QUANTIZE.value: "make the quantized forms of the finished model",
+    Stage.PUBLISH.value: "put artifacts where others fetch them: a hub, a bucket, a registry",
     EVALUATE: "measure every artifact that is there on the held-out rows",
 }
+ENTRIES = {Stage.QUANTIZE.value: "quantize", Stage.PUBLISH.value: "output.publish"}
+"""Stages of which a config may ask for several, and the list that they stand in."""
 EPILOG = """\
 A config of several devices trains in several processes: train starts those of this machine itself.
 
@@ -95,8 +99,9 @@ def build_parser() -> argparse.ArgumentParser:
     for name, help_text in COMMANDS.items():
         command = commands.add_parser(name, help=help_text, description=help_text.capitalize() + ".")
         _add_options(command)
-        if name == Stage.QUANTIZE:
-            command.add_argument("--name", help="the entry of the config's quantize to make (default: all of them)")
+        if name in ENTRIES:
+            whole = f"the entry of the config's {ENTRIES[name]} to work on (default: all of them)"
+            command.add_argument("--name", help=whole)
         if name == Stage.TRAIN:
             _add_overrides(command)
     return parser
@@ -188,20 +193,23 @@ def _stopped_by_signals(stopping: threading.Event) -> Iterator[None]:
 
 
 def _names(config: JobConfig, arguments: argparse.Namespace) -> list[str | None]:
-    """The entries of quantize to make; one nameless piece of work for every other stage."""
-    if arguments.command != Stage.QUANTIZE:
+    """The entries of quantize or output.publish to work on; one nameless piece of work for every other stage."""
+    if arguments.command not in ENTRIES:
         return [None]
     if arguments.name is not None:
         return [arguments.name]
-    if not config.quantize:
-        msg = 'quantize: the config has no entry. Add one, e.g. {"name": "gptq4", "method": "GPTQ"}.'
+    quantized = [entry.name for entry in config.quantize or ()]
+    published = [entry.name for _, _, entry in config.destinations()]
+    names = quantized if arguments.command == Stage.QUANTIZE else published
+    if not names:
+        msg = f"{ENTRIES[arguments.command]}: the config has no entry. Add one."
         raise InvalidConfig(msg)
-    return [entry.name for entry in config.quantize]
+    return list(names)
 
 
 def _run_stage(config: JobConfig, arguments: argparse.Namespace, name: str | None, stopping: threading.Event) -> int:
     """Run a stage to its last word."""
-    stage, work = Stage(arguments.command), WorkFolder(arguments.work.absolute())
+    stage, work, began = Stage(arguments.command), WorkFolder(arguments.work.absolute()), time.monotonic()
     report = Report(stage, arguments.attempt)
     port = arguments.progress_port if distributed.leads() else None
     try:
@@ -213,9 +221,18 @@ def _run_stage(config: JobConfig, arguments: argparse.Namespace, name: str | Non
             distributed.lead(lambda: held.enter_context(alone))
             context = _context(arguments, report, target, name, stopping)
             found = distributed.lead(lambda: _done_already(target, work, report)) or _work(config, context, target)
+            if distributed.leads():
+                _tell_of_job(config, context, found, time.monotonic() - began)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every end is told
         return _end_badly(arguments, fence.explained(work.root, arguments.attempt, error))
     return _end(arguments, manifest.last_word(found, target, arguments.attempt))
+
+
+def _tell_of_job(config: JobConfig, context: Context, found: Manifest, seconds: float) -> None:
+    """Write the report of the job so far."""
+    from finetune_trainer.reporting.write import write_job_report  # noqa: PLC0415 - brings numpy, slow for --help
+
+    write_job_report(config, context, found, seconds)
 
 
 def _context(

@@ -26,9 +26,9 @@ from finetune_trainer.data.tokenized import EVAL, INPUT_IDS, LOSS_MASK, REJECTED
 from finetune_trainer.models.finished import load_quantized
 from finetune_trainer.models.loading import (
     compute_dtype,
-    import_peft,
     load_base,
     load_finished,
+    put_adapter,
     set_up_torch,
     training_device,
 )
@@ -157,6 +157,7 @@ class Comparison:
             kl_divergence=rounded(max(self.kl, 0.0)),
             top1_agreement=rounded(self.top1),
             perplexity_increase_percent=rounded(increase),
+            loss_increase=rounded(self.loss - self.reference_loss),
         )
 
 
@@ -378,11 +379,6 @@ def _models(config: JobConfig, context: Context, device: torch.device) -> Iterat
 def load_adapted(base: Path, adapter: Path, resolved: Resolved, device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ANN401 - a causal language model
     """The adapter on the base as it was trained."""
     return put_adapter(load_base(base, resolved, device, dtype), adapter)
-
-
-def put_adapter(base: Any, adapter: Path) -> Any:  # noqa: ANN401 - a causal language model
-    """The base with an adapter on it, for use."""
-    return import_peft().PeftModel.from_pretrained(base, adapter).eval()
 
 
 def finished_dtype(device: torch.device) -> torch.dtype:

@@ -20,7 +20,7 @@ from finetune_trainer.models.folder import describe, load_tokenizer
 from finetune_trainer.runtime import manifest
 from finetune_trainer.runtime.manifest import Manifest, Result
 from finetune_trainer.settings import resolve
-from finetune_trainer.settings.outcome import check_original
+from finetune_trainer.settings.outcome import check_gguf, check_original
 from finetune_trainer.sources import fetch_source, forget
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def run(config: JobConfig, context: Context) -> Manifest:
         check_original(facts, describe(original), tokenizer.get_vocab(), load_tokenizer(original).get_vocab())
     pack.check_packing(config, facts.architecture)
     added_tokens = tokens.shape_tokenizer(tokenizer, config.model)
+    check_gguf(config, model_folder, tokenizer)
     renderer = _build_renderer(config, tokenizer)
     if any(renderer.uses_template(row) for row in firsts) and renderer.has_template:
         tokens.check_trained(config, model_folder, tokenizer, renderer.template_kwargs)

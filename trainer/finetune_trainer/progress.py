@@ -34,6 +34,7 @@ class Stage(StrEnum):
     TRAIN = "train"
     MERGE = "merge"
     QUANTIZE = "quantize"
+    PUBLISH = "publish"
 
 
 class Reason(StrEnum):
@@ -50,6 +51,7 @@ class Reason(StrEnum):
     OUT_OF_HOST_MEMORY = "OutOfHostMemory"
     NON_FINITE_LOSS = "NonFiniteLoss"
     VERIFICATION_FAILED = "VerificationFailed"
+    GATE_FAILED = "GateFailed"
     RENDEZVOUS_FAILED = "RendezvousFailed"
     PEER_LOST = "PeerLost"
     INTERRUPTED = "Interrupted"
@@ -76,6 +78,7 @@ class ExitCode(IntEnum):
     INTERRUPTED = 20, "saved and left on request, to be run again"
     PEER_LOST = 21, "another pod of the stage was lost: the reason stands there"
     OUT_OF_HOST_MEMORY = 22, "the machine's or the pod's own memory does not suffice"
+    GATE_FAILED = 23, "a measured figure is worse than the job allows"
 
     def __new__(cls, code: int, meaning: str) -> Self:
         """A number that knows what it means."""
@@ -176,7 +179,7 @@ class ResolvedParallelism(Model):
 class ResolvedMerge(Model):
     """How the adapter is merged."""
 
-    base: str = Field(description="Dequantized or Original.")
+    base: str = Field(description="Dequantized, Original, or Auto: the better one as the merge stage measures it.")
     dtype: str
     max_shard_size: str
 
@@ -186,9 +189,12 @@ class ResolvedQuantize(Model):
 
     name: str
     method: str
-    bits: int
-    group_size: int
-    symmetric: bool
+    bits: int | None = Field(default=None, description="GPTQ, AWQ.")
+    group_size: int | None = Field(default=None, description="GPTQ, AWQ.")
+    symmetric: bool | None = Field(default=None, description="GPTQ, AWQ.")
+    act_order: bool | None = Field(default=None, description="GPTQ.")
+    dampening_frac: float | None = Field(default=None, description="GPTQ.")
+    gguf_type: str | None = Field(default=None, description="GGUF.")
 
 
 class Resolved(Model):
@@ -287,6 +293,13 @@ class Measured(Model):
         default=None, description="Share of tokens with the same first choice, 0 to 1."
     )
     perplexity_increase_percent: float | None = Field(default=None, description="Against the model it was made from.")
+    loss_increase: float | None = Field(default=None, description="The same in nats a token.")
+    eval_loss_dequantized: float | None = Field(
+        default=None, description="Merge base Auto: of the adapter on the dequantized weights, nats a token."
+    )
+    eval_loss_original: float | None = Field(
+        default=None, description="Merge base Auto: of the adapter on the original weights, nats a token."
+    )
 
 
 class Artifact(Model):
@@ -298,6 +311,16 @@ class Artifact(Model):
     size_bytes: int
     digest: str = Field(description="SHA-256 of its manifest.")
     measured: Measured | None = None
+
+
+class Published(Model):
+    """An artifact where an entry of output.publish sends it: complete, and compared with what is there."""
+
+    name: str = Field(description="Name of the entry.")
+    artifact: str = Field(description="Name of the artifact: adapter, merged, model, or that of the quantized form.")
+    uri: str = Field(description="Where it can be fetched from, with the commit or digest where the place has one.")
+    digest: str = Field(description="SHA-256 of the manifest of the files that went out.")
+    size_bytes: int
 
 
 class LayerFacts(Model):
@@ -335,6 +358,7 @@ class LastWord(Model):
     data: DataFacts | None = None
     training: TrainFacts | None = None
     artifact: Artifact | None = None
+    published: Published | None = Field(default=None, description="Of a publish stage.")
 
     @property
     def succeeded(self) -> bool:

@@ -1,9 +1,11 @@
-"""finetune-trainer quantize --name NAME --config job.json --work DIR: a 4-bit GPTQ or AWQ form of the finished model.
+"""finetune-trainer quantize --name NAME --config job.json --work DIR: a GPTQ, AWQ or GGUF form of the finished model.
 
 GPTQ rounds each layer column by column and lets the columns not yet rounded make up for the error on rows of the
 training set (Frantar et al. 2022, arXiv:2210.17323). AWQ scales up the weights that large activations meet before it
-rounds, and takes the scale back in the layer before (Lin et al. 2023, arXiv:2306.00978). What is written is loaded
-back, compared with the finished model and made to write an answer.
+rounds, and takes the scale back in the layer before (Lin et al. 2023, arXiv:2306.00978).
+
+What is written is loaded back, compared with the finished model and made to write an answer, in a process of its own:
+gptqmodel changes classes of transformers while it quantizes, and what loads beside it may load for nobody else.
 """
 
 from __future__ import annotations
@@ -19,18 +21,22 @@ import random
 import shutil
 import tempfile
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.config import Calibration, QuantizeMethod
 from finetune_trainer.data.tokenized import INPUT_IDS, LENGTHS, TRAIN, read_rows
-from finetune_trainer.evaluate import compare, finished_dtype, read_token_rows
-from finetune_trainer.models.finished import GENERATION_CONFIG, copy_companions, load_quantized
+from finetune_trainer.evaluate import Comparison, compare, finished_dtype, read_token_rows
+from finetune_trainer.models import gguf_export
+from finetune_trainer.models.finished import GENERATION_CONFIG, copy_companions, copy_licence, load_quantized
 from finetune_trainer.models.folder import CONFIG, load_tokenizer
 from finetune_trainer.models.loading import load_finished, set_up_torch, working_device
 from finetune_trainer.progress import Measured
-from finetune_trainer.runtime.errors import InvalidConfig, VerificationFailed, translate
+from finetune_trainer.runtime.apart import call_apart
+from finetune_trainer.runtime.errors import GateFailed, InvalidConfig, VerificationFailed, translate
 from finetune_trainer.runtime.manifest import Made, Manifest, Result
 from finetune_trainer.training import samples
 
@@ -49,6 +55,8 @@ log = logging.getLogger(__name__)
 DEFAULT_SAMPLES, DEFAULT_MAX_LENGTH = 256, 1024
 NOT_SHIPPED = ("quant_log.csv",)
 NEW_TOKENS = 24
+COMPARED_TEXTS = 32
+"""Held-out rows that two tokenizers must cut alike."""
 COMPARED_BYTES = 2 * 2
 """Bytes a parameter on a GPU at most: the finished model and the quantized one, in 16 bits."""
 
@@ -57,16 +65,36 @@ def run(config: JobConfig, context: Context) -> Manifest:
     """Quantize on rows of the training set, write, load back, compare with the finished model, publish."""
     set_up_torch()
     entry, settings = _settings(config, context)
-    calibration = choose_calibration(read_calibration_rows(context.work.data), entry, context.resolved.seed)
 
     def build(folder: Path) -> Result:
-        context.report.begin("loading the finished model")
-        write_quantized(context.work.merged, folder, settings, calibration, context)
-        copy_companions(context.work.merged, context.work.tokenizer, folder)
-        shutil.copyfile(context.work.merged / GENERATION_CONFIG, folder / GENERATION_CONFIG)
-        return _prove(folder, settings, context)
+        if settings.gguf_type is not None:
+            export(folder, settings.gguf_type, context)
+        else:
+            calibration = choose_calibration(read_calibration_rows(context.work.data), entry, context.resolved.seed)
+            write_with_companions(folder, settings, calibration, context)
+        found = call_apart(partial(measure, folder=folder), context)
+        log.info("it writes: %s", found.answer)
+        return judge(entry, settings, found.comparison)
 
     return context.publish(build)
+
+
+def export(folder: Path, kind: str, context: Context) -> None:
+    """Write the finished model as a GGUF file, its tokenizer and chat template in it."""
+    merged = context.work.merged
+    gguf_export.write(merged, context.work.tokenizer, folder / gguf_export.file_name(kind), kind, context)
+    copy_licence(merged, folder)
+
+
+def write_with_companions(
+    folder: Path, settings: ResolvedQuantize, calibration: list[dict[str, list[int]]], context: Context
+) -> None:
+    """Write the quantized model and all that belongs to it."""
+    merged = context.work.merged
+    context.report.begin("loading the finished model")
+    write_quantized(merged, folder, settings, calibration, context)
+    copy_companions(merged, context.work.tokenizer, folder)
+    shutil.copyfile(merged / GENERATION_CONFIG, folder / GENERATION_CONFIG)
 
 
 def _settings(config: JobConfig, context: Context) -> tuple[Quantize, ResolvedQuantize]:
@@ -131,8 +159,17 @@ def write_quantized(
         context.raise_if_stopping()
         model.save(str(folder))
         del model
-        gc.collect()
+        _release_memory()
     clean(folder)
+
+
+def _release_memory() -> None:
+    """Of the host and of the GPU: the process that measures wants both."""
+    import torch  # noqa: PLC0415 - slow
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -158,7 +195,7 @@ def build_settings(gptqmodel: Any, settings: ResolvedQuantize, device: torch.dev
     }
     if settings.method == QuantizeMethod.AWQ:
         return gptqmodel.quantization.config.AWQConfig(format="gemm", **common)
-    return gptqmodel.QuantizeConfig(desc_act=False, **common)
+    return gptqmodel.QuantizeConfig(desc_act=settings.act_order, damp_percent=settings.dampening_frac, **common)
 
 
 def _packer(gptqmodel: Any, settings: ResolvedQuantize) -> Any:  # noqa: ANN401 - a module of gptqmodel and its name of a kernel
@@ -220,29 +257,71 @@ def _without_paths(value: Any) -> Any:  # noqa: ANN401 - any JSON value
     return {key: _without_paths(each) for key, each in value.items() if key not in dropped}
 
 
-def _prove(folder: Path, settings: ResolvedQuantize, context: Context) -> Result:
-    """Load what was written, compare it with the finished model and let it write. VerificationFailed."""
+@dataclass(frozen=True)
+class Found:
+    """What the form is worth that was written."""
+
+    answer: str
+    """What it writes after a held-out prompt."""
+    comparison: Comparison | None
+    """With the finished model; None where nothing is held out."""
+
+
+def measure(context: Context, folder: Path) -> Found:
+    """Load what was written, let it write, compare it with the finished model. VerificationFailed."""
+    set_up_torch()
     rows = read_token_rows(context.work.data)
     device = working_device(context.resolved.parameters * COMPARED_BYTES)
     context.report.begin("loading the quantized model back")
     quantized = load_quantized(folder, device)
     answer = _write_answer(quantized, rows, context)
-    log.info("it writes: %s", answer)
+    if (path := gguf_export.find_exported(folder)) is not None:
+        some = [list(row.input_ids) for row in rows[:COMPARED_TEXTS]]
+        gguf_export.verify_tokenizer(path, load_tokenizer(context.work.tokenizer), some)
     if not rows:
-        return Result(message=f"Quantized to {settings.bits} bits.", artifact=_made(settings.name, None))
+        return Found(answer, None)
     finished = load_finished(context.work.merged, device, finished_dtype(device))
     context.report.begin("comparing with the finished model", len(rows), "rows")
-    found = compare(finished, quantized, rows, context.polled)
+    return Found(answer, compare(finished, quantized, rows, context.polled))
+
+
+def judge(entry: Quantize, settings: ResolvedQuantize, found: Comparison | None) -> Result:
+    """What there is to say of the form. VerificationFailed if it computes no numbers, GateFailed beyond its gate."""
+    what = _described(settings)
+    if found is None:
+        if entry.max_perplexity_increase_percent is not None:
+            msg = f"quantize '{entry.name}' has a gate (maxPerplexityIncreasePercent), and no row was held out. "
+            raise GateFailed(msg + "Hold rows out (evaluation), or drop the gate.")
+        return Result(message=f"{what}; nothing was held out to compare on.", artifact=_made(entry.name, None))
     if not (math.isfinite(found.loss) and math.isfinite(found.kl)):
-        msg = f"The quantized model in {folder} computes no numbers (loss {found.loss}). Report this as a bug."
+        msg = f"{what}: the model computes no numbers (loss {found.loss}). Use another method, or report this as a bug."
         raise VerificationFailed(msg)
     measured = found.measured()
     message = (
-        f"Quantized to {settings.bits} bits in groups of {settings.group_size} ({settings.method}): "
-        f"perplexity {measured.perplexity:.2f}, "
-        f"{measured.perplexity_increase_percent:+.1f}% against the 16-bit model."
+        f"{what}: perplexity {measured.perplexity:.2f}, {measured.perplexity_increase_percent:+.1f}% against the "
+        f"16-bit model (KL {measured.kl_divergence:.2g} nats a token, same first choice "
+        f"{100 * (measured.top1_agreement or 0.0):.1f}%)."
     )
-    return Result(message=message, artifact=_made(settings.name, measured))
+    _enforce_gate(entry, measured, message)
+    return Result(message=message, artifact=_made(entry.name, measured))
+
+
+def _described(settings: ResolvedQuantize) -> str:
+    if settings.gguf_type is not None:
+        return f"Exported as GGUF {settings.gguf_type}"
+    return f"Quantized to {settings.bits} bits in groups of {settings.group_size} ({settings.method})"
+
+
+def _enforce_gate(entry: Quantize, measured: Measured, message: str) -> None:
+    """GateFailed, with the figures, where the perplexity rose more than the entry allows."""
+    limit, increase = entry.max_perplexity_increase_percent, measured.perplexity_increase_percent or 0.0
+    if limit is None or increase <= limit:
+        return
+    msg = (
+        f"{message} quantize '{entry.name}' allows {limit:g}% (maxPerplexityIncreasePercent): nothing was published. "
+        "Use more bits, a smaller groupSize or calibration rows like those it will meet, or raise the gate."
+    )
+    raise GateFailed(msg)
 
 
 def _made(name: str, measured: Measured | None) -> Made:

@@ -90,7 +90,8 @@ def run(config: JobConfig, context: Context) -> Manifest:
         after = _answers("after", trainer, tokenizer, rows, context)
         if distributed.leads():
             with context.committing():
-                samples.write(context.work.report / "samples.json", tokenizer, rows.prompts, before.answers, after)
+                path = context.work.report / samples.SAMPLES_NAME
+                samples.write(path, tokenizer, rows.held_out, before.answers, after)
                 census.write(context.work.report / LAYERS_NAME, layers, count_layers(trainer.model))
         result = _result(loop, before, resolved)
         figures.update(_figures(result))
@@ -114,7 +115,8 @@ def _read_rows(context: Context) -> Rows:
 def _measure_before(trainer: Exact, tokenizer: Any, rows: Rows, context: Context) -> Before:  # noqa: ANN401 - a transformers tokenizer
     """Held-out loss and answers of what training begins with, measured once in the life of the run."""
     path, run = context.work.checkpoints / BEFORE_NAME, _run_of(context)
-    if (known := distributed.lead(lambda: _read_before(path, run))) is not None:
+    known = distributed.lead(lambda: _read_before(path, run))
+    if known is not None and len(known.answers) == len(rows.prompts):  # an older trainer asked fewer
         log.info("measured before the first step, in an earlier attempt: held-out loss %s", known.eval_loss)
         return known
     loss = None

@@ -9,6 +9,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from finetune_operator.api.words import GROUP, MANAGER
+from finetune_trainer import config
 from finetune_trainer.config import ClaimName, JobConfig, Model
 
 QUANTITY_PATTERN = r"^([0-9]+|[0-9]*\.[0-9]+)(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi|E|Ei)?$"
@@ -103,7 +104,7 @@ class RetentionPolicy(Model):
     )
 
 
-class Output(Model):
+class Output(config.Output):
     """Where the results go."""
 
     volume: OutputVolume | None = Field(default=None, description="The claim. Default: one is made for the job.")
@@ -326,7 +327,9 @@ class Spec(JobConfig):
     @property
     def config(self) -> JobConfig:
         """The half that the trainer reads."""
-        return JobConfig.model_construct(**{name: getattr(self, name) for name in JobConfig.model_fields})
+        fields = {name: getattr(self, name) for name in JobConfig.model_fields}
+        publish = self.output.publish if self.output else None
+        return JobConfig.model_construct(**fields | {"output": publish and config.Output(publish=publish)})
 
     @property
     def created_claim(self) -> CreateClaim | None:

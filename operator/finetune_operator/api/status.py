@@ -22,6 +22,7 @@ class Phase(StrEnum):
     TRAINING = "Training"
     MERGING = "Merging"
     QUANTIZING = "Quantizing"
+    PUBLISHING = "Publishing"
     SUCCEEDED = "Succeeded"
     FAILED = "Failed"
     CANCELLED = "Cancelled"
@@ -40,6 +41,9 @@ class ConditionType(StrEnum):
     SUSPENDED = "Suspended"
     QUOTA_RESERVED = "QuotaReserved"
 
+
+PUBLISHED_KEPT = 8
+"""As many as there are entries of output.publish."""
 
 Text = Annotated[str, Field(max_length=MESSAGE_LIMIT_CHARACTERS)]
 Number = Annotated[str, Field(max_length=40)]
@@ -61,7 +65,7 @@ class Condition(Model):
 class StageStatus(Model):
     """One stage, in the order of the line."""
 
-    name: str = Field(description="prepare, train, merge, or quantize- and the name of the entry.")
+    name: str = Field(description="prepare, train, merge, or quantize- or publish- and the name of the entry.")
     state: str = Field(description="Waiting, Pending, Running, Retrying (waits to be run again), Succeeded or Failed.")
     attempt: int | None = Field(default=None, description="Number of its latest attempt.")
     job: str | None = Field(default=None, description="Name of that attempt's Job: kubectl logs job/NAME.")
@@ -135,6 +139,23 @@ class MeasuredStatus(Model):
     kl_divergence: Number | None = Field(default=None, description="From the model it was made from, nats a token.")
     top1_agreement: Number | None = Field(default=None, description="Share of tokens with the same first choice.")
     perplexity_increase_percent: Number | None = Field(default=None, description="Against the model it was made from.")
+    loss_increase: Number | None = Field(default=None, description="The same in nats a token.")
+    eval_loss_dequantized: Number | None = Field(
+        default=None, description="Merge base Auto: of the adapter on the dequantized weights, nats a token."
+    )
+    eval_loss_original: Number | None = Field(
+        default=None, description="Merge base Auto: of the adapter on the original weights, nats a token."
+    )
+
+
+class PublishedStatus(Model):
+    """A place where an artifact is, complete and verified there."""
+
+    name: str = Field(description="Name of the entry of output.publish.")
+    uri: str = Field(description="Where it can be fetched from, with the commit or digest where the place has one.")
+    digest: str = Field(description="SHA-256 of the manifest of the files that went out.")
+    size: str = Field(description='For example "269 MiB".')
+    size_bytes: int = Field(description="All files that went out.")
 
 
 class ArtifactStatus(Model):
@@ -148,6 +169,9 @@ class ArtifactStatus(Model):
     size_bytes: int = Field(description="All its files.")
     digest: str = Field(description="SHA-256 of its manifest.")
     measured: MeasuredStatus | None = Field(default=None, description="Quality on the held-out rows.")
+    published: tuple[PublishedStatus, ...] | None = Field(
+        default=None, max_length=PUBLISHED_KEPT, description="Where else it is: output.publish."
+    )
 
 
 class Overrides(Model):
@@ -186,8 +210,8 @@ class Status(Model):
     observed_generation: int | None = Field(default=None, description="Generation of the spec that this is about.")
     phase: str | None = Field(
         default=None,
-        description="Pending, Queued, Suspended, Preparing, Training, Merging, Quantizing, Succeeded, Failed or "
-        "Cancelled.",
+        description="Pending, Queued, Suspended, Preparing, Training, Merging, Quantizing, Publishing, Succeeded, "
+        "Failed or Cancelled.",
     )
     reason: str | None = Field(default=None, description="Why it stands where it stands, in one word.")
     message: Text | None = Field(default=None, description="The same in a sentence, with the way out.")
@@ -199,6 +223,10 @@ class Status(Model):
     completion_time: Time | None = Field(default=None, description="When it ended, however it ended.")
     claim_name: str | None = Field(default=None, description="PersistentVolumeClaim that the job works in.")
     folder: str | None = Field(default=None, description="The job's folder inside that claim.")
+    report: str | None = Field(
+        default=None,
+        description="The report of what was done and measured, a page for a browser: its path inside the claim.",
+    )
     attempt_count: int | None = Field(
         default=None, description="Number of the latest attempt: 1 unless a stage had to be run again."
     )
@@ -218,7 +246,7 @@ class Status(Model):
     conditions: tuple[Condition, ...] | None = Field(
         default=None, max_length=16, description="Accepted, Succeeded, Finished, Suspended, QuotaReserved."
     )
-    stages: tuple[StageStatus, ...] | None = Field(default=None, max_length=16, description="The line of stages.")
+    stages: tuple[StageStatus, ...] | None = Field(default=None, max_length=20, description="The line of stages.")
     artifacts: tuple[ArtifactStatus, ...] | None = Field(default=None, max_length=16, description="What came out.")
     attempts: tuple[AttemptStatus, ...] | None = Field(
         default=None, max_length=ATTEMPTS_KEPT, description="The last runs of stages, oldest first."

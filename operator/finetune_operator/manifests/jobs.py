@@ -11,10 +11,13 @@ from finetune_operator.manifests.volumes import TMP, build_volumes
 from finetune_operator.names import Step
 from finetune_operator.queueing import QUEUE_LABEL, build_queue_labels
 from finetune_operator.settings import Settings
-from finetune_trainer.config import REMOTE_CODE_VARIABLE, RENDEZVOUS_PORT, RENDEZVOUS_VARIABLE
+from finetune_trainer.config import CLAIM_VARIABLE, REMOTE_CODE_VARIABLE, RENDEZVOUS_PORT, RENDEZVOUS_VARIABLE
 from finetune_trainer.progress import PROGRESS_PORT, Stage
 
 USER = 65532
+AT_REPOSITORIES = (Stage.PREPARE, Stage.PUBLISH)
+"""Stages that fetch from hubs, buckets and registries, or send to them."""
+
 LOST_NODE_SECONDS = 30
 """A pod leaves a node that is not heard of after this long, not after Kubernetes' 300 s."""
 
@@ -118,9 +121,9 @@ def _ports(step: Step) -> list[JSON]:
 
 
 def _environment(job: FineTuneJob, step: Step, attempt: int, settings: Settings) -> dict[str, str]:
-    """The administrator's endpoint and proxies where the network is reached; the hub only while the job is prepared."""
-    own = {"HOME": TMP}
-    if step.stage is not Stage.PREPARE:
+    """The administrator's endpoint and proxies where the network is reached; the hub only to fetch and to publish."""
+    own = {"HOME": TMP, CLAIM_VARIABLE: names.claim(job)}
+    if step.stage not in AT_REPOSITORIES:
         own["HF_HUB_OFFLINE"] = "1"
     if settings.allow_remote_code:
         own[REMOTE_CODE_VARIABLE] = "1"
@@ -131,10 +134,10 @@ def _environment(job: FineTuneJob, step: Step, attempt: int, settings: Settings)
 
 
 def _reaches_out(job: FineTuneJob, step: Step) -> bool:
-    """Prepare fetches; train talks to a tracker, where it is told of one that is online."""
+    """Prepare fetches, publish sends; train talks to a tracker, where it is told of one that is online."""
     tracking = job.valid_spec.tracking
-    if step.stage is Stage.PREPARE or tracking is None:
-        return step.stage is Stage.PREPARE
+    if step.stage in AT_REPOSITORIES or tracking is None:
+        return step.stage in AT_REPOSITORIES
     online = tracking.wandb is not None and tracking.wandb.api_key_secret_ref is not None
     return step.stage is Stage.TRAIN and (online or tracking.mlflow is not None)
 
@@ -153,9 +156,9 @@ def _resources(job: FineTuneJob, step: Step, settings: Settings) -> JSON:
 
 
 def _gpus(job: FineTuneJob, step: Step) -> int:
-    """GPUs of a pod: none to prepare, all that the job asks for to train, one to merge or quantize."""
+    """GPUs of a pod: none to fetch and send files, all that the job asks for to train, one to merge or quantize."""
     asked = job.valid_spec.gpus_per_node
-    most = {Stage.PREPARE: 0, Stage.TRAIN: asked}.get(step.stage, 1)
+    most = {Stage.PREPARE: 0, Stage.TRAIN: asked, Stage.PUBLISH: 0}.get(step.stage, 1)
     return min(asked, most)
 
 

@@ -14,9 +14,10 @@ from finetune_trainer.config import (
     WANDB_SLOT,
     HuggingFaceSource,
     ModelScopeSource,
+    OciSource,
+    S3Source,
     SecretKeyRef,
     SecretRef,
-    Source,
     Tracking,
     VolumeSource,
 )
@@ -30,7 +31,7 @@ Mounted = tuple[JSON, JSON]
 
 
 def build_volumes(job: FineTuneJob, step: Step) -> tuple[list[JSON], list[JSON]]:
-    """Volumes and their mounts. Only prepare sees sources and their secrets, only train those of trackers."""
+    """Volumes and their mounts. Secrets are seen where they are used: by prepare, train (trackers), each publish."""
     pairs = [
         _claim("work", names.claim(job), names.WORK, read_only=False),
         (
@@ -44,6 +45,8 @@ def build_volumes(job: FineTuneJob, step: Step) -> tuple[list[JSON], list[JSON]]
     if step.stage is Stage.TRAIN:
         memory = {"name": "shm", "emptyDir": {"medium": "Memory"}}
         pairs += [(memory, {"name": "shm", "mountPath": SHARED_MEMORY}), *_tracker_secrets(job.valid_spec)]
+    if step.stage is Stage.PUBLISH:
+        pairs += _target_secret(job.valid_spec, step)
     volumes, mounts = zip(*pairs, strict=True)
     merged = {volume["name"]: volume for volume in volumes}
     return list(merged.values()), list(mounts)
@@ -72,16 +75,22 @@ def _source_claims(job: FineTuneJob) -> Iterator[Mounted]:
 def _source_secrets(spec: Spec) -> Iterator[Mounted]:
     """Of each source its own, in the folder of its slot."""
     for slot, _, source in spec.sources():
-        yield from _secret(slot, _secret_of(source), TOKEN_FILE)
+        if not isinstance(source.kind, VolumeSource):
+            yield from _secret(slot, _secret_of(source.kind), TOKEN_FILE)
 
 
-def _secret_of(source: Source) -> SecretKeyRef | SecretRef | None:
-    kind = source.kind
-    if isinstance(kind, VolumeSource):
-        return None
-    return (
-        kind.token_secret_ref if isinstance(kind, HuggingFaceSource | ModelScopeSource) else kind.credentials_secret_ref
-    )
+def _target_secret(spec: Spec, step: Step) -> Iterator[Mounted]:
+    """That of the one place that the stage sends to."""
+    for slot, _, entry in spec.destinations():
+        if entry.name == step.entry:
+            yield from _secret(slot, _secret_of(entry.kind), TOKEN_FILE)
+
+
+def _secret_of(place: HuggingFaceSource | ModelScopeSource | S3Source | OciSource) -> SecretKeyRef | SecretRef | None:
+    """Hubs are told a token, stores and registries their own kinds of credentials."""
+    if isinstance(place, HuggingFaceSource | ModelScopeSource):
+        return place.token_secret_ref
+    return place.credentials_secret_ref
 
 
 def _tracker_secrets(spec: Spec) -> Iterator[Mounted]:

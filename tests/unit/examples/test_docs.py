@@ -7,10 +7,22 @@ from pathlib import Path
 import pytest
 
 from finetune_operator.api import Phase
-from finetune_trainer.config import FORMATS, Columns, DatasetFormat, MethodType
+from finetune_trainer.config import (
+    FORMATS,
+    TARGET_FIELDS,
+    Columns,
+    DatasetFormat,
+    Merge,
+    MergeBase,
+    MethodType,
+    PublishedArtifact,
+    Quantize,
+    QuantizeMethod,
+)
 from finetune_trainer.progress import ExitCode
 
 ROOT = Path(__file__).parents[3]
+RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
 
@@ -38,6 +50,18 @@ def test_every_format_of_rows_is_told() -> None:
 def test_every_column_that_can_be_renamed_is_told() -> None:
     for column in Columns.model_fields:
         assert f"`{column}`" in PAGE
+
+
+def test_every_gate_is_told() -> None:
+    fields = [*Merge.model_fields.values(), *Quantize.model_fields.values()]
+    gates = [str(field.alias) for field in fields if (field.description or "").startswith("Gate")]
+    assert len(gates) > 2
+    assert [gate for gate in gates if f".{gate}`" not in RESULTS] == []
+
+
+@pytest.mark.parametrize("word", [*MergeBase, *QuantizeMethod, *PublishedArtifact, *TARGET_FIELDS])
+def test_every_choice_of_what_comes_out_is_told(word: str) -> None:
+    assert word in RESULTS
 
 
 def test_every_phase_is_told() -> None:

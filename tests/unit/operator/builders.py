@@ -23,6 +23,7 @@ from finetune_trainer.progress import (
     LastWord,
     Measured,
     Progress,
+    Published,
     Reason,
     Resolved,
     ResolvedLora,
@@ -39,7 +40,12 @@ SPEC: JSON = {
     "datasets": [{"volume": {"claimName": "datasets", "path": "train.jsonl"}}],
     "parallelism": {"gpusPerNode": 0},
 }
-WHOLE = SPEC | {"quantize": [{"name": "gptq4", "method": "GPTQ"}]}
+BUCKET: JSON = {"s3": {"uri": "s3://models/demo", "credentialsSecretRef": {"name": "store"}}}
+WHOLE = SPEC | {
+    "quantize": [{"name": "gptq4", "method": "GPTQ"}],
+    "output": {"publish": [{"name": "bucket", "artifact": "Merged", **BUCKET}]},
+}
+"""A job with a stage of each kind."""
 NODES = 2
 GANG = SPEC | {
     "parallelism": {"gpusPerNode": 0, "numNodes": NODES},
@@ -174,7 +180,11 @@ def word(step: str, attempt: int, reason: Reason = Reason.COMPLETED, message: st
             told["training"] = TrainFacts(
                 steps=40, epochs=0.1, loss=1.20441, trainable_parameters=5, total_parameters=9
             )
-        if stage is not Stage.PREPARE:
+        if stage is Stage.PUBLISH:
+            told["published"] = Published(
+                name="bucket", artifact="merge", uri="s3://models/demo", digest="b" * 64, size_bytes=2**20
+            )
+        elif stage is not Stage.PREPARE:
             kind = {Stage.TRAIN: "Adapter", Stage.MERGE: "Merged", Stage.QUANTIZE: "Quantized"}[stage]
             told["artifact"] = Artifact(
                 name=step, type=kind, path=step, size_bytes=2**20, digest="a" * 64, measured=Measured(eval_loss=1.5)

@@ -33,8 +33,11 @@ VALIDATORS = {
     "_code_is_pinned": "code of a branch",
     "_datasets_have_names_of_their_own": "two datasets of one name",
     "_dpo_compares_whole_rows": "packed pairs",
+    "_entries_stand_apart": "two things below one prefix",
     "_epoch_or_interval": "epochs and steps of saving",
+    "_exactly_one_place": "two places to publish to",
     "_exactly_one_source": "two sources",
+    "_fields_are_of_the_method": "AWQ of 8 bits",
     "_files_or_split": "files and a split",
     "_fsdp_settings_for_fsdp": "settings of FSDP for DDP",
     "_goes_together": "QLoRA on 16 bits",
@@ -48,12 +51,14 @@ VALIDATORS = {
     "_original_is_merged_into": "an original to merge into the dequantized",
     "_percent_or_datasets": "percent and datasets",
     "_quantize_needs_a_finished_model": "quantize without merge",
+    "_quantized_is_named": "a quantized form without its name",
     "_response_needs_a_prompt": "a response without a prompt",
     "_settings_of_its_type": "SFT's settings for DPO",
     "_special_tokens_are_read": "special tokens in a conversation",
     "_smoothing_is_used": "smoothing that the loss does not use",
     "_true_is_no_number": "a number that is true",
     "_weights_can_be_sharded": "sharded GPTQ weights",
+    "_what_is_published_is_made": "a merged model that is not merged",
 }
 """Every rule of the models, and a case that breaks it and that the API server is tried with too."""
 

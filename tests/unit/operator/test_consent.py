@@ -29,6 +29,10 @@ def tracked(**tracking: JSON) -> JSON:
     return SPEC | {"tracking": tracking}
 
 
+def published(**place: JSON) -> JSON:
+    return SPEC | {"output": {"publish": [{"name": "out", "artifact": "Merged", **place}]}}
+
+
 KEY = {"name": "wandb", "key": "key"}
 REFUSED = [
     pytest.param(CODE, {}, "spec.model.trustRemoteCode", "trainer.allowRemoteCode", id="code of a model"),
@@ -47,6 +51,16 @@ REFUSED = [
     pytest.param(
         SPEC | {"datasets": [{"oci": {"reference": "registry.test/m:1", "plainHttp": True}}]}, {"endpoints": ALLOWED},
         "spec.datasets[0].oci.reference: http://registry.test", "trainer.endpoints", id="a registry without TLS",
+    ),
+    pytest.param(
+        published(s3={"uri": "s3://bucket/out", "credentialsSecretRef": {"name": "s3"}}), {"endpoints": ALLOWED},
+        "spec.output.publish[0].s3.endpoint: https://s3.us-east-1.amazonaws.com", "trainer.endpoints",
+        id="a place to publish to: the public store",
+    ),
+    pytest.param(
+        published(oci={"reference": "evil.test/m:1"}), {"endpoints": ALLOWED},
+        "spec.output.publish[0].oci.reference: https://evil.test/m:1", "trainer.endpoints",
+        id="a place to publish to: a registry",
     ),
     pytest.param(
         tracked(mlflow={"uri": "http://mlflow.test/"}), {"endpoints": ALLOWED}, "spec.tracking.mlflow.uri",
@@ -81,6 +95,7 @@ ACCEPTED = [
     pytest.param(
         SPEC | {"datasets": [{"oci": {"reference": "registry.test/m:1"}}]}, {"endpoints": ALLOWED}, id="a registry"
     ),
+    pytest.param(published(oci={"reference": "registry.test/m:1"}), {"endpoints": ALLOWED}, id="one to publish to"),
     pytest.param(tracked(mlflow={"uri": "http://mlflow.test/tracking/"}), {"endpoints": ALLOWED}, id="a tracker"),
     pytest.param(tracked(wandb={"project": "p"}), {"endpoints": ALLOWED}, id="W&B without a key reaches nobody"),
     pytest.param(

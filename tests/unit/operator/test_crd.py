@@ -66,11 +66,13 @@ def test_every_list_says_how_it_is_merged() -> None:
     kinds = {path: node["x-kubernetes-list-type"] for path, node in ALL_NODES.items() if node.get("type") == "array"}
     assert {path for path, kind in kinds.items() if kind == "map"} == {
         ".quantize",
+        ".output.publish",
         ".pod.imagePullSecrets",
         ".pod.env",
         "status.conditions",
         "status.stages",
         "status.artifacts",
+        "status.artifacts[].published",
         "status.attempts",
     }
 

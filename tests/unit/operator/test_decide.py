@@ -43,7 +43,7 @@ def test_a_new_job_gets_its_first_stage_and_a_whole_status() -> None:
     assert decision.actions == (Start(decision.actions[0].step, 1),)  # type: ignore[union-attr]
     status = decision.status
     assert (status.phase, status.attempt_count, status.retries) == ("Pending", 1, 0)
-    assert [stage.state for stage in status.stages or ()] == ["Pending", "Waiting", "Waiting", "Waiting"]
+    assert [stage.state for stage in status.stages or ()] == ["Pending", *["Waiting"] * 4]
     assert finished(status) == {"Accepted": "True", "Succeeded": "Unknown", "Finished": "False"}
     assert cluster.said == ["Pending"]
 
@@ -52,10 +52,10 @@ def test_every_stage_runs_once_in_order_and_the_job_succeeds() -> None:
     cluster = Cluster()
     play(cluster)
     status = cluster.job.status
-    assert steps() == ["prepare", "train", "merge", "quantize-0"]
+    assert steps() == ["prepare", "train", "merge", "quantize-0", "publish-0"]
     assert cluster.created == [f"demo-{step}-1" for step in steps()]
     assert [(attempt.stage, attempt.number) for attempt in status.attempts or ()] == [
-        ("prepare", 1), ("train", 1), ("merge", 1), ("quantize-gptq4", 1)
+        ("prepare", 1), ("train", 1), ("merge", 1), ("quantize-gptq4", 1), ("publish-bucket", 1)
     ]  # fmt: skip
     assert (status.phase, status.reason, status.retries) == ("Succeeded", "Completed", 0)
     assert status.attempt_count == 1, "nothing was run again"
@@ -82,7 +82,15 @@ def test_the_phase_is_that_of_the_stage_that_is_due() -> None:
         cluster.run_pod()
         phases.append(cluster.settle().status.phase)
         cluster.say()
-    assert phases == ["Preparing", "Training", "Merging", "Quantizing"]
+    assert phases == ["Preparing", "Training", "Merging", "Quantizing", "Publishing"]
+
+
+def test_the_report_is_told_once_a_stage_has_written_it() -> None:
+    cluster = Cluster()
+    cluster.settle()
+    assert cluster.job.status.report is None
+    cluster.say()
+    assert cluster.settle().status.report == "demo-0123abcd/report/index.html"
 
 
 def test_a_job_without_merge_ends_with_the_adapter() -> None:
@@ -251,10 +259,10 @@ def test_only_running_a_stage_again_takes_the_next_number() -> None:
     cluster.settle()
     cluster.end_pod(137, "", "Error", conditions=[condition("DisruptionTarget", "PreemptionByScheduler")])
     play(cluster)
-    made = ["prepare-1", "train-1", "train-2", "merge-2", "quantize-0-2"]
+    made = ["prepare-1", "train-1", "train-2", "merge-2", "quantize-0-2", "publish-0-2"]
     assert cluster.created == [f"demo-{name}" for name in made]
     assert [f"{attempt.stage}-{attempt.number}" for attempt in cluster.job.status.attempts or ()] == [
-        *made[:-1], "quantize-gptq4-2"
+        *made[:-2], "quantize-gptq4-2", "publish-bucket-2"
     ]  # fmt: skip
     assert cluster.job.status.attempt_count == 2
 
@@ -402,7 +410,7 @@ def test_a_lost_word_runs_the_stage_again_uncounted() -> None:
     cluster.end_pod(0, "this is no JSON")
     play(cluster)
     status = cluster.job.status
-    assert stages_made(cluster) == ["prepare", "prepare", "train", "merge", "quantize-0"]
+    assert stages_made(cluster) == ["prepare", *steps()]
     assert (status.phase, status.retries) == ("Succeeded", 0)
 
 

@@ -12,10 +12,10 @@ from finetune_operator.manifests import build_claim, build_config_map, build_ser
 from finetune_operator.names import Step, line
 from finetune_operator.queueing import PRIORITY_LABEL, QUEUE_LABEL
 from finetune_operator.settings import Resources
-from finetune_trainer.config import REMOTE_CODE_VARIABLE, RENDEZVOUS_VARIABLE
-from tests.unit.operator.builders import GANG, SETTINGS, SPEC, WHOLE, a_job
+from finetune_trainer.config import CLAIM_VARIABLE, REMOTE_CODE_VARIABLE, RENDEZVOUS_VARIABLE
+from tests.unit.operator.builders import BUCKET, GANG, SETTINGS, SPEC, WHOLE, a_job
 
-KEYS = ("prepare", "train", "merge", "quantize-0")
+KEYS = ("prepare", "train", "merge", "quantize-0", "publish-0")
 GPU = SPEC | {"parallelism": {"gpusPerNode": 4}}
 TOKEN = {"name": "hf", "key": "hub-token"}
 CREDENTIALS = {"name": "store"}
@@ -43,8 +43,8 @@ def step(key: str, spec: JSON = WHOLE) -> Step:
 
 
 def pod(key: str, spec: JSON = SPEC, **settings: Any) -> JSON:
-    its_step = step(key, spec | {"quantize": WHOLE["quantize"]})
-    job = build_stage_job(a_job(spec), its_step, 3, SETTINGS.model_copy(update=settings))
+    whole = WHOLE | spec | {"output": WHOLE["output"] | spec.get("output", {})}
+    job = build_stage_job(a_job(whole), step(key, whole), 3, SETTINGS.model_copy(update=settings))
     found: JSON = job["spec"]["template"]["spec"]
     return found
 
@@ -106,7 +106,7 @@ def test_a_job_without_a_queue_is_left_to_kubernetes(labels: dict[str, str]) -> 
     assert QUEUE_LABEL not in job["metadata"]["labels"], "whether there is one by default is for Kueue to say"
 
 
-@pytest.mark.parametrize("key", ["prepare", "train", "merge", "quantize-0"])
+@pytest.mark.parametrize("key", KEYS)
 def test_every_pod_is_restricted_and_knows_nothing_of_the_cluster(key: str) -> None:
     spec = pod(key, WHOLE)
     inside = spec["containers"][0]["securityContext"]
@@ -141,6 +141,21 @@ def test_every_source_has_its_secret_in_the_folder_of_its_slot() -> None:
     assert not any(secrets(key, MANY_SOURCES) for key in ("train", "merge", "quantize-0"))
 
 
+def test_every_publish_stage_has_the_secret_of_its_own_place_in_the_folder_of_its_slot() -> None:
+    entries = [
+        {"name": "hub", "artifact": "Merged", "huggingFace": {"repo": "a/b", "tokenSecretRef": TOKEN}},
+        {"name": "open", "artifact": "Merged", "oci": {"reference": "registry.test/models/demo:1"}},
+        {"name": "bucket", "artifact": "Adapter"} | BUCKET,
+    ]
+    spec = MANY_SOURCES | {"output": {"publish": entries}}
+    assert secrets("publish-0", spec) == {
+        "/secrets/publish-0": {"secretName": "hf", "items": [{"key": "hub-token", "path": "token"}]}
+    }
+    assert secrets("publish-1", spec) == {}
+    assert secrets("publish-2", spec) == {"/secrets/publish-2": {"secretName": "store"}}
+    assert not any("publish" in path for key in KEYS[:-1] for path in secrets(key, spec))
+
+
 def test_only_train_sees_the_secrets_of_trackers() -> None:
     tracked = SPEC | {"tracking": ONLINE}
     assert secrets("train", tracked) == {
@@ -148,24 +163,33 @@ def test_only_train_sees_the_secrets_of_trackers() -> None:
         "/secrets/mlflow": {"secretName": "mlflow"},
     }
     assert not any(secrets(key, tracked) for key in ("prepare", "merge", "quantize-0"))
+    assert secrets("publish-0", tracked).keys() == {"/secrets/publish-0"}
 
 
 @pytest.mark.parametrize(
     ("tracking", "reached"),
     [
-        pytest.param(None, {"prepare"}, id="nothing but the hub"),
-        pytest.param({"wandb": {"project": "p"}, "tensorboard": True}, {"prepare"}, id="a run written to the volume"),
-        pytest.param({"wandb": ONLINE["wandb"]}, {"prepare", "train"}, id="W&B with a key"),
-        pytest.param({"mlflow": {"uri": "http://mlflow.test"}}, {"prepare", "train"}, id="an open MLflow server"),
+        pytest.param(None, set(), id="nothing but the hub"),
+        pytest.param({"wandb": {"project": "p"}, "tensorboard": True}, set(), id="a run written to the volume"),
+        pytest.param({"wandb": ONLINE["wandb"]}, {"train"}, id="W&B with a key"),
+        pytest.param({"mlflow": {"uri": "http://mlflow.test"}}, {"train"}, id="an open MLflow server"),
     ],
 )
-def test_the_network_is_reached_where_something_is_fetched_or_tracked(tracking: JSON | None, reached: set[str]) -> None:
+def test_the_network_is_reached_to_fetch_to_publish_and_to_track(tracking: JSON | None, reached: set[str]) -> None:
     proxy = {"HTTPS_PROXY": "http://proxy.test:3128"}
     spec = SPEC | ({"tracking": tracking} if tracking else {})
-    told = {key: environment(key, spec, trainer_env=proxy) for key in ("prepare", "train", "merge", "quantize-0")}
-    assert {key for key, variables in told.items() if "HTTPS_PROXY" in variables} == reached
+    told = {key: environment(key, spec, trainer_env=proxy) for key in KEYS}
+    assert {key for key, variables in told.items() if "HTTPS_PROXY" in variables} == reached | {"prepare", "publish-0"}
     offline = {key for key, variables in told.items() if variables.get("HF_HUB_OFFLINE") == "1"}
-    assert offline == {"train", "merge", "quantize-0"}, "models and rows come from the hub in prepare alone"
+    assert offline == {"train", "merge", "quantize-0"}, "the hub is for what is fetched and published"
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_stage_is_told_the_claim_that_it_works_in(key: str) -> None:
+    assert environment(key)[CLAIM_VARIABLE] == "demo-0123abcd"
+    assert (
+        environment(key, SPEC | {"output": {"volume": {"existing": {"claimName": "mine"}}}})[CLAIM_VARIABLE] == "mine"
+    )
 
 
 @pytest.mark.parametrize("allowed", [False, True])
@@ -189,8 +213,10 @@ def test_sources_are_read_only_down_to_the_volume() -> None:
     assert "readOnly" not in volumes["work"]["persistentVolumeClaim"]
 
 
-@pytest.mark.parametrize(("key", "gpus"), [("prepare", None), ("train", "4"), ("merge", "1"), ("quantize-0", "1")])
-def test_training_holds_all_gpus_and_what_follows_one(key: str, gpus: str | None) -> None:
+@pytest.mark.parametrize(
+    ("key", "gpus"), [("prepare", None), ("train", "4"), ("merge", "1"), ("quantize-0", "1"), ("publish-0", None)]
+)
+def test_training_holds_all_gpus_what_is_made_of_it_one_and_to_send_it_none(key: str, gpus: str | None) -> None:
     resources = container(key, GPU)["resources"]
     assert resources.get("limits", {}).get("nvidia.com/gpu") == gpus
     assert "nvidia.com/gpu" not in resources["requests"]
@@ -226,7 +252,7 @@ def test_the_other_stages_of_several_nodes_are_one_pod(key: str) -> None:
 
 def test_a_method_that_trains_the_model_itself_leaves_nothing_to_merge() -> None:
     spec = WHOLE | {"method": {"type": "Full"}}
-    assert [its.key for its in line(a_job(spec).valid_spec)] == ["prepare", "train", "quantize-0"]
+    assert [its.key for its in line(a_job(spec).valid_spec)] == ["prepare", "train", "quantize-0", "publish-0"]
 
 
 def test_the_jobs_resources_replace_the_charts() -> None:

@@ -16,7 +16,7 @@ from tests.unit.operator.builders import GANG, SETTINGS, WHOLE, a_job
 
 SMALLER = Overrides(micro_batch_size=2, gradient_accumulation_steps=4)
 SMALLEST = Overrides(micro_batch_size=1, gradient_accumulation_steps=8, gradient_checkpointing="Full")
-JOB = a_job(WHOLE | GANG)
+JOB = a_job(WHOLE | GANG | {"output": GANG["output"] | WHOLE["output"]})
 STEPS = line(JOB.valid_spec)
 
 

@@ -230,7 +230,7 @@ LONG = {
         "training",
         "saving what was trained",
     ),
-    "merge": ("loading the weights", "merging the adapter", "loading the merged model", "comparing with the adapter"),
+    "merge": ("loading the adapter", "merging the adapter", "loading the merged model", "comparing with the adapter"),
 }
 """What takes long with a large model."""
 

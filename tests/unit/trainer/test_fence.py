@@ -151,7 +151,7 @@ def test_an_attempt_whose_files_a_newer_one_cleaned_up_says_so(
 ) -> None:
     desk: Desk = desk_of("merge")
 
-    def cleaned_up(adapted: Any, folder: Path, *_: Any) -> None:  # noqa: ARG001 - as write_merged
+    def cleaned_up(merging: Any, base: Any, folder: Path) -> None:  # noqa: ARG001 - as write_merged
         fence.enter(desk.work, 2)
         manifest.clean(desk.work / "merged", 2)
         (folder / "model.safetensors").write_bytes(b"")

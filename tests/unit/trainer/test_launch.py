@@ -5,6 +5,7 @@ Nodes are processes of this machine that meet over loopback.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -109,6 +110,8 @@ def test_two_nodes_train_a_sharded_model_and_publish_it_whole(nodes: Nodes) -> N
     code, other = second.end()
     assert (code, other.reason, other.manifest_digest) == (ExitCode.COMPLETED, Reason.COMPLETED, None)
     assert "node 0" in other.message
+    report = json.loads((nodes.desk.work / "report" / "report.json").read_text())
+    assert [run["stage"] for run in report["stages"]] == ["prepare", "train"]
     published = read_model(nodes.desk.work / "merged")
     sharded = read_shards(nodes.desk.work, published)
     for name, tensor in published.items():

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_trainer import merge
-from finetune_trainer.evaluate import Comparison, compare, load_adapted
+from finetune_trainer.config import Merge, MergeBase
+from finetune_trainer.evaluate import IGNORED, Comparison, TokenRow, compare, load_adapted, measure_loss
+from finetune_trainer.models import loading, streaming
 from finetune_trainer.models.finished import end_tokens
 from finetune_trainer.models.loading import import_peft, load_base, load_dequantized, load_finished, set_up_torch
-from finetune_trainer.progress import Resolved, ResolvedLora, ResolvedMerge, Stage
+from finetune_trainer.models.recording import record
+from finetune_trainer.models.sharding import build_empty
+from finetune_trainer.progress import Measured, Resolved, ResolvedLora, ResolvedMerge, Stage
 from finetune_trainer.runtime.context import Context
-from finetune_trainer.runtime.errors import VerificationFailed
+from finetune_trainer.runtime.errors import GateFailed, VerificationFailed
+from finetune_trainer.runtime.manifest import Result
 from finetune_trainer.runtime.report import Report
 from finetune_trainer.runtime.work import WorkFolder
 from finetune_trainer.training.adapters import build_lora
 from tests.tiny import make_tiny_gptq, make_tiny_model
 from tests.unit.trainer.runs import CPU, LINEAR, SETTINGS, make_rows, replace_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 ROWS = make_rows(20)
 NEW_TOKENS = (320, 321)
@@ -40,12 +49,29 @@ class Bench:
     def context(self) -> Context:
         return Context(self.work, self.work.root, self.work.root, 1, Report(Stage.MERGE, 1, bar=False))
 
-    def merge(self, base: Path | None = None, name: str = "merged") -> Comparison:
-        folder = self.work.root / name
-        folder.mkdir()
-        found = merge.merge(base or self.work.model, folder, ROWS, self.resolved, self.context, CPU)
-        assert found is not None
-        return found
+    def merging(self, rows: Sequence[TokenRow] = ROWS, **asked: Any) -> merge.Merging:
+        """What the stage merges with these settings; `asked`: fields of the config's merge."""
+        return merge.Merging(self.context, self.resolved, rows, Merge(**asked))
+
+    def merge(self, rows: Sequence[TokenRow] = ROWS, **asked: Any) -> Result:
+        """Merge into `merged/` of the work folder, as the stage does."""
+        aside = self.work.root / "aside"
+        for folder in (self.work.merged, aside):
+            folder.mkdir()
+        return merge.merge(self.merging(rows, **asked), self.work.merged, aside)
+
+    def again(self) -> Bench:
+        """The same, not merged yet."""
+        for folder in (self.work.merged, self.work.root / "aside"):
+            shutil.rmtree(folder)
+        return self
+
+    def measure(self, **asked: Any) -> Measured:
+        """The figures of `merge`."""
+        made = self.merge(**asked).artifact
+        assert made is not None
+        assert made.measured is not None
+        return made.measured
 
     def trained(self) -> Any:
         """The adapter on the base as it is trained on."""
@@ -123,8 +149,13 @@ METHODS = [
 
 @pytest.mark.parametrize("changes", METHODS)
 def test_the_merged_model_is_the_adapter_on_the_base_as_it_was_trained(changes: dict[str, Any], tmp_path: Path) -> None:
+    changes = {**changes, "merge": {**changes.get("merge", {}), "max_shard_size": "100KB"}}
     bench = make_bench(tmp_path, **changes)
-    assert bench.merge().kl < merge.MAX_KL / 4
+    kl = bench.measure().kl_divergence
+    assert kl is not None
+    assert kl < merge.MAX_KL / 4
+    if bench.resolved.base_format != "GPTQ":
+        assert_same_as_whole(bench, tmp_path / "whole")
     merged = load_finished(tmp_path / "merged", CPU, torch.float32)
     found = compare(bench.trained(), merged, ROWS)
     assert found.kl < merge.MAX_KL / 2
@@ -144,11 +175,18 @@ def test_into_the_original_weights_the_distance_from_what_was_trained_is_told_an
     make: Any, held: str, tmp_path: Path
 ) -> None:
     bench = make_bench(tmp_path, make, base_format=held)
-    original = make_tiny_model(bench.work.original, dtype="float16") if held == "GPTQ" else bench.work.model
-    assert bench.merge(original).kl < merge.MAX_KL / 4
-    told = merge.compare_with_trained(tmp_path / "merged", ROWS, bench.resolved, bench.context, CPU)
+    asked: dict[str, Any] = {}
+    if held == "GPTQ":
+        make_tiny_model(bench.work.original, dtype="float16")
+        asked = {"original": {"volume": {"claimName": "models", "path": "original"}}}
+    found = bench.merge(**asked)
+    assert f"nats a token from the adapter on the {held} weights that it was trained on" in found.message
+    assert found.artifact is not None
+    assert found.artifact.measured is not None
+    trained = merge.load_reference(bench.merging(), MergeBase.DEQUANTIZED)
+    told = compare(trained, load_finished(bench.work.merged, CPU, torch.float32), ROWS)
     assert told.kl > 1e-6
-    assert told.measured().kl_divergence == pytest.approx(told.kl, rel=1e-5)
+    assert found.artifact.measured.kl_divergence == pytest.approx(told.kl, rel=1e-5)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert not hasattr(merged.config, "quantization_config")
 
@@ -186,14 +224,14 @@ def test_a_merge_that_lost_something_is_found_out(
     breaking: Any, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = make_bench(tmp_path, **changes)
-    write = merge.write_merged
+    put = loading.put_adapter
 
-    def broken(adapted: Any, *rest: Any) -> None:
-        lost = copy.deepcopy(adapted)
-        breaking(lost)
-        write(lost, *rest)
+    def broken(base: Any, adapter: Path) -> Any:
+        adapted = put(base, adapter)
+        breaking(adapted)
+        return adapted
 
-    monkeypatch.setattr(merge, "write_merged", broken)
+    monkeypatch.setattr("finetune_trainer.models.streaming.put_adapter", broken)
     with pytest.raises(VerificationFailed, match="not the one that was trained"):
         bench.merge()
 
@@ -223,6 +261,204 @@ def test_the_gate_stands_between_rounding_and_a_broken_merge(kl: float, same: bo
     else:
         with pytest.raises(VerificationFailed):
             merge.verify_same(found)
+
+
+# Into which weights
+
+
+def _written_by(model: Any, count: int = 12) -> list[TokenRow]:
+    """Rows that the model itself writes, greedily: no other model is as sure of them."""
+    rows = []
+    for prompt in make_rows(count, seed=5):
+        ids = list(prompt.input_ids[:3])
+        with torch.no_grad():
+            for _ in range(16):
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        rows.append(TokenRow(ids, [IGNORED] * 3 + ids[3:]))
+    return rows
+
+
+@pytest.mark.parametrize("better", [MergeBase.DEQUANTIZED, MergeBase.ORIGINAL])
+def test_auto_takes_the_weights_in_which_the_adapter_has_the_lower_loss_and_tells_both(
+    better: MergeBase, tmp_path: Path
+) -> None:
+    bench = make_bench(tmp_path, base_format="NF4", merge={"base": "Auto"})
+    rows = _written_by(merge.load_reference(bench.merging(), better))
+    found = bench.merge(rows)
+    assert found.artifact is not None
+    measured = found.artifact.measured
+    assert measured is not None
+    losses = {
+        base: measure_loss(merge.load_reference(bench.merging(), base), rows)
+        for base in (MergeBase.DEQUANTIZED, MergeBase.ORIGINAL)
+    }
+    assert min(losses, key=losses.__getitem__) is better
+    assert measured.eval_loss_dequantized == pytest.approx(losses[MergeBase.DEQUANTIZED], rel=1e-5)
+    assert measured.eval_loss_original == pytest.approx(losses[MergeBase.ORIGINAL], rel=1e-5)
+    assert measured.eval_loss == pytest.approx(losses[better], abs=1e-3)
+    assert f"Merged into the {better.lower()} weights" in found.message
+    assert f"{losses[MergeBase.DEQUANTIZED]:.4f} in the dequantized weights" in found.message
+    assert f"{losses[MergeBase.ORIGINAL]:.4f} in the original ones" in found.message
+    merged = load_finished(bench.work.merged, CPU, torch.float32)
+    assert compare(merge.load_reference(bench.merging(), better), merged, rows).kl < merge.MAX_KL / 4
+
+
+@pytest.mark.parametrize(
+    ("losses", "base"),
+    [
+        pytest.param((1.0, 0.9), "Original", id="lower in the original"),
+        pytest.param((0.9, 1.0), "Dequantized", id="lower in the dequantized"),
+        pytest.param((1.0, 1.0), "Dequantized", id="equal"),
+        pytest.param((1.0, float("nan")), "Dequantized", id="the original computes no numbers"),
+    ],
+)
+def test_the_lower_loss_decides(losses: tuple[float, float], base: str) -> None:
+    settings = ResolvedMerge(base="Auto", dtype="BF16", max_shard_size="5GB")
+    measured = dict(zip((MergeBase.DEQUANTIZED, MergeBase.ORIGINAL), losses, strict=True))
+    assert merge.choose_base(settings, measured) == base
+    assert merge.choose_base(settings.model_copy(update={"base": "Original"}), measured) == "Original"
+
+
+@pytest.mark.parametrize(("held", "base"), [("NF4", MergeBase.DEQUANTIZED), ("Int8", MergeBase.ORIGINAL)])
+def test_auto_without_held_out_rows_goes_by_the_kind_of_the_base_and_says_so(
+    held: str, base: MergeBase, tmp_path: Path
+) -> None:
+    bench = make_bench(tmp_path, base_format=held, merge={"base": "Auto"})
+    found = bench.merge([])
+    assert f"Merged into the {base.lower()} weights, as merge.base Auto does with an {held} base" in found.message
+    assert "nothing was held out" in found.message
+    merged = load_finished(bench.work.merged, CPU, torch.float32)
+    assert compare(merge.load_reference(bench.merging(), base), merged, ROWS).kl < merge.MAX_KL / 4
+
+
+# Gates
+
+
+GATES = [
+    pytest.param({"base_format": "NF4", "merge": {"base": "Dequantized"}}, "max_kl_divergence", id="KL, Dequantized"),
+    pytest.param({"base_format": "FP32"}, "max_kl_divergence", id="KL, a base that is not quantized"),
+    pytest.param({"base_format": "NF4"}, "max_loss_increase", id="loss, Original"),
+]
+
+
+@pytest.mark.parametrize(("changes", "gate"), GATES)
+def test_a_gate_fails_what_is_worse_with_figures_and_remedy_and_passes_what_is_not(
+    changes: dict[str, Any], gate: str, tmp_path: Path
+) -> None:
+    bench = make_bench(tmp_path, **changes)
+    measured = bench.measure()
+    figure = measured.kl_divergence if gate == "max_kl_divergence" else measured.loss_increase
+    assert figure is not None
+    bench.again().measure(**{gate: figure + 1e-6})
+    with pytest.raises(GateFailed) as caught:
+        bench.again().measure(**{gate: max(figure / 2, 0.0) if gate == "max_kl_divergence" else figure - 1e-3})
+    told = str(caught.value)
+    field = {"max_kl_divergence": "merge.maxKLDivergence", "max_loss_increase": "merge.maxLossIncrease"}[gate]
+    assert f"{field} allows" in told
+    assert f"KL {measured.kl_divergence:.3g}" in told
+    assert f"held-out loss {measured.eval_loss:.4f}" in told
+    assert "Set merge." in told
+
+
+@pytest.mark.parametrize("gate", ["max_kl_divergence", "max_loss_increase"])
+def test_what_is_no_number_passes_no_gate(gate: str, tmp_path: Path) -> None:
+    bench = make_bench(tmp_path)
+    nothing = Comparison(reference_loss=1.0, loss=float("nan"), kl=float("nan"), top1=0.0)
+    asked: dict[str, Any] = {gate: 1.0}
+    with pytest.raises(GateFailed):
+        merge.pass_gates(nothing, MergeBase.ORIGINAL, bench.merging(**asked))
+    merge.pass_gates(nothing, MergeBase.ORIGINAL, bench.merging())
+
+
+def test_other_weights_than_the_trained_ones_are_asked_for_their_loss_alone(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path, base_format="NF4", merge={"base": "Auto"})
+    far = Comparison(reference_loss=1.0, loss=0.9, kl=0.3, top1=0.7)
+    both = bench.merging(max_kl_divergence=0.01, max_loss_increase=0.0)
+    merge.pass_gates(far, MergeBase.ORIGINAL, both)
+    with pytest.raises(GateFailed, match=r"0.3 nats a token \(KL\) away"):
+        merge.pass_gates(far, MergeBase.DEQUANTIZED, both)
+
+
+# A part at a time
+
+
+def assert_same_as_whole(bench: Bench, aside: Path) -> None:
+    """What was merged a part at a time is bit by bit what merging the whole model gives."""
+    assert bench.resolved.merge is not None
+    aside.mkdir()
+    merge.merge_whole(bench.merging(), MergeBase(bench.resolved.merge.base), aside)
+    ours, theirs = _read_weights(bench.work.merged), _read_weights(aside)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert sorted(path.name for path in bench.work.merged.iterdir()) == sorted(path.name for path in aside.iterdir())
+    for name in ("config.json", "generation_config.json"):
+        assert _read_json(bench.work.merged / name) == _read_json(aside / name)
+    index, its = (_read_json(folder / "model.safetensors.index.json") for folder in (bench.work.merged, aside))
+    assert index["metadata"] == its["metadata"]
+    assert index["weight_map"].keys() == ours.keys()
+    assert all((bench.work.merged / file).exists() for file in index["weight_map"].values())
+    assert max(path.stat().st_size for path in bench.work.merged.glob("*.safetensors")) < 110_000
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def test_a_model_that_does_not_fall_into_parts_is_merged_whole_and_the_log_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = make_bench(tmp_path, make_tiny_gptq, base_format="GPTQ", merge={"base": "Dequantized"})
+    bench.merge()
+    assert "Layers that GPTQ packed are only widened with the whole model at hand" in caplog.text
+    weightless = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.raises(streaming.CannotStreamError, match="does not say what its blocks are"):
+        streaming.parts_of(weightless)
+
+
+def test_only_one_part_of_the_model_is_ever_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = make_bench(tmp_path, options={"layers": 6})
+    seen: list[int] = []
+    load = loading.load_placed
+
+    def counted(*args: Any) -> Any:
+        model = load(*args)
+        seen.append(sum(each.numel() for each in model.parameters() if each.device != streaming.META))
+        return model
+
+    monkeypatch.setattr("finetune_trainer.models.streaming.load_placed", counted)
+    bench.merge()
+    empty = build_empty(bench.work.model)
+    assert sum(seen) == sum(each.numel() for each in empty.parameters())
+    assert max(seen) < sum(seen) / 4
+
+
+def test_a_model_whose_body_is_on_disk_answers_with_the_same_bits(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path, options={"architecture": "Qwen2"})
+    whole, kept = (merge.load_reference(bench.merging(), MergeBase.ORIGINAL) for _ in range(2))
+    loss = record(kept, tmp_path / "aside", lambda model: measure_loss(model, ROWS))
+    held = [sum(each.numel() for each in model.parameters()) for model in (whole, kept)]
+    assert held[1] < held[0] / 4
+    found = compare(kept, whole, ROWS)
+    assert (found.kl, found.top1, found.reference_loss) == (0.0, 1.0, found.loss)
+    assert found.loss == pytest.approx(loss, rel=1e-9)
+    assert not list((tmp_path / "aside").iterdir()), "what was read is dropped"
+
+
+# What is broken
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        pytest.param("model.layers.1.mlp.up_proj.weight", float("nan"), id="a weight that the adapter changes"),
+        pytest.param("model.norm.weight", float("inf"), id="a weight that it leaves alone"),
+    ],
+)
+def test_a_weight_that_is_no_number_fails_the_merge(name: str, value: float, tmp_path: Path) -> None:
+    bench = make_bench(tmp_path)
+    _change_weights(bench.work.model, {name: value})
+    with pytest.raises(VerificationFailed, match="not finite"):
+        bench.merge([])
 
 
 # What is in the folder
@@ -268,12 +504,9 @@ def test_an_answer_ends_at_the_trained_token_and_at_those_the_base_knew(known: A
 
 def test_weights_that_fp16_cannot_hold_are_refused_with_the_way_out(tmp_path: Path) -> None:
     bench = make_bench(tmp_path, merge={"dtype": "FP16"})
-    adapted = merge.load_reference(bench.work.model, bench.work.adapter, bench.resolved, CPU)
-    adapted.get_base_model().model.norm.weight.data[0] = 1e6
-    (tmp_path / "out").mkdir()
-    assert bench.resolved.merge is not None
+    _change_weights(bench.work.model, {"model.norm.weight": 1e6})
     with pytest.raises(VerificationFailed, match=r"norm.weight are not finite in FP16. Set merge.dtype to BF16"):
-        merge.write_merged(adapted, tmp_path / "out", bench.work.model, bench.work.tokenizer, bench.resolved.merge)
+        bench.merge()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -283,3 +516,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(_read_json(path) | changes))
+
+
+def _change_weights(folder: Path, first_values: dict[str, float]) -> None:
+    """Set the first number of some weights of a model's only file."""
+    weights = load_file(folder / "model.safetensors")
+    for name, value in first_values.items():
+        weights[name].view(-1)[0] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

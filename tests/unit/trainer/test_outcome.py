@@ -7,10 +7,18 @@ from typing import Any
 
 import pytest
 
+from finetune_trainer.config import BaseFormat, Merge
 from finetune_trainer.models.folder import ModelFacts
 from finetune_trainer.runtime.errors import InvalidConfig, InvalidModel
 from finetune_trainer.runtime.parsing import parse_config
-from finetune_trainer.settings.outcome import check_original, check_outcome, resolve_merge, resolve_quantize
+from finetune_trainer.settings.outcome import (
+    check_original,
+    check_outcome,
+    choose_unmeasured,
+    resolve_merge,
+    resolve_quantize,
+)
+from finetune_trainer.settings.resolve import check_held_out
 from tests.tiny import make_config
 
 LAYERS = {"model.layers.0.self_attn.q_proj": 576, "model.layers.0.mlp.down_proj": 1536}
@@ -23,20 +31,34 @@ ORIGINAL = {"original": {"volume": {"claimName": "models", "path": "original"}}}
 @pytest.mark.parametrize(
     ("given", "base"),
     [
-        pytest.param({}, "Dequantized", id="NF4"),
-        pytest.param({"method": {"baseWeights": {"format": "FP4"}}}, "Dequantized", id="FP4"),
-        pytest.param(GPTQ, "Dequantized", id="GPTQ, widened"),
-        pytest.param(GPTQ | {"merge": ORIGINAL}, "Original", id="GPTQ with its original"),
-        pytest.param(INT8, "Original", id="Int8"),
+        pytest.param({}, "Auto", id="NF4: to be measured"),
+        pytest.param({"method": {"baseWeights": {"format": "FP4"}}}, "Auto", id="FP4: to be measured"),
+        pytest.param(GPTQ, "Dequantized", id="GPTQ: there is nothing but the widened weights"),
+        pytest.param(GPTQ | {"merge": ORIGINAL}, "Auto", id="GPTQ with its original: to be measured"),
+        pytest.param(INT8, "Auto", id="Int8: to be measured"),
         pytest.param(INT8 | {"merge": {"base": "Dequantized"}}, "Dequantized", id="Int8, widened"),
-        pytest.param({"method": {"type": "LoRA"}}, "Original", id="unquantized"),
+        pytest.param({"method": {"type": "LoRA"}}, "Original", id="unquantized: there is nothing but its weights"),
         pytest.param({"merge": {"base": "Original"}}, "Original", id="NF4, the 16-bit base"),
     ],
 )
-def test_the_adapter_goes_into_what_was_trained_on_unless_asked_otherwise(given: dict[str, Any], base: str) -> None:
+def test_the_weights_to_merge_into_are_settled_where_there_is_no_choice(given: dict[str, Any], base: str) -> None:
     merge = resolve_merge(parse_config(make_config(**given)))
     assert merge is not None
     assert (merge.base, merge.dtype, merge.max_shard_size) == (base, "BF16", "5GB")
+
+
+@pytest.mark.parametrize(
+    ("held", "original", "base"),
+    [
+        pytest.param("NF4", False, "Dequantized", id="NF4"),
+        pytest.param("GPTQ", False, "Dequantized", id="GPTQ"),
+        pytest.param("GPTQ", True, "Original", id="GPTQ with its original"),
+        pytest.param("Int8", False, "Original", id="Int8"),
+        pytest.param("BF16", False, "Original", id="unquantized"),
+    ],
+)
+def test_without_a_measure_the_kind_of_the_base_decides(held: str, original: bool, base: str) -> None:
+    assert choose_unmeasured(BaseFormat(held), Merge.model_validate(ORIGINAL if original else {})) == base
 
 
 @pytest.mark.parametrize("given", [{"merge": {"policy": "Never"}}, {"method": {"type": "Full"}}], ids=["Never", "Full"])
@@ -47,17 +69,39 @@ def test_nothing_is_merged(given: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("entry", "columns", "expected"),
     [
-        pytest.param({"method": "GPTQ"}, 4096, (128, True), id="GPTQ: symmetric"),
-        pytest.param({"method": "AWQ"}, 4096, (128, False), id="AWQ: zero points"),
-        pytest.param({"method": "AWQ"}, 576, (64, False), id="SmolLM2"),
-        pytest.param({"method": "GPTQ"}, 96, (32, True), id="small layers"),
-        pytest.param({"method": "AWQ", "symmetric": True, "groupSize": 32}, 4096, (32, True), id="as asked for"),
+        pytest.param({"method": "GPTQ"}, 4096, (4, 128, True, False, 0.05), id="GPTQ: symmetric"),
+        pytest.param({"method": "AWQ"}, 4096, (4, 128, False, None, None), id="AWQ: zero points"),
+        pytest.param({"method": "AWQ"}, 576, (4, 64, False, None, None), id="SmolLM2"),
+        pytest.param({"method": "GPTQ", "bits": 8}, 96, (8, 32, True, False, 0.05), id="small layers, 8 bits"),
+        pytest.param(
+            {"method": "AWQ", "symmetric": True, "groupSize": 32}, 4096, (4, 32, True, None, None), id="as asked for"
+        ),
+        pytest.param(
+            {"method": "GPTQ", "symmetric": False, "actOrder": True, "dampeningFrac": 0.1, "groupSize": 16},
+            48,
+            (4, 16, False, True, 0.1),
+            id="GPTQ as asked for",
+        ),
     ],
 )
-def test_quantized_forms_are_settled(entry: dict[str, Any], columns: int, expected: tuple[int, bool]) -> None:
+def test_quantized_forms_are_settled(entry: dict[str, Any], columns: int, expected: tuple[Any, ...]) -> None:
     config = parse_config(make_config(quantize=[{"name": "q", **entry}]))
     (found,) = resolve_quantize(config, replace(LLAMA, linear_layers={"a": columns}))
-    assert (found.group_size, found.symmetric) == expected
+    assert (found.bits, found.group_size, found.symmetric, found.act_order, found.dampening_frac) == expected
+
+
+@pytest.mark.parametrize(
+    ("entry", "columns", "kind"),
+    [
+        pytest.param({}, 576, "Q8_0", id="by default"),
+        pytest.param({"ggufType": "Q4_0"}, 576, "Q4_0", id="as asked for"),
+        pytest.param({"ggufType": "F16"}, 100, "F16", id="any size in 16 bits"),
+    ],
+)
+def test_gguf_forms_have_a_type_alone(entry: dict[str, Any], columns: int, kind: str) -> None:
+    config = parse_config(make_config(quantize=[{"name": "q", "method": "GGUF", **entry}]))
+    (found,) = resolve_quantize(config, replace(LLAMA, linear_layers={"a": columns}))
+    assert found.model_dump(exclude_none=True) == {"name": "q", "method": "GGUF", "gguf_type": kind}
 
 
 def quantize(**entry: Any) -> dict[str, Any]:
@@ -80,6 +124,12 @@ def quantize(**entry: Any) -> dict[str, Any]:
             id="nothing to widen",
         ),
         pytest.param(
+            {"merge": {"base": "Original", "maxKLDivergence": 0.01}},
+            {},
+            r"merge.maxKLDivergence is for the weights that were trained on.*held in NF4.*Set merge.maxLossIncrease",
+            id="a gate for other weights",
+        ),
+        pytest.param(
             quantize(groupSize=128), {}, r"groupSize 128 .*576, 1536 columns\). Use 64 or 32", id="group size"
         ),
         pytest.param(
@@ -90,6 +140,9 @@ def quantize(**entry: Any) -> dict[str, Any]:
         ),
         pytest.param(
             quantize(), {"linear_layers": {"a": 100}}, "none of the group sizes.*leave quantize out", id="none"
+        ),
+        pytest.param(
+            quantize(bits=8), {"linear_layers": {"a": 100}}, "none of the group sizes.*100 columns", id="none, 8 bits"
         ),
         pytest.param(
             quantize(method="AWQ"),
@@ -110,6 +163,15 @@ def quantize(**entry: Any) -> dict[str, Any]:
             quantize(method="AWQ"), {"architecture": "Gemma3ForCausalLM"}, "Use GPTQ; AWQ is for Llama", id="Gemma 3"
         ),
         pytest.param(
+            quantize(method="GGUF"),
+            {"linear_layers": {"a": 100}},
+            r"Q8_0 holds 32 weights of a row in a block, a has 100 columns. Set ggufType to F16 or BF16",
+            id="no whole blocks",
+        ),
+        pytest.param(
+            quantize(method="GGUF"), {"architecture": "Gemma3ForCausalLM"}, "Use GPTQ; GGUF is for Llama", id="GGUF"
+        ),
+        pytest.param(
             quantize(calibration={"maxLength": 9000}),
             {},
             r"calibration.maxLength is 9,000.*8,192 tokens. Set it to 8,192 or less",
@@ -120,6 +182,47 @@ def quantize(**entry: Any) -> dict[str, Any]:
 def test_what_cannot_be_is_refused_with_the_way_out(given: dict[str, Any], facts: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidConfig, match=words):
         check_outcome(parse_config(make_config(**given)), replace(LLAMA, **facts))
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        pytest.param({"method": "AWQ", "bits": 8}, "AWQ has 4 bits, bits is 8: drop it, or use method GPTQ", id="AWQ"),
+        pytest.param({"bits": 6}, "multiple of 4", id="6 bits"),
+        pytest.param({"method": "AWQ", "actOrder": True}, "actOrder is for GPTQ, method is AWQ: drop it", id="order"),
+        pytest.param({"method": "GGUF", "bits": 8}, "bits is for GPTQ and AWQ, method is GGUF: drop it", id="GGUF"),
+        pytest.param({"ggufType": "Q8_0"}, "ggufType is for GGUF, method is GPTQ: drop it", id="GGUF's type"),
+        pytest.param({"method": "GGUF", "ggufType": "Q4_K_M"}, "ggufType", id="a k-quant"),
+        pytest.param({"method": "AWQ", "dampeningFrac": 0.1}, "dampeningFrac is for GPTQ", id="damping of AWQ"),
+        pytest.param({"dampeningFrac": 5}, "less than 1", id="a share, not percents"),
+        pytest.param({"maxPerplexityIncreasePercent": -1}, "greater than or equal to 0", id="negative gate"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_no_config(entry: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidConfig, match=words):
+        parse_config(make_config(**quantize(**entry)))
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        pytest.param(
+            quantize(maxPerplexityIncreasePercent=5), r"quantize\[\].maxPerplexityIncreasePercent", id="forms"
+        ),
+        pytest.param({"merge": {"maxKLDivergence": 0.01}}, "merge.maxKLDivergence", id="merge, KL"),
+        pytest.param({"merge": {"maxLossIncrease": 0.0}}, "merge.maxLossIncrease", id="merge, loss"),
+    ],
+)
+def test_a_gate_needs_held_out_rows(given: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidConfig, match=rf"percent 0 holds nothing out: drop {field} or hold rows out"):
+        parse_config(make_config(evaluation={"percent": 0}, **given))
+    with pytest.raises(InvalidConfig, match=rf"{field} needs a held-out loss, but no row was held out"):
+        check_held_out(parse_config(make_config(**given)), eval_rows=0)
+
+
+def test_a_gate_for_the_original_weights_is_refused_where_others_are_asked_for() -> None:
+    with pytest.raises(InvalidConfig, match="maxLossIncrease is for base Original, base is Dequantized"):
+        parse_config(make_config(merge={"base": "Dequantized", "maxLossIncrease": 0.0}))
 
 
 WORDS = {"a": 0, "b": 1, "c": 2}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,20 +19,18 @@ from safetensors.torch import load_file
 
 from finetune_trainer import quantize
 from finetune_trainer.config import Quantize
-from finetune_trainer.evaluate import compare
+from finetune_trainer.evaluate import Comparison, compare
 from finetune_trainer.models.finished import load_quantized, verify_layers
 from finetune_trainer.models.loading import load_finished, set_up_torch
-from finetune_trainer.progress import ExitCode, ResolvedQuantize, Stage
+from finetune_trainer.progress import ExitCode, Reason, ResolvedQuantize, Stage
 from finetune_trainer.runtime.context import Context
-from finetune_trainer.runtime.errors import VerificationFailed
+from finetune_trainer.runtime.errors import GateFailed, VerificationFailed
 from finetune_trainer.runtime.report import Report
 from finetune_trainer.runtime.work import WorkFolder
 from finetune_trainer.settings.outcome import QUANTIZABLE
-from tests.tiny import make_tokenizer
+from tests.tiny import make_config, make_instructions, make_jsonl, make_tokenizer
+from tests.unit.trainer.conftest import Desk
 from tests.unit.trainer.runs import CPU, make_rows
-
-if TYPE_CHECKING:
-    from tests.unit.trainer.conftest import Desk
 
 ENTRY = {"name": "small", "method": "GPTQ", "groupSize": 32, "calibration": {"samples": 8, "maxLength": 48}}
 SIZE = {
@@ -60,44 +60,61 @@ CALIBRATION = [
 ]
 
 
-def make_finished(folder: Path, architecture: str) -> Path:
+def make_finished(folder: Path, architecture: str, **changes: Any) -> Path:
     """A random finished model of a class; each of its layers has 64 or more outputs, as AWQ asks for."""
     import transformers  # noqa: PLC0415 - slow
 
     name, settings = CONFIGS[architecture]
     make_tokenizer(folder)
     torch.manual_seed(0)
-    config = getattr(transformers, name)(**SIZE | settings)
+    config = getattr(transformers, name)(**SIZE | settings | changes)
     model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     assert type(model).__name__ == architecture
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
-def make_quantized(root: Path, architecture: str, method: str, *, symmetric: bool) -> tuple[Path, Path]:
+def make_settings(method: str = "GPTQ", **changes: Any) -> ResolvedQuantize:
+    gptq = {"symmetric": True, "act_order": False, "dampening_frac": 0.05} if method == "GPTQ" else {"symmetric": False}
+    return ResolvedQuantize(**{"name": "small", "method": method, "bits": 4, "group_size": 32, **gptq, **changes})
+
+
+def make_quantized(
+    root: Path,
+    architecture: str,
+    settings: ResolvedQuantize,
+    calibration: list[dict[str, list[int]]] = CALIBRATION,
+    **changes: Any,
+) -> tuple[Path, Path]:
     """The finished model and its quantized form."""
     set_up_torch()
-    finished, folder = make_finished(root / "merged", architecture), root / "quantized"
+    finished, folder = make_finished(root / "merged", architecture, **changes), root / "quantized"
     folder.mkdir()
-    settings = ResolvedQuantize(name="small", method=method, bits=4, group_size=32, symmetric=symmetric)
     context = Context(WorkFolder(root), root, root, 1, Report(Stage.QUANTIZE, 1, bar=False))
-    quantize.write_quantized(finished, folder, settings, CALIBRATION, context)
+    quantize.write_quantized(finished, folder, settings, calibration, context)
     return finished, folder
 
 
-FORMS = [(name, method.value, method == "GPTQ") for method, names in QUANTIZABLE.items() for name in names]
-FORMS += [("LlamaForCausalLM", "AWQ", True), ("LlamaForCausalLM", "GPTQ", False)]
+FORMS = {
+    f"{method}-{name}": (name, make_settings(method.value)) for method, names in QUANTIZABLE.items() for name in names
+} | {
+    "AWQ, symmetric": ("LlamaForCausalLM", make_settings("AWQ", symmetric=True)),
+    "GPTQ, zero points": ("LlamaForCausalLM", make_settings(symmetric=False)),
+    "GPTQ, act order": ("Qwen2ForCausalLM", make_settings(act_order=True)),
+    "GPTQ, 8 bits": ("LlamaForCausalLM", make_settings(bits=8)),
+    "GPTQ, 8 bits, zero points, act order": (
+        "Qwen3ForCausalLM",
+        make_settings(bits=8, symmetric=False, act_order=True),
+    ),
+}
 
 
 @pytest.fixture(scope="module")
 def divergences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """KL of every form from its finished model, by its folder, loaded in a process that quantized nothing.
-
-    gptqmodel changes classes of transformers while it quantizes: what loads beside it may not load for anybody else.
-    """
+    """KL of every form from its finished model, by its name, loaded in a process that quantized nothing."""
     root = tmp_path_factory.mktemp("forms")
-    for architecture, method, symmetric in FORMS:
-        make_quantized(root / form_name(architecture, method, symmetric), architecture, method, symmetric=symmetric)
+    for name, (architecture, settings) in FORMS.items():
+        make_quantized(root / name, architecture, settings)
     code = f"from tests.unit.trainer.test_quantize import print_divergences; print_divergences({str(root)!r})"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False
@@ -117,21 +134,30 @@ def print_divergences(root: str) -> None:
     print(json.dumps(found))
 
 
-def form_name(architecture: str, method: str, symmetric: bool) -> str:
-    return f"{method}-{architecture}-{'symmetric' if symmetric else 'zeros'}"
-
-
-@pytest.mark.parametrize(("architecture", "method", "symmetric"), FORMS)
+@pytest.mark.parametrize("name", FORMS)
 def test_what_is_written_loads_back_whole_and_is_the_model_within_rounding(
-    divergences: dict[str, float], architecture: str, method: str, symmetric: bool
+    divergences: dict[str, float], name: str
 ) -> None:
-    assert 0 < divergences[form_name(architecture, method, symmetric)] < 0.005
+    _, settings = FORMS[name]
+    assert 0 < divergences[name] < (0.005 if settings.bits == 4 else 0.00005)
+
+
+def test_act_order_and_damping_reach_the_files(tmp_path: Path) -> None:
+    """Reordered over the borders of groups, columns tell their group: they are in order otherwise."""
+    _, folder = make_quantized(tmp_path, "LlamaForCausalLM", make_settings(act_order=True, dampening_frac=0.25))
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert settings["desc_act"] is True
+    assert settings["meta"]["damp_percent"] == 0.25
+    tensors = load_file(folder / "model.safetensors")
+    groups = [tensor for name, tensor in tensors.items() if name.endswith("g_idx")]
+    assert groups
+    assert any(bool((tensor.diff() < 0).any()) for tensor in groups)
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["zero points", "no zero points"])
 def test_awq_is_of_the_format_that_servers_read(tmp_path: Path, symmetric: bool) -> None:
     """Zero points are always in the files, all in the middle where there are none in effect."""
-    _, folder = make_quantized(tmp_path, "LlamaForCausalLM", "AWQ", symmetric=symmetric)
+    _, folder = make_quantized(tmp_path, "LlamaForCausalLM", make_settings("AWQ", symmetric=symmetric))
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
     expected = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 32, "zero_point": True}
     assert {name: settings[name] for name in expected} == expected
@@ -143,7 +169,7 @@ def test_awq_is_of_the_format_that_servers_read(tmp_path: Path, symmetric: bool)
 
 def test_experts_that_are_not_loaded_back_are_found_out(tmp_path: Path) -> None:
     """Of such models transformers makes the experts up, and nothing but a warning tells."""
-    _, folder = make_quantized(tmp_path, "OlmoeForCausalLM", "GPTQ", symmetric=True)
+    _, folder = make_quantized(tmp_path, "OlmoeForCausalLM", make_settings())
     with pytest.raises(VerificationFailed, match=r"has 32 quantized layers, of which 8 were loaded"):
         load_quantized(folder, CPU)
 
@@ -153,29 +179,41 @@ def test_a_model_without_quantized_layers_is_found_out(tiny_model: Path) -> None
         verify_layers(torch.nn.Linear(2, 2), tiny_model)
 
 
-@pytest.mark.parametrize("method", ["GPTQ", "AWQ"])
-def test_a_quantized_model_loads_and_writes_in_a_bare_pod(
-    desk: Desk, config: dict[str, Any], tmp_path: Path, method: str
-) -> None:
-    """No compiler on the path, no network, a current folder that cannot be written."""
+# The stage
+
+GATE: dict[str, Any] = {"maxPerplexityIncreasePercent": 1.0}
+ENTRIES = [ENTRY | GATE] + [ENTRY | GATE | {"name": name, "method": "AWQ"} for name in ("awq", "spoilt")]
+ENTRIES += [{"name": "q8", "method": "GGUF"} | GATE]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Desk, dict[str, Any]]:
+    """A desk with a merged model, and the config it was made by."""
+    desk = Desk(tmp_path_factory.mktemp("finished"))
     make_finished(desk.models / "wide", "LlamaForCausalLM")
-    config["model"]["volume"]["path"] = "wide"
-    config |= {
-        "training": {"globalBatchSize": 8, "maxSteps": 6, "learningRate": 0.02},
-        "evaluation": {"percent": 20},
-        "quantize": [ENTRY | {"method": method}],
-    }
+    make_jsonl(desk.datasets / "rows.jsonl", make_instructions(40))
+    training = {"globalBatchSize": 8, "maxSteps": 12, "learningRate": 0.02}
+    config = make_config(model="wide", training=training, evaluation={"percent": 20}, quantize=ENTRIES)
     for stage in ("prepare", "train", "merge"):
         assert desk.run(stage, config)[0] == 0
-    run_bare(desk, tmp_path)
-    folder = desk.work / "quantized" / "small"
+    return desk, config
+
+
+@pytest.mark.parametrize("name", ["small", "awq"])
+def test_a_quantized_model_loads_and_writes_in_a_bare_pod(
+    finished: tuple[Desk, dict[str, Any]], tmp_path: Path, name: str
+) -> None:
+    """No compiler on the path, no network, a current folder that cannot be written."""
+    desk, _ = finished
+    run_bare(desk, tmp_path, name)
+    folder = desk.work / "quantized" / name
     manifest = json.loads((folder / "manifest.json").read_text())
     measured = manifest["result"]["artifact"]["measured"]
     assert measured["klDivergence"] > 0
     assert measured["top1Agreement"] > 0.5
-    assert "perplexityIncreasePercent" in measured
-    for name in ("config.json", "quantize_config.json"):
-        text = (folder / name).read_text()
+    assert measured["perplexityIncreasePercent"] <= 1.0
+    for config in ("config.json", "quantize_config.json"):
+        text = (folder / config).read_text()
         assert str(tmp_path) not in text
         assert "offload" not in text
         assert "/tmp" not in text  # noqa: S108 - must not be there
@@ -183,7 +221,7 @@ def test_a_quantized_model_loads_and_writes_in_a_bare_pod(
     assert {"tokenizer.json", "generation_config.json"} <= {path.name for path in folder.iterdir()}
 
 
-def run_bare(desk: Desk, tmp_path: Path) -> None:
+def run_bare(desk: Desk, tmp_path: Path, name: str) -> None:
     """The quantize stage as a process of its own in an environment as poor as a pod's."""
     root = Path(__file__).parents[3]
     nothing, home, current = (tmp_path / name for name in ("bin", "home", "current"))
@@ -200,7 +238,7 @@ def run_bare(desk: Desk, tmp_path: Path) -> None:
     }
     folders = ["--config", str(desk.root / "job.json"), "--work", str(desk.work), "--sources", str(desk.sources)]
     done = subprocess.run(
-        [sys.executable, "-m", "finetune_trainer", "quantize", *folders],
+        [sys.executable, "-m", "finetune_trainer", "quantize", "--name", name, *folders],
         cwd=current,
         env=environment,
         capture_output=True,
@@ -209,6 +247,79 @@ def run_bare(desk: Desk, tmp_path: Path) -> None:
     )
     assert done.returncode == ExitCode.COMPLETED, done.stderr
     assert not list(current.iterdir())
+
+
+def test_a_gguf_export_is_one_file_that_was_measured(finished: tuple[Desk, dict[str, Any]]) -> None:
+    desk, config = finished
+    code, word = desk.run("quantize", config, "--name", "q8")
+    assert word is not None
+    assert code == ExitCode.COMPLETED, word.message
+    assert re.search(r"Exported as GGUF Q8_0: perplexity 1\d\d\.\d\d, [+-]0\.\d%", word.message)
+    assert word.artifact is not None
+    assert word.artifact.measured is not None
+    assert (word.artifact.measured.kl_divergence or 1.0) < 1e-3
+    assert sorted(path.name for path in (desk.work / "quantized" / "q8").iterdir()) == [
+        "manifest.json",
+        "model-Q8_0.gguf",
+    ]
+
+
+def test_a_gate_that_fires_publishes_nothing(
+    finished: tuple[Desk, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With simulated figures: what is measured of so small a model differs from one training to the next."""
+    desk, config = finished
+    monkeypatch.setattr(quantize, "call_apart", lambda *_: quantize.Found("", compared(12.3)))
+    code, word = desk.run("quantize", config, "--name", "spoilt")
+    assert word is not None
+    assert (code, word.reason) == (ExitCode.GATE_FAILED, Reason.GATE_FAILED)
+    assert re.search(r"\+12\.3% .*'spoilt' allows 1%.*nothing was published", word.message)
+    assert not [path.name for path in (desk.work / "quantized").iterdir() if "spoilt" in path.name]
+
+
+def test_bad_calibration_rows_fire_a_gate_that_real_ones_pass(tmp_path: Path) -> None:
+    """One token over and over says nothing of the activations."""
+    entry = Quantize.model_validate({"name": "small", "method": "AWQ", "maxPerplexityIncreasePercent": 1.5})
+    settings, bad = make_settings("AWQ"), [{"input_ids": [7] * 48, "attention_mask": [1] * 48}] * 8
+    quantize.judge(entry, settings, measure(tmp_path / "good", settings, CALIBRATION))
+    with pytest.raises(GateFailed, match=r"allows 1\.5%"):
+        quantize.judge(entry, settings, measure(tmp_path / "bad", settings, bad))
+
+
+def measure(root: Path, settings: ResolvedQuantize, calibration: list[dict[str, list[int]]]) -> Comparison:
+    """A form of a model whose weights are large enough for their rounding to be seen."""
+    large, folder = make_quantized(root, "LlamaForCausalLM", settings, calibration, initializer_range=0.1)
+    return compare(load_finished(large, CPU, torch.float32), load_quantized(folder, CPU), make_rows(20))
+
+
+def compared(increase_percent: float) -> Comparison:
+    return Comparison(2.0, 2.0 + math.log1p(increase_percent / 100), 0.01, 0.9)
+
+
+@pytest.mark.parametrize("limit", [None, 5.0, 100.0])
+def test_within_its_gate_a_form_is_told_with_its_figures(limit: float | None) -> None:
+    entry = Quantize.model_validate(ENTRY | {"maxPerplexityIncreasePercent": limit})
+    result = quantize.judge(entry, make_settings(), compared(4.99))
+    assert "perplexity 7.76, +5.0% against the 16-bit model (KL 0.01 nats a token, same first choice 90.0%)" in (
+        result.message
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "error", "words"),
+    [
+        pytest.param(compared(5.01), GateFailed, r"\+5\.0%.*allows 5%.*Use more bits", id="beyond its gate"),
+        pytest.param(None, GateFailed, "no row was held out.*drop the gate", id="nothing to measure"),
+        pytest.param(Comparison(2.0, math.nan, 0.1, 0.9), VerificationFailed, "computes no numbers", id="NaN"),
+        pytest.param(Comparison(2.0, 2.0, math.inf, 0.9), VerificationFailed, "computes no numbers", id="infinite KL"),
+    ],
+)
+def test_a_form_that_is_worse_than_allowed_ends_the_stage(
+    found: Comparison | None, error: type[Exception], words: str
+) -> None:
+    entry = Quantize.model_validate(ENTRY | {"maxPerplexityIncreasePercent": 5})
+    with pytest.raises(error, match=words):
+        quantize.judge(entry, make_settings(), found)
 
 
 # Calibration

@@ -183,7 +183,7 @@ def test_the_stage_tells_losses_and_leaves_samples_and_an_adapter(desk: Desk, co
     assert measured.eval_loss_base is not None
     assert measured.eval_loss < measured.eval_loss_base
     sample = json.loads((desk.work / "report" / "samples.json").read_text())[0]
-    assert sample.keys() == {"prompt", "before", "after"}
+    assert sample.keys() == {"prompt", "before", "after", "expected"}
     settings = json.loads((desk.work / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == "../model"
     assert (desk.work / "adapter" / "tokenizer.json").exists()
@@ -211,3 +211,4 @@ def test_a_text_that_is_learned_whole_is_sampled_from_its_beginning() -> None:
     ids = list(range(3, 33))
     whole, asked = TokenRow(ids, [IGNORED, *ids[1:]]), TokenRow(ids, [IGNORED] * 12 + ids[12:])
     assert [len(prompt) for prompt in samples.choose_prompts([whole, asked])] == [10, 12]
+    assert samples.choose_answers([whole, asked]) == [ids[10:], ids[12:]]

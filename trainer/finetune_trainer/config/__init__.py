@@ -9,8 +9,8 @@ the model or the data is resolved by the prepare stage (`finetune_trainer.settin
     model       the base model            data      datasets, columns, evaluation
     sources     hubs, volume, S3, OCI     method    QLoRA, LoRA, Full, GaLore; SFT, DPO
     training    hyperparameters, devices  outcome   merge, quantize
-    tracking    W&B, MLflow, TensorBoard  base      what all of them are made of
-    environment what a pod is told by variables
+    publish     hub, S3, OCI to put into  tracking  W&B, MLflow, TensorBoard
+    base        what all are made of      environment  what a pod is told by variables
 
 Imports nothing heavier than pydantic.
 """
@@ -33,6 +33,7 @@ from finetune_trainer.config.base import (
 )
 from finetune_trainer.config.data import ROWS_LIMIT, ColumnName, Columns, Dataset, DatasetFormat, Evaluation, Template
 from finetune_trainer.config.environment import (
+    CLAIM_VARIABLE,
     DRILL_OUT_OF_MEMORY_VARIABLE,
     NODE_RANK_VARIABLE,
     REMOTE_CODE_VARIABLE,
@@ -76,12 +77,22 @@ from finetune_trainer.config.model import (
 )
 from finetune_trainer.config.outcome import (
     Calibration,
+    GgufType,
     Merge,
     MergeBase,
     MergeDtype,
     MergePolicy,
     Quantize,
     QuantizeMethod,
+)
+from finetune_trainer.config.publish import (
+    TARGET_FIELDS,
+    HuggingFaceTarget,
+    OciTarget,
+    Output,
+    Publish,
+    PublishedArtifact,
+    S3Target,
 )
 from finetune_trainer.config.sources import (
     COMMIT_PATTERN,
@@ -129,6 +140,7 @@ from finetune_trainer.config.training import (
 __all__ = [
     "ADAPTER_METHODS",
     "BITSANDBYTES",
+    "CLAIM_VARIABLE",
     "COMMIT_PATTERN",
     "DEFAULT_REGION",
     "DEFAULT_SEED",
@@ -154,6 +166,7 @@ __all__ = [
     "SOURCE_FIELDS",
     "STEPS_LIMIT",
     "SUBDOMAIN_PATTERN",
+    "TARGET_FIELDS",
     "TOKEN_FILE",
     "WANDB_KEY_FILE",
     "WANDB_SLOT",
@@ -180,9 +193,11 @@ __all__ = [
     "Every",
     "Fsdp",
     "GaLore",
+    "GgufType",
     "GradientCheckpointing",
     "HuggingFaceDataset",
     "HuggingFaceSource",
+    "HuggingFaceTarget",
     "JobConfig",
     "LongRows",
     "Lora",
@@ -204,13 +219,18 @@ __all__ = [
     "Objective",
     "ObjectiveType",
     "OciSource",
+    "OciTarget",
     "Optimizer",
+    "Output",
     "Packing",
     "Parallelism",
+    "Publish",
+    "PublishedArtifact",
     "Quantize",
     "QuantizeMethod",
     "RelativePath",
     "S3Source",
+    "S3Target",
     "SecretKeyRef",
     "SecretName",
     "SecretRef",

@@ -18,6 +18,7 @@ from finetune_trainer.config.method import (
 )
 from finetune_trainer.config.model import BaseModelSource
 from finetune_trainer.config.outcome import Merge, MergePolicy, Quantize
+from finetune_trainer.config.publish import Output, Publish, PublishedArtifact
 from finetune_trainer.config.tracking import Tracking
 from finetune_trainer.config.training import Packing, Parallelism, Strategy, Training
 
@@ -41,22 +42,30 @@ class JobConfig(Model):
     quantize: tuple[Quantize, ...] | None = Field(
         default=None, max_length=8, description="Quantized forms of the finished model; names are unique. Default none."
     )
+    output: Output | None = Field(default=None, description="Where the results go.")
     tracking: Tracking | None = Field(default=None, description="Where the run is followed besides the status.")
 
     @model_validator(mode="after")
     def _measured_rows_are_held_out(self) -> Self:
         percent = self.evaluation.percent if self.evaluation else None
-        training = self.training or Training()
-        asking = {
-            "eval": training.eval is not None,
-            "restoreBest": bool(training.restore_best),
-            "earlyStopping": training.early_stopping is not None,
-        }
-        for field, asked in asking.items():
-            if percent == 0 and asked:
-                msg = f"evaluation.percent 0 holds nothing out: drop training.{field} or hold rows out"
-                raise ValueError(msg)
+        if percent == 0 and (fields := self.measured_fields):
+            msg = f"evaluation.percent 0 holds nothing out: drop {fields[0]} or hold rows out"
+            raise ValueError(msg)
         return self
+
+    @property
+    def measured_fields(self) -> tuple[str, ...]:
+        """Fields that are set and rest on a measure of held-out rows."""
+        training = self.training or Training()
+        gates = [entry.max_perplexity_increase_percent for entry in self.quantize or ()]
+        asking = {
+            "training.eval": training.eval is not None,
+            "training.restoreBest": bool(training.restore_best),
+            "training.earlyStopping": training.early_stopping is not None,
+            **{f"merge.{gate}": True for gate in (self.merge.gates if self.merge else ())},
+            "quantize[].maxPerplexityIncreasePercent": any(gate is not None for gate in gates),
+        }
+        return tuple(field for field, asked in asking.items() if asked)
 
     @model_validator(mode="after")
     def _dpo_compares_whole_rows(self) -> Self:
@@ -116,6 +125,21 @@ class JobConfig(Model):
         return self
 
     @model_validator(mode="after")
+    def _what_is_published_is_made(self) -> Self:
+        made = {entry.name for entry in self.quantize or ()}
+        for _, field, entry in self.destinations():
+            if entry.artifact is PublishedArtifact.QUANTIZED and entry.quantize_name not in made:
+                msg = f"{field}: quantize has no entry named '{entry.quantize_name}'"
+                raise ValueError(msg)
+            if entry.artifact is PublishedArtifact.ADAPTER and not self.trains_adapter:
+                msg = f"{field}: {self.method_type} trains the model itself, publish Merged"
+                raise ValueError(msg)
+            if entry.artifact is PublishedArtifact.MERGED and self.trains_adapter and not self.merges:
+                msg = f"{field}: merge.policy is Never, publish Adapter"
+                raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
     def _datasets_have_names_of_their_own(self) -> Self:
         for datasets, what in ((self.datasets, "datasets"), (self._evaluation_datasets, "evaluation.datasets")):
             names = [dataset.name for dataset in datasets if dataset.name is not None]
@@ -171,6 +195,11 @@ class JobConfig(Model):
     @property
     def _evaluation_datasets(self) -> tuple[Dataset, ...]:
         return (self.evaluation.datasets or ()) if self.evaluation else ()
+
+    def destinations(self) -> Iterator[tuple[str, str, Publish]]:
+        """Every place that artifacts go to: a slot (folder of its secrets), its field, the entry."""
+        for index, entry in enumerate((self.output.publish if self.output else None) or ()):
+            yield f"publish-{index}", f"output.publish[{index}]", entry
 
     def sources(self) -> Iterator[tuple[str, str, Source]]:
         """Everything that prepare fetches: a slot (folder of its secrets and downloads), its field, the source."""

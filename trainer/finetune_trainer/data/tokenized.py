@@ -9,6 +9,8 @@ lengths                       where rows are packed: of the rows that share the 
 from __future__ import annotations
 
 import json
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -213,4 +215,11 @@ def _shown(ids: list[int], mask: list[bool], tokenizer: Any) -> dict[str, Any]: 
         "lossTokens": len(learned),
         "inputIds": ids,
         "lossMask": [int(counts) for counts in mask],
+        "parts": list(_parts(ids, mask, tokenizer)),
     }
+
+
+def _parts(ids: list[int], mask: list[bool], tokenizer: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - any of transformers' tokenizers
+    """The text in runs of tokens that are learned or not: what of it is which can be seen."""
+    for learned, run in groupby(zip(ids, mask, strict=True), key=itemgetter(1)):
+        yield {"text": tokenizer.decode([token for token, _ in run]), "learned": bool(learned)}

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_trainer.models import gguf_export
 from finetune_trainer.models.folder import CONFIG, load_tokenizer
 from finetune_trainer.models.loading import DTYPES, load_finished
 from finetune_trainer.runtime.errors import VerificationFailed
@@ -43,6 +44,12 @@ def write_finished(  # noqa: PLR0913 - what makes up a folder
     VerificationFailed if a weight is not finite in `dtype`.
     """
     save_weights(model, folder, dtype, max_shard_size, weights)
+    finish_folder(folder, base, tokenizer, dtype)
+
+
+def finish_folder(folder: Path, base: Path, tokenizer: Path, dtype: str) -> None:
+    """Put beside weights and config all that servers read: the tokenizer, end tokens, the base's licence."""
+    _amend(folder / CONFIG, dtype=DTYPES[dtype])
     copy_companions(base, tokenizer, folder)
     tell_end_tokens(folder, load_tokenizer(tokenizer))
 
@@ -58,22 +65,28 @@ def save_weights(
     import torch  # noqa: PLC0415 - slow
 
     target = getattr(torch, DTYPES[dtype])
-    state = _cast(model.to(target).state_dict() if weights is None else weights, target)
-    _verify_finite(state, dtype)
+    state = cast(model.to(target).state_dict() if weights is None else weights, dtype)
     model.config.name_or_path = ""
     model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
-    _amend(folder / CONFIG, dtype=DTYPES[dtype])
 
 
-def _cast(weights: Mapping[str, torch.Tensor], target: torch.dtype) -> dict[str, torch.Tensor]:
-    """Weights in another dtype; those that are one tensor under two names (a tied head) stay one."""
+def cast(weights: Mapping[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
+    """Weights as they are saved; those that are one tensor under two names (a tied head) stay one.
+
+    VerificationFailed if one is not finite in `dtype`.
+    """
+    import torch  # noqa: PLC0415 - slow
+
+    target = getattr(torch, DTYPES[dtype])
     known: dict[tuple[int, torch.Size], torch.Tensor] = {}
-    return {
+    state = {
         name: known.setdefault((tensor.data_ptr(), tensor.shape), tensor.detach().to(target))
         if tensor.is_floating_point()
         else tensor
         for name, tensor in weights.items()
     }
+    _verify_finite(state, dtype)
+    return state
 
 
 def _verify_finite(weights: Mapping[str, torch.Tensor], dtype: str) -> None:
@@ -99,7 +112,11 @@ def tell_end_tokens(folder: Path, tokenizer: Any) -> None:  # noqa: ANN401 - a t
 
 def _amend(path: Path, **changes: Any) -> None:  # noqa: ANN401 - any JSON value
     settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    settings |= {name: value for name, value in changes.items() if value is not None}
+    write_json(path, settings | {name: value for name, value in changes.items() if value is not None})
+
+
+def write_json(path: Path, settings: Mapping[str, Any]) -> None:
+    """JSON as transformers writes it."""
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -115,6 +132,11 @@ def copy_companions(base: Path, tokenizer: Path, folder: Path) -> None:
     for path in sorted(tokenizer.iterdir()):
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
+    copy_licence(base, folder)
+
+
+def copy_licence(base: Path, folder: Path) -> None:
+    """The licence of the base, which what is made of it keeps."""
     for pattern in LICENCES:
         for path in sorted(base.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
@@ -124,13 +146,15 @@ def copy_companions(base: Path, tokenizer: Path, folder: Path) -> None:
 
 
 def load_quantized(folder: Path, device: torch.device) -> Any:  # noqa: ANN401 - a causal language model
-    """A GPTQ or AWQ model, in fp32 on CPU and fp16 on a GPU, to be measured.
+    """A GPTQ, AWQ or GGUF model, in fp32 on CPU and 16 bits on a GPU, to be measured.
 
     With the kernels that are written in torch: others are compiled as they are used, and a pod has no compiler.
     VerificationFailed unless every quantized layer of the files is one of the model.
     """
     import torch  # noqa: PLC0415 - slow
 
+    if (path := gguf_export.find_exported(folder)) is not None:
+        return gguf_export.load_exported(path, device)
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     model = load_finished(folder, device, dtype, quantization_config=_torch_kernels(folder))
     verify_layers(model, folder)

@@ -42,8 +42,9 @@ COMPANIONS = (
     "LICENSE",
     "LICENSE.txt",
     "LICENSE.md",
+    "README.md",
 )
-"""Files that belong to a model besides its weights: no code, no pickles."""
+"""Files that belong to a model besides its weights, its card too: no code, no pickles."""
 AUTO_MAP = "auto_map"
 """In a config: which classes of the model's own Python files transformers is to load."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

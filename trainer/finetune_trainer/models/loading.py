@@ -15,7 +15,7 @@ from finetune_trainer.runtime.distributed import lead, local_rank
 from finetune_trainer.runtime.errors import InvalidConfig, InvalidModel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
@@ -155,7 +155,7 @@ def load_base(folder: Path, resolved: Resolved, device: torch.device, dtype: tor
         held.get(resolved.base_format, dtype),
         device,
         attn_implementation=choose_attention(folder, resolved, device, dtype),
-        **_quantization(resolved, dtype),
+        **quantization_of(resolved, dtype),
         **sharding.loading_options(folder, resolved, dtype),
     )
     keep_weights_on_cpu(model)
@@ -165,7 +165,7 @@ def load_base(folder: Path, resolved: Resolved, device: torch.device, dtype: tor
     return model
 
 
-def _quantization(resolved: Resolved, dtype: torch.dtype) -> dict[str, Any]:
+def quantization_of(resolved: Resolved, dtype: torch.dtype) -> dict[str, Any]:
     """How transformers quantizes while it loads; nothing for bases of 16 and 32 bits."""
     import torch  # noqa: PLC0415 - slow
     from transformers import BitsAndBytesConfig, GPTQConfig  # noqa: PLC0415 - slow
@@ -269,13 +269,18 @@ def load_finished(folder: Path, device: torch.device, dtype: torch.dtype, **opti
 
 
 def _load(folder: Path, dtype: torch.dtype, device: torch.device, **options: Any) -> Any:  # noqa: ANN401 - any of transformers' models
+    return load_placed(folder, dtype, {"": device}, **options)
+
+
+def load_placed(folder: Path, dtype: torch.dtype, places: Mapping[str, torch.device], **options: Any) -> Any:  # noqa: ANN401 - any of transformers' models
+    """A model whose modules are where `places` has them, by name; "" stands for the rest."""
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow
 
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            device_map={"": device},
+            device_map=dict(places),
             local_files_only=True,
             trust_remote_code=trusts_code(folder),
             **options,
@@ -286,6 +291,11 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device, **options: Any
         msg = f"The model in {folder} cannot be loaded: {error}. Delete {folder} and run the stage that makes it again."
         raise InvalidModel(msg) from error
     return model.eval()
+
+
+def put_adapter(base: Any, adapter: Path) -> Any:  # noqa: ANN401 - a causal language model
+    """The base with an adapter on it, for use."""
+    return import_peft().PeftModel.from_pretrained(base, adapter).eval()
 
 
 def refuse_broken_weights(folder: Path, progress: Callable[[int, int], None]) -> None:

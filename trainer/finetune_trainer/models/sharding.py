@@ -53,14 +53,9 @@ def loading_options(folder: Path, resolved: Resolved, compute_dtype: torch.dtype
 
 def build_plan(folder: Path, resolved: Resolved) -> dict[str, str]:
     """Which modules are gathered as one: the model's blocks, and what transformers knows besides. InvalidModel."""
-    import torch  # noqa: PLC0415 - slow
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - slow
     from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard  # noqa: PLC0415 - slow
 
-    with torch.device("meta"):
-        code = trusts_code(folder)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=code)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=code)  # type: ignore[no-untyped-call]
+    model = build_empty(folder)
     blocks = {replace_layer_number_by_wildcard(name) for name, _ in blocks_of(model)}
     if not blocks:
         msg = f"{type(model).__name__} does not say what its blocks are, so it cannot be sharded. "
@@ -68,6 +63,17 @@ def build_plan(folder: Path, resolved: Resolved) -> dict[str, str]:
     style = KEPT if resolved.parallelism.sharding == Sharding.GRAD_OP else FREED
     known = dict.fromkeys(model.fsdp_plan, KEPT) if style == KEPT else model.fsdp_plan
     return {**known, **dict.fromkeys(blocks, style)}
+
+
+def build_empty(folder: Path) -> Any:  # noqa: ANN401 - a causal language model
+    """The model of a folder without its weights, on the meta device."""
+    import torch  # noqa: PLC0415 - slow
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - slow
+
+    with torch.device("meta"):
+        code = trusts_code(folder)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=code)  # type: ignore[no-untyped-call]
 
 
 def blocks_of(model: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - a torch module

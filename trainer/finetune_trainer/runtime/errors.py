@@ -11,6 +11,7 @@
     ├── OutOfHostMemory          of the machine, or of the pod
     ├── NonFiniteLoss            NaN or infinity while training
     ├── VerificationFailed       a file is not what its manifest says
+    ├── GateFailed               a measured figure is worse than the job allows
     ├── RendezvousFailed         the pods of the stage did not find each other
     ├── PeerLost                 another pod of the stage ended or fell silent
     ├── Interrupted              left on request, to be continued
@@ -97,6 +98,12 @@ class VerificationFailed(TrainerError):
     """A file is not what its manifest says."""
 
     reason = Reason.VERIFICATION_FAILED
+
+
+class GateFailed(TrainerError):
+    """An artifact is complete, but measured worse than a gate of the config allows: nothing of it is published."""
+
+    reason = Reason.GATE_FAILED
 
 
 class RendezvousFailed(TrainerError):

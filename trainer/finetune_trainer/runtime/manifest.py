@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError
 
 from finetune_trainer.config import Model
-from finetune_trainer.progress import Artifact, DataFacts, LastWord, Measured, Reason, Resolved, Stage, TrainFacts
+from finetune_trainer.progress import (
+    Artifact,
+    DataFacts,
+    LastWord,
+    Measured,
+    Published,
+    Reason,
+    Resolved,
+    Stage,
+    TrainFacts,
+)
 from finetune_trainer.runtime import fence
 from finetune_trainer.runtime.errors import NotFound, VerificationFailed
 
@@ -57,6 +67,7 @@ class Result(Model):
     data: DataFacts | None = None
     training: TrainFacts | None = None
     artifact: Made | None = None
+    published: Published | None = None
 
 
 class Manifest(Model):
@@ -125,15 +136,7 @@ def digest_of(value: Any) -> str:  # noqa: ANN401 - any JSON value
 
 def last_word(manifest: Manifest, target: Target, attempt: int) -> LastWord:
     """What a stage says that ended with this manifest, now or in an attempt long ago."""
-    result, made = manifest.result, manifest.result.artifact
-    artifact = made and Artifact(
-        name=made.name,
-        type=made.type,
-        path=target.path,
-        size_bytes=manifest.size_bytes,
-        digest=manifest.digest,
-        measured=made.measured,
-    )
+    result = manifest.result
     return LastWord(
         stage=manifest.stage,
         attempt=attempt,
@@ -143,7 +146,22 @@ def last_word(manifest: Manifest, target: Target, attempt: int) -> LastWord:
         resolved=result.resolved,
         data=result.data,
         training=result.training,
-        artifact=artifact,
+        artifact=artifact_of(manifest, target.path),
+        published=result.published,
+    )
+
+
+def artifact_of(manifest: Manifest, path: str) -> Artifact | None:
+    """The artifact that the manifest proves, in a folder below the work folder; None of rows."""
+    if (made := manifest.result.artifact) is None:
+        return None
+    return Artifact(
+        name=made.name,
+        type=made.type,
+        path=path,
+        size_bytes=manifest.size_bytes,
+        digest=manifest.digest,
+        measured=made.measured,
     )
 
 

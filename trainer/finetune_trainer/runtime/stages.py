@@ -5,6 +5,7 @@
               merged/             from model/, data/     (Full, GaLore: the model itself is trained)
     merge     merged/             from adapter/, data/, and model/ or original/
     quantize  quantized/<name>/   from merged/, data/
+    publish   published/<name>/   from adapter/, merged/ or quantized/<name>/
 
 An artifact belongs to a config if its manifest has the digests that `build_target` computes. A folder with other
 digests is another job's: it is refused, never overwritten and never mixed in.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from finetune_trainer.config import PublishedArtifact
 from finetune_trainer.progress import Stage
 from finetune_trainer.runtime import manifest
 from finetune_trainer.runtime.errors import InvalidConfig, NotFound, VerificationFailed
@@ -22,7 +24,7 @@ from finetune_trainer.runtime.manifest import Manifest, Target, digest_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from finetune_trainer.config import JobConfig, Model
+    from finetune_trainer.config import JobConfig, Model, Publish
     from finetune_trainer.runtime.work import WorkFolder
 
 
@@ -37,6 +39,8 @@ def build_target(stage: Stage, config: JobConfig, work: WorkFolder, name: str | 
             return _merge_target(config, work)
         case Stage.QUANTIZE:
             return _quantize_target(config, work, name)
+        case Stage.PUBLISH:
+            return _publish_target(config, work, name)
 
 
 def finished(target: Target) -> Manifest | None:
@@ -91,8 +95,12 @@ def fetched_targets(config: JobConfig, work: WorkFolder) -> dict[str, Target]:
 
 
 def _prepare_target(config: JobConfig, work: WorkFolder) -> Target:
-    """Without inputs as long as one of them is missing or damaged: prepare fetches it, then."""
-    target = Target(Stage.PREPARE, work.data, "data", digest_of({"prepare": _plain(config)}))
+    """Without inputs as long as one of them is missing or damaged: prepare fetches it, then.
+
+    Where artifacts go out to changes nothing of them: places may be added to a run that is done.
+    """
+    settings = _plain(config.model_copy(update={"output": None}))
+    target = Target(Stage.PREPARE, work.data, "data", digest_of({"prepare": settings}))
     try:
         fetched = {name: finished(each) for name, each in fetched_targets(config, work).items()}
     except VerificationFailed:
@@ -135,13 +143,50 @@ def _quantize_target(config: JobConfig, work: WorkFolder, name: str | None) -> T
         msg = f"quantize has no entry named '{name}' (has: {there}). Correct --name, or add the entry to the config."
         raise InvalidConfig(msg)
     data = _required(_prepare_target(config, work))
-    finish = _merge_target if config.trains_adapter else _train_target
-    merged = _required(finish(config, work))
+    merged = _required(_finished_target(config, work))
     settings = [_plain(entry) for entry in manifest.settings_in(work.data).quantize if entry.name == name]
     digest = digest_of({"quantize": _plain(entries[name]), "resolved": settings})
     return Target(Stage.QUANTIZE, work.quantized(name), f"quantized/{name}", digest).with_inputs(
         merged=merged.digest, data=data.digest
     )
+
+
+def _finished_target(config: JobConfig, work: WorkFolder) -> Target:
+    """The finished model, whatever stage makes it."""
+    return _merge_target(config, work) if config.trains_adapter else _train_target(config, work)
+
+
+def _publish_target(config: JobConfig, work: WorkFolder, name: str | None) -> Target:
+    entries = {entry.name: entry for _, _, entry in config.destinations()}
+    if name is None or name not in entries:
+        there = ", ".join(entries) or "none"
+        msg = f"output.publish has no entry named '{name}' (has: {there}). Correct --name, or add the entry."
+        raise InvalidConfig(msg)
+    entry = entries[name]
+    artifact = _required(_artifact_target(entry, config, work))
+    target = Target(Stage.PUBLISH, work.published(name), f"published/{name}", digest_of({"publish": _plain(entry)}))
+    return target.with_inputs(**{artifact_path(entry): artifact.digest})
+
+
+def _artifact_target(entry: Publish, config: JobConfig, work: WorkFolder) -> Target:
+    match entry.artifact:
+        case PublishedArtifact.ADAPTER:
+            return _train_target(config, work)
+        case PublishedArtifact.MERGED:
+            return _finished_target(config, work)
+        case PublishedArtifact.QUANTIZED:
+            return _quantize_target(config, work, entry.quantize_name)
+
+
+def artifact_path(entry: Publish) -> str:
+    """The folder of what an entry publishes, relative to the work folder."""
+    match entry.artifact:
+        case PublishedArtifact.ADAPTER:
+            return "adapter"
+        case PublishedArtifact.MERGED:
+            return "merged"
+        case PublishedArtifact.QUANTIZED:
+            return f"quantized/{entry.quantize_name}"
 
 
 def _required(target: Target) -> Manifest:

@@ -20,7 +20,7 @@ SPARE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class WorkFolder:
-    """`model/ original/ data/ checkpoints/ adapter/ merged/ quantized/<name>/ report/` of one job."""
+    """`model/ original/ data/ checkpoints/ adapter/ merged/ quantized/<name>/ published/<name>/ report/` of one job."""
 
     root: Path
 
@@ -67,6 +67,10 @@ class WorkFolder:
     def quantized(self, name: str) -> Path:
         """One quantized form."""
         return self.root / "quantized" / name
+
+    def published(self, name: str) -> Path:
+        """What was written for one entry of output.publish, and the proof that all of it is there."""
+        return self.root / "published" / name
 
     @property
     def report(self) -> Path:

@@ -7,11 +7,12 @@ Every refusal names the field in camelCase and the way out.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.config import (
     FLOATING,
     BaseFormat,
+    GgufType,
     JobConfig,
     Merge,
     MergeBase,
@@ -19,17 +20,22 @@ from finetune_trainer.config import (
     Quantize,
     QuantizeMethod,
 )
+from finetune_trainer.models.gguf_export import ARCHITECTURES, BLOCK_COLUMNS, WHOLE_TYPES, unexportable
 from finetune_trainer.progress import ResolvedMerge, ResolvedQuantize
 from finetune_trainer.runtime.errors import InvalidConfig, InvalidModel
 from finetune_trainer.settings.methods import or_default, resolve_base_format
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from finetune_trainer.models.folder import ModelFacts
 
 DEFAULT_SHARD_SIZE = "5GB"
 DEFAULT_BITS = 4
+DEFAULT_GGUF_TYPE = GgufType.Q8_0
+DEFAULT_DAMPENING = 0.05
+"""Of gptqmodel 7.6."""
 DEFAULT_GROUP_SIZES = (128, 64, 32)
 GROUP_SIZES = {QuantizeMethod.GPTQ: (16, 32, 64, 128, 256, 512, 1024), QuantizeMethod.AWQ: (16, 32, 64, 128)}
 """What the kernels of gptqmodel 7.6 take."""
@@ -44,6 +50,7 @@ QUANTIZABLE = {
         "Gemma3ForCausalLM",
     ),
     QuantizeMethod.AWQ: ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+    QuantizeMethod.GGUF: tuple(ARCHITECTURES),
 }
 """Classes whose quantized form transformers loads back whole, each of them tested (gptqmodel 7.6, transformers 5.23).
 
@@ -62,14 +69,13 @@ def check_outcome(config: JobConfig, model: ModelFacts) -> None:
 
 
 def resolve_merge(config: JobConfig) -> ResolvedMerge | None:
-    """Into which weights the adapter is merged. Auto: those that were trained on, in 16 bits."""
+    """Into which weights the adapter is merged. Auto stays open where the merge stage has two to measure."""
     if not config.merges:
         return None
     asked, held = config.merge or Merge(), resolve_base_format(config)
     base = or_default(asked.base, MergeBase.AUTO)
-    if base is MergeBase.AUTO:
-        original = asked.original is not None or held is BaseFormat.INT8 or held in FLOATING
-        base = MergeBase.ORIGINAL if original else MergeBase.DEQUANTIZED
+    if base is MergeBase.AUTO and (held in FLOATING or (held is BaseFormat.GPTQ and asked.original is None)):
+        base = choose_unmeasured(held, asked)
     if base is MergeBase.DEQUANTIZED and held in FLOATING:
         msg = f"merge.base Dequantized is for a quantized base, this one is held in {held}. Leave merge.base unset."
         raise InvalidConfig(msg)
@@ -80,11 +86,23 @@ def resolve_merge(config: JobConfig) -> ResolvedMerge | None:
             "or set merge.policy to Never."
         )
         raise InvalidConfig(msg)
+    if base is MergeBase.ORIGINAL and held not in FLOATING and asked.max_kl_divergence is not None:
+        msg = (
+            f"merge.maxKLDivergence is for the weights that were trained on: the original ones of a base that is held "
+            f"in {held} are others. Set merge.maxLossIncrease, or leave merge.base unset."
+        )
+        raise InvalidConfig(msg)
     return ResolvedMerge(
         base=base.value,
         dtype=or_default(asked.dtype, MergeDtype.BF16).value,
         max_shard_size=or_default(asked.max_shard_size, DEFAULT_SHARD_SIZE),
     )
+
+
+def choose_unmeasured(held: BaseFormat, asked: Merge) -> MergeBase:
+    """What base Auto means where there is no choice, or nothing to measure it on."""
+    original = asked.original is not None or held is BaseFormat.INT8 or held in FLOATING
+    return MergeBase.ORIGINAL if original else MergeBase.DEQUANTIZED
 
 
 def check_original(
@@ -139,16 +157,41 @@ def resolve_quantize(config: JobConfig, model: ModelFacts) -> tuple[ResolvedQuan
 
 def _resolve_entry(entry: Quantize, model: ModelFacts) -> ResolvedQuantize:
     _check_architecture(entry, model)
+    if entry.method is QuantizeMethod.GGUF:
+        return _resolve_gguf(entry, model)
     if entry.method is QuantizeMethod.AWQ:
         _check_awq_rows(entry, model)
     _check_calibration(entry, model)
+    gptq = entry.method is QuantizeMethod.GPTQ
     return ResolvedQuantize(
         name=entry.name,
         method=entry.method.value,
-        symmetric=or_default(entry.symmetric, entry.method is QuantizeMethod.GPTQ),
+        symmetric=or_default(entry.symmetric, gptq),
         bits=or_default(entry.bits, DEFAULT_BITS),
         group_size=_group_size(entry, set(model.linear_layers.values())),
+        act_order=or_default(entry.act_order, False) if gptq else None,
+        dampening_frac=or_default(entry.dampening_frac, DEFAULT_DAMPENING) if gptq else None,
     )
+
+
+def _resolve_gguf(entry: Quantize, model: ModelFacts) -> ResolvedQuantize:
+    kind = or_default(entry.gguf_type, DEFAULT_GGUF_TYPE).value
+    for name, columns in model.linear_layers.items():
+        if columns % BLOCK_COLUMNS and kind not in WHOLE_TYPES:
+            msg = (
+                f"quantize '{entry.name}': {kind} holds {BLOCK_COLUMNS} weights of a row in a block, {name} has "
+                f"{columns:,} columns. Set ggufType to {' or '.join(WHOLE_TYPES)}."
+            )
+            raise InvalidConfig(msg)
+    return ResolvedQuantize(name=entry.name, method=entry.method.value, gguf_type=kind)
+
+
+def check_gguf(config: JobConfig, folder: Path, tokenizer: Any) -> None:  # noqa: ANN401 - a transformers tokenizer
+    """What a GGUF file has no words for, of a model's config and tokenizer. InvalidConfig."""
+    names = [entry.name for entry in config.quantize or () if entry.method is QuantizeMethod.GGUF]
+    if names and (what := unexportable(folder, tokenizer)) is not None:
+        msg = f"quantize '{names[0]}': a GGUF file cannot say {what}. Use method GPTQ or AWQ, or drop this entry."
+        raise InvalidConfig(msg)
 
 
 def _check_architecture(entry: Quantize, model: ModelFacts) -> None:

@@ -97,7 +97,7 @@ def resolve(
     global_batch, micro_batch = resolve_batch(config)
     sequences = _or(data.packed_rows, data.train_rows)
     total_steps, epochs = resolve_length(training, sequences, global_batch)
-    check_held_out(training, data.eval_rows)
+    check_held_out(config, data.eval_rows)
     checkpoint = training.checkpoint or Checkpoint()
     return Resolved(
         model_digest=sources.model_digest,
@@ -224,17 +224,12 @@ def resolve_dataset_weights(config: JobConfig) -> tuple[float, ...]:
     return tuple(round(weight / sum(weights), 6) for weight in weights)
 
 
-def check_held_out(training: Training, eval_rows: int) -> None:
+def check_held_out(config: JobConfig, eval_rows: int) -> None:
     """Refuse what rests on a held-out loss where the split left no row to measure. InvalidConfig."""
-    asked = {
-        "eval": training.eval is not None,
-        "earlyStopping": training.early_stopping is not None,
-        "restoreBest": bool(training.restore_best),
-    }
-    if eval_rows == 0 and (fields := [name for name, given in asked.items() if given]):
+    if eval_rows == 0 and (fields := config.measured_fields):
         msg = (
-            f"training.{fields[0]} needs a held-out loss, but no row was held out. "
-            f"Raise evaluation.percent, or drop training.{fields[0]}."
+            f"{fields[0]} needs a held-out loss, but no row was held out. "
+            f"Raise evaluation.percent, or drop {fields[0]}."
         )
         raise InvalidConfig(msg)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from finetune_trainer.config import (
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from finetune_trainer.config import Source
     from finetune_trainer.runtime.context import Context
     from finetune_trainer.sources.base import Listing, Remote, RemoteFile, RepoType
+    from finetune_trainer.sources.s3 import Credentials
 
 log = logging.getLogger(__name__)
 
@@ -85,29 +85,44 @@ def build_remote(slot: str, field: str, source: Source, context: Context) -> Rem
     from finetune_trainer.sources import hub, modelscope, oci, s3  # noqa: PLC0415 - their clients are slow to load
 
     repo_type: RepoType = "dataset" if isinstance(source, DatasetSource) else "model"
-    secret = partial(read_secret, context.secrets, slot)
     match source.kind:
         case HuggingFaceSource() as kind:
-            token = secret(TOKEN_FILE)
-            _require(token, kind.token_secret_ref, f"{field}.huggingFace.tokenSecretRef")
-            return hub.Hub(kind, repo_type, field, token)
+            return hub.Hub(kind, repo_type, field, read_token(slot, f"{field}.huggingFace", kind, context))
         case ModelScopeSource() as kind:
-            token = secret(TOKEN_FILE)
-            _require(token, kind.token_secret_ref, f"{field}.modelScope.tokenSecretRef")
-            return modelscope.ModelScope(kind, repo_type, field, token)
+            return modelscope.ModelScope(kind, repo_type, field, read_token(slot, f"{field}.modelScope", kind, context))
         case S3Source() as kind:
-            keys = {name: secret(name) for name in S3_CREDENTIALS}
-            credentials = s3.read_credentials(keys, kind.region, f"{field}.s3")
-            _require(credentials, kind.credentials_secret_ref, f"{field}.s3.credentialsSecretRef")
-            return s3.S3(kind, field, credentials)
+            return s3.S3(kind, field, read_keys(slot, f"{field}.s3", kind, context))
         case OciSource() as kind:
-            text = secret(DOCKER_CONFIG_FILE)
-            _require(text, kind.credentials_secret_ref, f"{field}.oci.credentialsSecretRef")
-            login = oci.read_docker_config(text, kind.reference, f"{field}.oci") if text else None
-            return oci.Oci(kind, field, login)
+            return oci.Oci(kind, field, read_login(slot, f"{field}.oci", kind, context))
         case VolumeSource():
             msg = "a volume is read in place"
             raise AssertionError(msg)
+
+
+def read_token(slot: str, field: str, hub: HuggingFaceSource | ModelScopeSource, context: Context) -> str | None:
+    """The token for a hub. NotFound if there is none and there should be."""
+    token = read_secret(context.secrets, slot, TOKEN_FILE)
+    _require(token, hub.token_secret_ref, f"{field}.tokenSecretRef")
+    return token
+
+
+def read_keys(slot: str, field: str, bucket: S3Source, context: Context) -> Credentials | None:
+    """The keys for a bucket. InvalidConfig; NotFound if there are none and there should be."""
+    from finetune_trainer.sources.s3 import read_credentials  # noqa: PLC0415 - its client is slow to load
+
+    keys = {name: read_secret(context.secrets, slot, name) for name in S3_CREDENTIALS}
+    credentials = read_credentials(keys, bucket.region, field)
+    _require(credentials, bucket.credentials_secret_ref, f"{field}.credentialsSecretRef")
+    return credentials
+
+
+def read_login(slot: str, field: str, artifact: OciSource, context: Context) -> tuple[str, str] | None:
+    """User and password for a registry. InvalidConfig; NotFound if there are none and there should be."""
+    from finetune_trainer.sources.oci import read_docker_config  # noqa: PLC0415 - its client is slow to load
+
+    text = read_secret(context.secrets, slot, DOCKER_CONFIG_FILE)
+    _require(text, artifact.credentials_secret_ref, f"{field}.credentialsSecretRef")
+    return read_docker_config(text, artifact.reference, field) if text else None
 
 
 def _require(found: object, reference: object, field: str) -> None:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from finetune_trainer.runtime.errors import AccessDenied, NotFound, TrainerError, Unavailable
 from finetune_trainer.sources.base import Algorithm, Body, Changed, Digest, Listing, RemoteFile
 from finetune_trainer.sources.http import (
+    CONFLICT,
     FORBIDDEN,
+    PAYMENT_REQUIRED,
+    PRECONDITION_FAILED,
     UNAUTHORIZED,
     build_client,
     is_passing,
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import httpx2
+    from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoSibling
 
     from finetune_trainer.config import HuggingFaceSource
@@ -38,20 +43,38 @@ LOOK_UP_SECONDS = 60.0
 class Hub:
     """One repository."""
 
-    def __init__(self, source: HuggingFaceSource, repo_type: RepoType, field: str, token: str | None) -> None:
+    def __init__(
+        self,
+        source: HuggingFaceSource,
+        repo_type: RepoType,
+        field: str,
+        token: str | None,
+        verb: Literal["read", "write"] = "read",
+    ) -> None:
+        """`verb`: what the token must allow, for messages."""
+        self._verb = verb
         self.where = f"{field}: '{source.repo}'"
         self._source, self._repo_type, self._field = source, repo_type, f"{field}.huggingFace"
         self._token: str | Literal[False] = token or False  # never one that lies about on the machine
         self._endpoint = (os.environ.get(ENDPOINT_VARIABLE) or PUBLIC_ENDPOINT).rstrip("/")
         self._client = build_client()
 
-    def look_up(self, choose: Choose) -> Listing:
-        """The files chosen, at the commit that the revision means now."""
+    @cached_property
+    def api(self) -> HfApi:
+        """The library's calls, with this token at this endpoint."""
         from huggingface_hub import HfApi  # noqa: PLC0415 - slow
 
-        api = HfApi(endpoint=self._endpoint, token=self._token)
-        with self._told_apart():
-            look_up = api.dataset_info if self._repo_type == "dataset" else api.model_info
+        return HfApi(endpoint=self._endpoint, token=self._token)
+
+    @property
+    def page(self) -> str:
+        """Where people look at the repository."""
+        return f"{self._endpoint}/{'datasets/' if self._repo_type == 'dataset' else ''}{self._source.repo}"
+
+    def look_up(self, choose: Choose) -> Listing:
+        """The files chosen, at the commit that the revision means now."""
+        with self.told_apart():
+            look_up = self.api.dataset_info if self._repo_type == "dataset" else self.api.model_info
             found = look_up(
                 self._source.repo, revision=self._source.revision, files_metadata=True, timeout=LOOK_UP_SECONDS
             )
@@ -75,11 +98,11 @@ class Hub:
             endpoint=self._endpoint,
         )
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-        with self._told_apart(), open_range(self._client, url, start, _library_error, headers) as body:
+        with self.told_apart(), open_range(self._client, url, start, _library_error, headers) as body:
             yield body
 
     @contextmanager
-    def _told_apart(self) -> Iterator[None]:
+    def told_apart(self) -> Iterator[None]:
         """The hub's refusals, each with what the user can do."""
         from huggingface_hub import errors  # noqa: PLC0415 - slow
 
@@ -93,22 +116,21 @@ class Hub:
     def _refusal(self, error: Exception) -> TrainerError:  # noqa: PLR0911 - a word for each refusal
         from huggingface_hub import errors  # noqa: PLC0415 - slow
 
-        repo, status = self._source.repo, getattr(getattr(error, "response", None), "status_code", 0)
+        status = getattr(getattr(error, "response", None), "status_code", 0)
         token = f"{self._field}.tokenSecretRef"
         if isinstance(error, errors.OfflineModeIsEnabled):
             return Unavailable(f"{self.where}: HF_HUB_OFFLINE is set. Unset it, or use a volume source.")
         if isinstance(error, errors.GatedRepoError):
-            page = f"{self._endpoint}/{'datasets/' if self._repo_type == 'dataset' else ''}{repo}"
             return AccessDenied(
-                f"{self.where} is gated. Accept its terms on its page ({page}), and give the token of that account in "
-                f"{token}."
+                f"{self.where} is gated. Accept its terms on its page ({self.page}), and give the token of that "
+                f"account in {token}."
             )
         if isinstance(error, errors.RevisionNotFoundError):
             return NotFound(f"{self.where} has no revision '{self._source.revision}'. Correct {self._field}.revision.")
         if isinstance(error, errors.RepositoryNotFoundError) and status == UNAUTHORIZED:
             return AccessDenied(
                 f"{self.where} is private or not there (the hub answers 401). Correct {self._field}.repo, or give a "
-                f"token that may read it in {token}."
+                f"token that may {self._verb} it in {token}."
             )
         if isinstance(error, errors.RepositoryNotFoundError):
             return NotFound(
@@ -117,13 +139,22 @@ class Hub:
             )
         if isinstance(error, errors.EntryNotFoundError):
             return Changed(f"{self.where}: a file that was listed is not there any more. Run the job again.")
-        if status in {UNAUTHORIZED, FORBIDDEN}:
+        if status in {UNAUTHORIZED, PAYMENT_REQUIRED, FORBIDDEN}:
             return AccessDenied(
-                f"{self.where}: the hub refuses the token ({status}). Give one that may read it in {token}."
+                f"{self.where}: the hub refuses the token ({status}). Give one that may {self._verb} it in {token}."
+                f"{_own_words(error)}"
             )
+        if status in {CONFLICT, PRECONDITION_FAILED}:
+            return Unavailable(f"{self.where}: somebody else writes to it ({status}). It is worth another try.")
         if is_passing(status):
             return Unavailable(f"{self.where}: the hub answers {status}. It is worth another try later.")
         return TrainerError(f"{self.where}: the hub answers {status}: {str(error).splitlines()[0]}")
+
+
+def _own_words(error: Exception) -> str:
+    """What the hub says of a refusal besides its number: a quota, for one."""
+    words = getattr(error, "server_message", None)
+    return f" The hub says: {words}" if words else ""
 
 
 def _remote_file(sibling: RepoSibling, commit: str) -> RemoteFile:
@@ -136,7 +167,7 @@ def _remote_file(sibling: RepoSibling, commit: str) -> RemoteFile:
 
 
 def _library_error(response: httpx2.Response) -> TrainerError:
-    """Raise what the library makes of a refusal; `Hub._told_apart` puts it into words."""
+    """Raise what the library makes of a refusal; `Hub.told_apart` puts it into words."""
     from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]  # noqa: PLC0415 - slow
 
     hf_raise_for_status(response)

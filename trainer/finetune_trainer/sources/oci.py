@@ -13,7 +13,8 @@ import json
 import re
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urljoin
 
 import httpx2
 
@@ -29,7 +30,7 @@ from finetune_trainer.sources import http
 from finetune_trainer.sources.base import Algorithm, Body, Changed, Digest, Listing, RemoteFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from finetune_trainer.config import OciSource
     from finetune_trainer.sources.base import Choose
@@ -44,6 +45,8 @@ TITLE = "org.opencontainers.image.title"
 UNPACK = "io.deis.oras.content.unpack"
 """On a folder that `oras push` packed into one archive."""
 DOCKER_HUB, DOCKER_HUB_REGISTRY, DOCKER_HUB_KEY = "docker.io", "registry-1.docker.io", "https://index.docker.io/v1/"
+ACTIONS = {"read": "pull", "write": "pull,push"}
+"""What a token is asked for."""
 CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
 PUSH = "Push the files one by one from inside their folder (`oras push REFERENCE *`)."
 
@@ -51,7 +54,15 @@ PUSH = "Push the files one by one from inside their folder (`oras push REFERENCE
 class Oci:
     """One artifact."""
 
-    def __init__(self, source: OciSource, field: str, credentials: tuple[str, str] | None) -> None:
+    def __init__(
+        self,
+        source: OciSource,
+        field: str,
+        credentials: tuple[str, str] | None,
+        verb: Literal["read", "write"] = "read",
+    ) -> None:
+        """`verb`: what the credentials must allow."""
+        self._verb = verb
         self.where = f"{field}: '{source.reference}'"
         self._field, self._credentials = f"{field}.oci", credentials
         self._registry, self._repository, self._reference = split_reference(source.reference)
@@ -72,7 +83,7 @@ class Oci:
     @contextmanager
     def open(self, file: RemoteFile, start: int) -> Iterator[Body]:
         """The bytes of a layer."""
-        url = f"{self._host}/v2/{self._repository}/blobs/{file.address}"
+        url = self.url(f"blobs/{file.address}")
         with self._reaching(), http.open_range(self._client, url, start, self._blob_refusal, self._headers()) as body:
             yield body
 
@@ -80,8 +91,8 @@ class Oci:
 
     def _manifest(self, reference: str) -> tuple[dict[str, Any], str]:
         """A manifest and its digest, which is checked: everything else hangs from it."""
-        url = f"{self._host}/v2/{self._repository}/manifests/{reference}"
-        response = self._ask(url)
+        accepted = {"Accept": ", ".join(MANIFESTS)}
+        response = self.ask("GET", self.url(f"manifests/{reference}"), accepted)
         digest = "sha256:" + hashlib.sha256(response.content).hexdigest()
         if reference.startswith("sha256:") and digest != reference:
             msg = (
@@ -124,17 +135,39 @@ class Oci:
 
     # Asking
 
-    def _ask(self, url: str) -> httpx2.Response:
-        """An answer; says who we are if the registry asks for it."""
-        accepted = {"Accept": ", ".join(MANIFESTS)}
+    def url(self, path: str) -> str:
+        """An address in the repository; one that the registry names itself stays what it is, if it is whole."""
+        return urljoin(f"{self._host}/v2/{self._repository}/", path)
+
+    def ask(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str] | None = None,
+        content: bytes | Iterable[bytes] | None = None,
+    ) -> httpx2.Response:
+        """An answer that is no refusal; says who we are if the registry asks for it.
+
+        What is sent a piece at a time cannot be sent again here: Unavailable, and another try has what it needs.
+        """
+        once = not (content is None or isinstance(content, bytes))
         with self._reaching():
-            response = self._client.get(url, headers=accepted | self._headers())
-            if response.status_code == http.UNAUTHORIZED:
+            response = self._request(method, url, headers, content)
+            if response.status_code == http.UNAUTHORIZED and once and self._renew(response):
+                raise Unavailable(f"{self.where}: the registry's token has expired. It is worth another try.")
+            if response.status_code == http.UNAUTHORIZED and not once:
                 self._authorize(response.headers.get("WWW-Authenticate", ""))
-                response = self._client.get(url, headers=accepted | self._headers())
-        if response.status_code != http.OK:
+                response = self._request(method, url, headers, content)
+        if not response.is_success:
             raise self._refusal(response)
         return response
+
+    def _request(
+        self, method: str, url: str, headers: Mapping[str, str] | None, content: bytes | Iterable[bytes] | None
+    ) -> httpx2.Response:
+        """Where a registry sends uploads to a storage elsewhere, that is not told who we are."""
+        known = self._headers() if url.startswith(f"{self._host}/") else {}
+        return self._client.request(method, url, headers={**(headers or {}), **known}, content=content)
 
     def _headers(self) -> dict[str, str]:
         return {"Authorization": self._authorization} if self._authorization else {}
@@ -151,7 +184,7 @@ class Oci:
         if not realm.startswith(("https://", "http://") if self._plain_http else "https://"):
             msg = f"{self.where}: the registry asks to log in at '{realm}', which is not encrypted: not done. "
             raise AccessDenied(msg + "Give the registry a token service with TLS.")
-        params = {"service": asked.get("service", ""), "scope": f"repository:{self._repository}:pull"}
+        params = {"service": asked.get("service", ""), "scope": f"repository:{self._repository}:{ACTIONS[self._verb]}"}
         response = self._client.get(realm, params=params, headers={"Authorization": basic} if basic else {})
         if response.status_code != http.OK:
             raise self._refusal(response)
@@ -185,11 +218,14 @@ class Oci:
         if status in {http.UNAUTHORIZED, http.FORBIDDEN}:
             who = "the credentials" if self._credentials else "anybody without credentials"
             return AccessDenied(
-                f"{self.where}: {self._registry} does not let {who} read it ({status}), or it is not there. "
+                f"{self.where}: {self._registry} does not let {who} {self._verb} it ({status}), "
+                f"or it is not there{_codes(response)}. "
                 f"Correct {self._field}.reference, or the Secret of {secret}."
             )
         if status == http.NOT_FOUND:
             return NotFound(f"{self.where} is not in the registry{_codes(response)}. Correct {self._field}.reference.")
+        if status == http.INSUFFICIENT_STORAGE:
+            return AccessDenied(f"{self.where}: the registry takes no more ({status}). Raise its quota, or free it.")
         if http.is_passing(status):
             return Unavailable(f"{self.where}: the registry answers {status}. It is worth another try later.")
         return TrainerError(f"{self.where}: the registry at {self._host} answers {status}{_codes(response)}.")

@@ -1,6 +1,6 @@
 """S3: the objects of a bucket, on AWS or any service that speaks its protocol.
 
-Three calls, signed by Signature Version 4 (https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html).
+A few calls, signed by Signature Version 4 (https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html).
 Not by boto3: it wants python-dateutil below 3, the operator's client of Kubernetes one from 3 on. An object is pinned
 by its ETag, and proven by its SHA-256 where the service keeps one, else by the MD5 that its ETag is.
 """
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote, unquote_plus, urlsplit
 from xml.etree import ElementTree as ET
 
@@ -27,7 +27,7 @@ from finetune_trainer.sources import http
 from finetune_trainer.sources.base import Algorithm, Body, Changed, Digest, Listing, RemoteFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     import httpx2
 
@@ -71,9 +71,12 @@ def read_credentials(secrets: Mapping[str, str | None], region: str | None, fiel
 class S3:
     """The objects that a URI means: one key, or all keys below it."""
 
-    def __init__(self, source: S3Source, field: str, credentials: Credentials | None) -> None:
+    def __init__(
+        self, source: S3Source, field: str, credentials: Credentials | None, verb: Literal["read", "write"] = "read"
+    ) -> None:
+        """`verb`: what the keys must allow, for messages."""
         self.where = f"{field}: '{source.uri}'"
-        self._field = f"{field}.s3"
+        self._field, self._verb = f"{field}.s3", verb
         self._region = source.region or DEFAULT_REGION
         self._endpoint = source.address
         self._credentials = credentials
@@ -82,14 +85,14 @@ class S3:
 
     def look_up(self, choose: Choose) -> Listing:
         """The files chosen, each with its ETag and hash. The revision is a hash of all of them."""
-        files = tuple(self._described(file) for file in choose(self._list()))
+        files = tuple(self.described(file) for file in choose(self._list()))
         state = hashlib.sha256("".join(sorted(file.identity for file in files)).encode()).hexdigest()
         return Listing(revision=f"sha256:{state}", files=files)
 
     @contextmanager
     def open(self, file: RemoteFile, start: int) -> Iterator[Body]:
         """The bytes of an object, if it is still the one that was listed."""
-        url = self._url(file.address)
+        url = self.url(file.address)
         headers = {"If-Match": f'"{file.version}"'} if file.version else {}
         with self._reaching():
             signed = self._signed("GET", url) | headers
@@ -100,26 +103,32 @@ class S3:
 
     def _list(self) -> list[RemoteFile]:
         """All objects below the key; else the object of just that key."""
-        root = self._key.rstrip("/") + "/"
-        below = [
-            RemoteFile(name=key.removeprefix(root), size=size, address=key)
-            for key, size in self._keys(root)
-            if not key.endswith("/")
-        ]
-        if below:
+        if below := self.below():
             return below
         exact = [(key, size) for key, size in self._keys(self._key, most=1) if key == self._key]
         if not exact:
             raise NotFound(f"{self.where} is not there{self._what_is_there()}. Correct {self._field}.uri.")
         return [RemoteFile(name=key.rpartition("/")[2], size=size, address=key) for key, size in exact]
 
+    def below(self) -> list[RemoteFile]:
+        """All objects below the key."""
+        return [
+            RemoteFile(name=key.removeprefix(self.root), size=size, address=key)
+            for key, size in self._keys(self.root)
+            if not key.endswith("/")
+        ]
+
+    @property
+    def root(self) -> str:
+        """What the keys of all objects below the key begin with."""
+        return self._key.rstrip("/") + "/"
+
     def _keys(self, prefix: str, most: int | None = None) -> Iterator[tuple[str, int]]:
         """Keys and sizes that begin with a prefix, in their order."""
         asked = {"list-type": "2", "prefix": prefix, "encoding-type": "url"} | ({"max-keys": str(most)} if most else {})
         page: dict[str, str] = {}
         while True:
-            answer = self._ask("GET", self._url("", asked | page))
-            tree = _parse(answer.content, self.where)
+            tree = parse(self.ask("GET", self.url("", asked | page)).content, self.where)
             decode = unquote_plus if tree.findtext("{*}EncodingType") == "url" else str
             for entry in tree.iterfind("{*}Contents"):
                 yield decode(entry.findtext("{*}Key") or ""), int(entry.findtext("{*}Size") or 0)
@@ -134,10 +143,10 @@ class S3:
         names = {key.removeprefix(prefix).partition("/")[0] for key, _ in self._keys(prefix, most=1000)}
         return f" ('{prefix or self._bucket}' has {first_of(sorted(names)) or 'nothing'})"
 
-    def _described(self, file: RemoteFile) -> RemoteFile:
-        """The same file with what proves it."""
-        url = self._url(file.address)
-        found = self._ask("HEAD", url, {"x-amz-checksum-mode": "ENABLED"}, self._object_refusal).headers
+    def described(self, file: RemoteFile) -> RemoteFile:
+        """The same file with what proves it. Changed if it is not there."""
+        url = self.url(file.address)
+        found = self.ask("HEAD", url, {"x-amz-checksum-mode": "ENABLED"}, self._object_refusal).headers
         size, etag = int(found.get("Content-Length", file.size)), found.get("ETag", "").strip('"')
         return file.model_copy(update={"size": size, "version": etag, "digest": self._digest(url, found, etag, size)})
 
@@ -161,13 +170,13 @@ class S3:
     def _first_part(self, url: str) -> int:
         """Size of the first part that an object was uploaded in; 0 if the service does not tell."""
         try:
-            return int(self._ask("HEAD", f"{url}?partNumber=1").headers.get("Content-Length", "0"))
+            return int(self.ask("HEAD", f"{url}?partNumber=1").headers.get("Content-Length", "0"))
         except TrainerError:
             return 0
 
     # Asking
 
-    def _url(self, key: str, params: Mapping[str, str] | None = None) -> str:
+    def url(self, key: str, params: Mapping[str, str] | None = None) -> str:
         """An address whose parts are encoded as signatures want them."""
         path = f"{self._endpoint}/{self._bucket}" + (f"/{quote(key, safe='-._~/')}" if key else "")
         query = "&".join(
@@ -175,13 +184,20 @@ class S3:
         )
         return f"{path}?{query}" if query else path
 
-    def _ask(
-        self, method: str, url: str, headers: Mapping[str, str] | None = None, refusal: Refusal | None = None
+    def ask(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str] | None = None,
+        refusal: Refusal | None = None,
+        content: bytes | Iterable[bytes] | None = None,
     ) -> httpx2.Response:
+        """An answer that is no refusal. A body's SHA-256 and length are among the headers."""
         with self._reaching():
-            response = self._client.request(method, url, headers=self._signed(method, url, headers))
-        if response.status_code not in {http.OK, http.PARTIAL_CONTENT}:
-            raise (refusal or self._refusal)(response)
+            signed = self._signed(method, url, headers)
+            response = self._client.request(method, url, headers=signed, content=content)
+        if not response.is_success:
+            raise (refusal or self.refusal)(response)
         return response
 
     def _signed(self, method: str, url: str, headers: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -201,11 +217,11 @@ class S3:
     def _object_refusal(self, response: httpx2.Response) -> TrainerError:
         if response.status_code in {http.NOT_FOUND, http.PRECONDITION_FAILED}:
             return Changed(f"{self.where}: an object was changed or deleted since it was listed. Run the job again.")
-        return self._refusal(response)
+        return self.refusal(response)
 
-    def _refusal(self, response: httpx2.Response) -> TrainerError:
+    def refusal(self, response: httpx2.Response) -> TrainerError:  # noqa: PLR0911 - a word for each refusal
         """What the service says, with what the user can do."""
-        status, (code, region) = response.status_code, _error_code(response)
+        status, (code, region) = response.status_code, error_code(response)
         secret = f"{self._field}.credentialsSecretRef"
         if code == "NoSuchBucket":
             return NotFound(
@@ -216,11 +232,15 @@ class S3:
         if code in OTHER_REGION or region:
             hint = f"Set {self._field}.region: {region}." if region else f"Correct {self._field}.region."
             return InvalidConfig(f"{self.where}: the bucket is not in region '{self._region}'. {hint}")
+        if "Quota" in code or status == http.INSUFFICIENT_STORAGE:
+            return AccessDenied(
+                f"{self.where}: the bucket takes no more ({code or status}). Raise its quota, or free it."
+            )
         if status in {http.UNAUTHORIZED, http.FORBIDDEN}:
             who = "these keys" if self._credentials else "anybody"
             return AccessDenied(
-                f"{self.where}: {who} may not read it ({code or status}). "
-                f"Give keys that may list and read it in {secret}."
+                f"{self.where}: {who} may not {self._verb} it ({code or status}). "
+                f"Give keys that may list and {self._verb} it in {secret}."
             )
         if http.is_passing(status):
             return Unavailable(f"{self.where}: the S3 service answers {code or status}. It is worth another try later.")
@@ -266,7 +286,8 @@ def _is_encrypted_with_a_key(headers: httpx2.Headers) -> bool:
     return kind.startswith("aws:kms") or "x-amz-server-side-encryption-customer-algorithm" in headers
 
 
-def _parse(content: bytes, where: str) -> ET.Element:
+def parse(content: bytes, where: str) -> ET.Element:
+    """What a service answers. InvalidConfig if it is no XML."""
     try:
         return ET.fromstring(content)  # noqa: S314 - expat bounds what entities may grow to since 2.4
     except ET.ParseError as error:
@@ -274,7 +295,7 @@ def _parse(content: bytes, where: str) -> ET.Element:
         raise InvalidConfig(msg) from error
 
 
-def _error_code(response: httpx2.Response) -> tuple[str, str]:
+def error_code(response: httpx2.Response) -> tuple[str, str]:
     """S3's own word for a refusal, and the region that the bucket is in, where they are told."""
     region = response.headers.get("x-amz-bucket-region", "")
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune_trainer.evaluate import PairRow, evaluating
 from finetune_trainer.runtime.work import write_report
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAMPLES = 2
+Row = TypeVar("Row")
+
+SAMPLES_NAME = "samples.json"
+SAMPLES = 4
 NEW_TOKENS = 32
 SHOWN_CHARACTERS = 400
 BEGINNING, BEGINNING_TOKENS = 3, 64
@@ -63,8 +66,18 @@ def generate(
 
 def choose_prompts(rows: Sequence[TokenRow | PairRow], count: int = SAMPLES) -> list[list[int]]:
     """Prompts of held-out rows, spread over them; of a text that is learned whole, its beginning."""
-    step = max(1, len(rows) // count)
-    return [_prompt(row) for row in rows[::step][:count]]
+    return [_prompt(row) for row in _spread(rows, count)]
+
+
+def choose_answers(rows: Sequence[TokenRow | PairRow], count: int = SAMPLES) -> list[list[int]]:
+    """How those rows themselves go on after their prompts; of a pair, with the better answer."""
+    chosen = [row.chosen if isinstance(row, PairRow) else row for row in _spread(rows, count)]
+    return [list(row.input_ids[len(_prompt(row)) :]) for row in chosen]
+
+
+def _spread(rows: Sequence[Row], count: int) -> Sequence[Row]:
+    """So many rows, evenly apart."""
+    return rows[:: max(1, len(rows) // count)][:count]
 
 
 def _prompt(row: TokenRow | PairRow) -> list[int]:
@@ -76,16 +89,20 @@ def _prompt(row: TokenRow | PairRow) -> list[int]:
 def write(
     path: Path,
     tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
-    prompts: Sequence[Sequence[int]],
+    rows: Sequence[TokenRow | PairRow],
     before: Sequence[str],
     after: Sequence[str],
 ) -> None:
-    """Leave them as JSON, and show them in the log."""
+    """Leave the prompts chosen of the rows and their answers as JSON, and show them in the log."""
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
     records = [
-        {"prompt": tokenizer.decode(list(prompt), skip_special_tokens=True).strip(), "before": was, "after": now}
-        for prompt, was, now in zip(prompts, before, after, strict=True)
+        {"prompt": text(prompt), "before": was, "after": now, "expected": text(answer)}
+        for prompt, was, now, answer in zip(choose_prompts(rows), before, after, choose_answers(rows), strict=True)
     ]
     write_report(path, json.dumps(records, ensure_ascii=False, indent=1) + "\n")
     for record in records:
-        for name, text in record.items():
-            log.info("%-6s %s", name, text[:SHOWN_CHARACTERS].replace("\n", " "))
+        for name, told in record.items():
+            log.info("%-8s %s", name, told[:SHOWN_CHARACTERS].replace("\n", " "))

@@ -31,6 +31,8 @@ BCRYPT = "$2b$04$abcdefghijklmnopqrstuuLZYjhNQAOdpbzt4WxWlUHjv1wsyH5DG"
 START_SECONDS, POLL_SECONDS = 60.0, 0.02
 PART_BYTES = 5 << 20
 """Least size of a part of an S3 upload."""
+UP, BACK = "up", "back"
+"""Ways through a relay."""
 
 
 def free_port() -> int:
@@ -74,13 +76,14 @@ def running(command: list[str], port: int, log: Path, **environment: str) -> Ite
 
 
 class Relay:
-    """Passes bytes to a server and back, counts those that come back, and can hold or cut them after so many."""
+    """Passes bytes to a server and back, counts both, and can hold or cut either after so many."""
 
     def __init__(self, port: int) -> None:
         self._target = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
-        self.given = 0
+        self._passed = {UP: 0, BACK: 0}
+        self._limited = BACK
         self.cut_after: int | None = None
         self.hold_after: int | None = None
         self.holding = threading.Event()
@@ -92,12 +95,23 @@ class Relay:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def reset(self, *, cut_after: int | None = None, hold_after: int | None = None) -> None:
-        """Count anew, and let go of what is held."""
+    @property
+    def given(self) -> int:
+        """Bytes that came back."""
+        return self._passed[BACK]
+
+    @property
+    def taken(self) -> int:
+        """Bytes that went to the server."""
+        return self._passed[UP]
+
+    def reset(self, *, cut_after: int | None = None, hold_after: int | None = None, limited: str = BACK) -> None:
+        """Count anew, and let go of what is held; `limited`: the way, up or back, that the limits are for."""
         with self._lock:
             self._released.set()
             self._released = threading.Event()
-            self.given, self.cut_after, self.hold_after = 0, cut_after, hold_after
+            self._passed, self._limited = {UP: 0, BACK: 0}, limited
+            self.cut_after, self.hold_after = cut_after, hold_after
             self.holding.clear()
 
     def close(self) -> None:
@@ -119,48 +133,59 @@ class Relay:
             threading.Thread(target=self._pass_on, args=(client, server), daemon=True).start()
             threading.Thread(target=self._pass_back, args=(server, client), daemon=True).start()
 
-    @staticmethod
-    def _pass_on(client: socket.socket, server: socket.socket) -> None:
+    def _pass_on(self, client: socket.socket, server: socket.socket) -> None:
         try:
-            while data := client.recv(65536):
-                server.sendall(data)
-            server.shutdown(socket.SHUT_WR)
+            if self._carry(client, server, UP):
+                server.shutdown(socket.SHUT_WR)
+            else:
+                _end(client, server)
         except OSError:
             server.close()
 
     def _pass_back(self, server: socket.socket, client: socket.socket) -> None:
         try:
-            while data := server.recv(65536):
-                client.sendall(data[: self._allowed(len(data))])
-                if (wait := self._wait_at_limit()) is not None:
-                    wait()
-                    break
+            self._carry(server, client, BACK)
         except OSError:
             pass
         finally:
-            for end in (client, server):
-                with suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)  # the other thread is still reading: closing would not be seen
-                end.close()
+            _end(client, server)
 
-    def _wait_at_limit(self) -> Callable[[], object] | None:
+    def _carry(self, source: socket.socket, target: socket.socket, way: str) -> bool:
+        """Pass bytes until the source ends, True, or a limit is reached, False."""
+        while data := source.recv(65536):
+            target.sendall(data[: self._allowed(len(data), way)])
+            if (wait := self._wait_at_limit(way)) is not None:
+                wait()
+                return False
+        return True
+
+    def _wait_at_limit(self, way: str) -> Callable[[], object] | None:
         """What comes before the end of a connection that has reached its limit; `reset` happens before or after."""
         with self._lock:
-            if self.cut_after is not None and self.given >= self.cut_after:
+            if way != self._limited:
+                return None
+            if self.cut_after is not None and self._passed[way] >= self.cut_after:
                 self.cut_after = None
                 return lambda: None
-            if self.hold_after is not None and self.given >= self.hold_after:
+            if self.hold_after is not None and self._passed[way] >= self.hold_after:
                 self.holding.set()
                 return self._released.wait
             return None
 
-    def _allowed(self, count: int) -> int:
-        """How many of so many bytes may pass; they count as given."""
+    def _allowed(self, count: int, way: str) -> int:
+        """How many of so many bytes may pass; they count as passed."""
         with self._lock:
-            limits = [limit - self.given for limit in (self.cut_after, self.hold_after) if limit is not None]
-            allowed = max(0, min([count, *limits]))
-            self.given += allowed
+            limits = [limit - self._passed[way] for limit in (self.cut_after, self.hold_after) if limit is not None]
+            allowed = max(0, min([count, *limits])) if way == self._limited else count
+            self._passed[way] += allowed
             return allowed
+
+
+def _end(*ends: socket.socket) -> None:
+    for end in ends:
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)  # the other thread is still reading: closing would not be seen
+        end.close()
 
 
 @dataclass
@@ -303,9 +328,16 @@ class Answer:
 
 
 class Site:
-    """A small HTTP server that answers as `answer` says, gives ranges, and keeps what it was asked."""
+    """A small HTTP server that answers as `answer` says, gives ranges, and keeps what it was asked.
 
-    def __init__(self, answer: Callable[[str, Mapping[str, str]], Answer]) -> None:
+    `take`: what it says to a POST or PUT, whose whole body came.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[str, Mapping[str, str]], Answer],
+        take: Callable[[str, Mapping[str, str], bytes], Answer] | None = None,
+    ) -> None:
         self.asked: list[str] = []
         site = self
 
@@ -318,11 +350,26 @@ class Site:
                 if status == HTTPStatus.OK and start:
                     said.headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
                     body, status = body[int(start) :], HTTPStatus.PARTIAL_CONTENT
+                self._say(said, status, body)
+
+            def do_POST(self) -> None:
+                site.asked.append(self.path)
+                length = int(self.headers.get("Content-Length", "0"))
+                body = self.rfile.read(length)
+                if take is None or len(body) < length:
+                    self.close_connection = True
+                    return
+                said = take(self.path, self.headers, body)  # type: ignore[arg-type]
+                self._say(said, said.status, said.body)
+
+            do_PUT = do_POST  # noqa: N815 - the name http.server calls
+
+            def _say(self, said: Answer, status: int, body: bytes) -> None:
                 self.send_response(status)
                 for name, value in {**said.headers, "Content-Length": str(len(body))}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                if self.command == "GET":
+                if self.command != "HEAD":
                     self.wfile.write(body)
 
             do_HEAD = do_GET  # noqa: N815 - the name http.server calls

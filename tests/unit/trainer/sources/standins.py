@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -34,9 +35,14 @@ class StandInHub:
     lies: dict[str, bytes] = field(default_factory=dict)
     """Files given with other bytes than listed."""
 
+    private: bool = True
+
     def __post_init__(self) -> None:
         self.commits.setdefault(COMMIT, self.files)
-        self.site = Site(self.answer)
+        self.site = Site(self.answer, self.take)
+
+    def take(self, path: str, headers: Mapping[str, str], body: bytes) -> Answer:  # noqa: ARG002 - a hub to read from
+        return refused(403, "Forbidden")
 
     @property
     def url(self) -> str:
@@ -60,7 +66,8 @@ class StandInHub:
         if commit not in self.commits:
             return refused(404, "RevisionNotFound")
         siblings = [_sibling(name, body) for name, body in self.commits[commit].items()]
-        return Answer(json.dumps({"id": "owner/tiny", "sha": commit, "siblings": siblings}).encode())
+        told = {"id": "owner/tiny", "sha": commit, "siblings": siblings, "private": self.private}
+        return Answer(json.dumps(told).encode())
 
     def _file(self, path: str) -> Answer:
         prefix = "/datasets/owner/tiny/resolve/" if self.kind == "datasets" else "/owner/tiny/resolve/"
@@ -70,6 +77,93 @@ class StandInHub:
         if name not in self.commits.get(commit, {}):
             return refused(404, "EntryNotFound")
         return Answer(self.lies.get(name, self.commits[commit][name]), headers={"X-Repo-Commit": commit})
+
+
+@dataclass
+class StandInWritableHub(StandInHub):
+    """The same, to be published to: what huggingface_hub 2.4 asks when it uploads over HTTP and commits."""
+
+    made: bool = True
+    """Whether the repository is there."""
+    stored: dict[str, bytes] = field(default_factory=dict)
+    """LFS objects by their SHA-256, whether a commit names them or not."""
+    branches: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
+    ignored: tuple[str, ...] = ()
+    """Files that a .gitignore there keeps out."""
+    full: bool = False
+    """Whether the quota of its owner is used up."""
+
+    def answer(self, path: str, headers: Mapping[str, str]) -> Answer:
+        if not self.made:
+            return refused(404, "RepoNotFound")
+        revision = unquote(urlsplit(path).path.partition("/revision/")[2]) or "main"
+        self.head = self.branches.get(revision, self.branches["main"])
+        if path.startswith("/api/") and revision in self.branches:
+            return super().answer("/api/models/owner/tiny", headers)
+        return super().answer(path, headers)
+
+    def take(self, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
+        call = unquote(urlsplit(path).path)
+        if call.startswith("/lfs/"):
+            return self._store(call.removeprefix("/lfs/"), body)
+        if self.token is not None and headers.get("Authorization") != f"Bearer {self.token}":
+            return refused(403, "Forbidden")
+        if call == "/owner/tiny.git/info/lfs/objects/batch":
+            return self._batch(json.loads(body)["objects"], headers["Host"])
+        if call == "/api/repos/create":
+            self.made, self.private = True, json.loads(body)["visibility"] == "private"
+            return Answer(json.dumps({"url": f"{self.url}/owner/tiny"}).encode())
+        if call == "/api/validate-yaml":
+            return Answer(b'{"errors": [], "warnings": []}')
+        what, _, branch = call.removeprefix("/api/models/owner/tiny/").partition("/")
+        return self._change(what, branch, body)
+
+    def _change(self, what: str, branch: str, body: bytes) -> Answer:
+        if what == "branch":
+            self.branches[branch] = self.branches["main"]
+            return Answer(b"{}")
+        if what == "preupload":
+            return Answer(json.dumps({"files": [self._mode(file) for file in json.loads(body)["files"]]}).encode())
+        lines = [json.loads(line) for line in body.splitlines()]
+        return self._commit(branch, lines[0]["value"], lines[1:])
+
+    def _mode(self, file: dict[str, Any]) -> dict[str, Any]:
+        mode = "lfs" if file["size"] > LFS_BYTES else "regular"
+        return {"path": file["path"], "uploadMode": mode, "shouldIgnore": file["path"] in self.ignored}
+
+    def _batch(self, objects: list[dict[str, Any]], host: str) -> Answer:
+        told = []
+        for each in objects:
+            entry: dict[str, Any] = {"oid": each["oid"], "size": each["size"]}
+            if self.full:
+                entry["error"] = {"code": 413, "message": "Private storage limit reached"}
+            elif each["oid"] not in self.stored:
+                entry["actions"] = {"upload": {"href": f"http://{host}/lfs/{each['oid']}"}}
+            told.append(entry)
+        return Answer(json.dumps({"objects": told, "transfer": "basic"}).encode())
+
+    def _store(self, oid: str, body: bytes) -> Answer:
+        if hashlib.sha256(body).hexdigest() != oid:
+            return refused(400, "BadDigest")
+        self.stored[oid] = body
+        return Answer()
+
+    def _commit(self, branch: str, header: dict[str, Any], changes: list[dict[str, Any]]) -> Answer:
+        if header.get("parentCommit", self.branches[branch]) != self.branches[branch]:
+            return refused(412, "Conflict")
+        files = dict(self.commits[self.branches[branch]])
+        for change in changes:
+            value, kind = change["value"], change["key"]
+            if kind == "deletedFile":
+                del files[value["path"]]
+            else:
+                files[value["path"]] = (
+                    self.stored[value["oid"]] if kind == "lfsFile" else base64.b64decode(value["content"])
+                )
+        oid = hashlib.sha1(repr((self.branches[branch], sorted(files.items()))).encode()).hexdigest()  # noqa: S324 - git's
+        self.commits[oid] = files
+        self.branches[branch] = oid
+        return Answer(json.dumps({"commitUrl": f"{self.url}/owner/tiny/commit/{oid}", "commitOid": oid}).encode())
 
 
 def refused(status: int, code: str) -> Answer:

@@ -57,9 +57,9 @@ def test_a_listing_of_many_pages_is_read_to_its_end(
 ) -> None:
     for number in range(5):
         bucket.put(f"many/{number}.jsonl", b"{}\n")
-    build_url = s3.S3._url
+    build_url = s3.S3.url
     small = lambda self, key, params=None: build_url(self, key, {**params, "max-keys": "2"} if params else None)  # noqa: E731
-    monkeypatch.setattr(s3.S3, "_url", small)
+    monkeypatch.setattr(s3.S3, "url", small)
     assert len(contents(errands.fetch("dataset-0", bucket.source("many")).path)) == 5
 
 

@@ -1,0 +1,174 @@
+"""Artifacts put into a real S3 server (versitygw), through a relay that cuts and holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from finetune_trainer.progress import ExitCode, Reason
+from finetune_trainer.runtime import manifest
+from tests.unit.trainer.publishing.conftest import LARGE_BYTES, MARKER, MERGED, WEIGHTS, Shop
+from tests.unit.trainer.sources.servers import PART_BYTES, UP, Bucket, Relay
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SMALL_BYTES = 100_000
+"""Questions, their signatures and a commit, but no file of a model."""
+
+
+def an_entry(bucket: Bucket, artifact: str = "Merged", key: str = "models/fox", **fields: Any) -> dict[str, Any]:
+    return {"name": "out", "artifact": artifact, **bucket.source(key), **fields}
+
+
+def keys_below(bucket: Bucket, key: str = "models/fox/") -> list[str]:
+    tree = ET.fromstring(bucket.call("GET", f"?list-type=2&prefix={quote(key, safe='')}").content)  # noqa: S314 - our own server
+    return [entry.findtext("{*}Key", "").removeprefix(key) for entry in tree.iterfind("{*}Contents")]
+
+
+def contents_of(bucket: Bucket, key: str = "models/fox/") -> dict[str, bytes]:
+    return {name: bucket.call("GET", f"/{key}{name}").content for name in keys_below(bucket, key)}
+
+
+def open_uploads(bucket: Bucket) -> int:
+    return bucket.call("GET", "?uploads=").text.count("<UploadId>")
+
+
+def test_what_is_published_is_the_artifact_with_card_licence_and_a_manifest_of_all(
+    bucket: Bucket, shop: Shop, tmp_path: Path
+) -> None:
+    code, word = shop.publish(an_entry(bucket))
+    assert code == ExitCode.COMPLETED, word.message
+    there = contents_of(bucket)
+    assert there == shop.expected("merged", "out")
+    for name, body in there.items():
+        (tmp_path / "fetched").mkdir(exist_ok=True)
+        (tmp_path / "fetched" / name).write_bytes(body)
+    found = manifest.verify(tmp_path / "fetched")
+    assert found.inputs == {"merged": manifest.read(shop.work.merged).digest}
+    assert word.published is not None
+    assert (word.published.uri, word.published.artifact) == (f"s3://{bucket.name}/models/fox/", "merged")
+    assert word.published.digest == found.digest
+    assert word.published.size_bytes == sum(map(len, there.values()))
+
+
+def test_an_adapter_goes_out_with_the_licence_of_the_base(bucket: Bucket, shop: Shop) -> None:
+    assert shop.publish(an_entry(bucket, "Adapter"))[0] == ExitCode.COMPLETED
+    assert contents_of(bucket) == shop.expected("adapter", "out")
+
+
+def test_a_quantized_form_is_the_one_that_is_named(bucket: Bucket, shop: Shop) -> None:
+    assert shop.publish(an_entry(bucket, "Quantized", quantizeName="gptq4"))[0] == ExitCode.COMPLETED
+    assert contents_of(bucket) == shop.expected("quantized/gptq4", "out")
+
+
+def test_a_second_run_says_the_same_and_asks_nobody(bucket: Bucket, shop: Shop, s3_relay: Relay) -> None:
+    _, first = shop.publish(an_entry(bucket))
+    s3_relay.reset()
+    code, second = shop.publish(an_entry(bucket))
+    assert (code, second) == (ExitCode.COMPLETED, first)
+    assert s3_relay.taken == 0
+
+
+def test_where_the_proof_was_lost_nothing_is_sent_again(bucket: Bucket, shop: Shop, s3_relay: Relay) -> None:
+    _, first = shop.publish(an_entry(bucket))
+    shop.forget()
+    s3_relay.reset()
+    code, second = shop.publish(an_entry(bucket))
+    assert (code, second) == (ExitCode.COMPLETED, first)
+    assert s3_relay.taken < SMALL_BYTES
+
+
+def test_a_connection_that_breaks_costs_a_part(bucket: Bucket, shop: Shop, s3_relay: Relay) -> None:
+    s3_relay.reset(cut_after=PART_BYTES + (PART_BYTES // 2), limited=UP)
+    code, word = shop.publish(an_entry(bucket))
+    assert code == ExitCode.COMPLETED, word.message
+    assert contents_of(bucket) == shop.expected("merged", "out")
+    assert s3_relay.taken < sum(map(len, MERGED.values())) + PART_BYTES + SMALL_BYTES
+    assert open_uploads(bucket) == 0
+
+
+def test_a_service_that_stays_away_is_worth_another_try_and_leaves_no_marker(
+    bucket: Bucket, shop: Shop, s3_relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3_relay.reset(cut_after=LARGE_BYTES // 2, limited=UP)
+    monkeypatch.setattr("finetune_trainer.publishing.delivery.RETRY_PAUSES_SECONDS", ())
+    code, word = shop.publish(an_entry(bucket))
+    assert (code, word.reason) == (ExitCode.UNKNOWN, Reason.UNKNOWN)
+    assert "output.publish[0].s3.endpoint" in word.message
+    assert MARKER not in keys_below(bucket)
+    s3_relay.reset()
+    assert shop.publish(an_entry(bucket), "--attempt", "2")[0] == ExitCode.COMPLETED
+    assert s3_relay.taken < sum(map(len, MERGED.values())), "parts that were there were not sent again"
+    assert contents_of(bucket) == shop.expected("merged", "out")
+
+
+def test_an_object_that_was_changed_there_is_put_right(bucket: Bucket, shop: Shop) -> None:
+    shop.publish(an_entry(bucket))
+    bucket.put(f"models/fox/{WEIGHTS}", MERGED[WEIGHTS][::-1])
+    shop.forget()
+    assert shop.publish(an_entry(bucket))[0] == ExitCode.COMPLETED
+    assert contents_of(bucket) == shop.expected("merged", "out")
+
+
+def test_what_an_earlier_publishing_left_is_taken_away_and_nothing_else(bucket: Bucket, shop: Shop) -> None:
+    shop.publish(an_entry(bucket))
+    bucket.put("models/fox/notes.txt", b"mine")
+    shop.forget()
+    assert shop.publish(an_entry(bucket, "Adapter"))[0] == ExitCode.COMPLETED
+    assert contents_of(bucket) == {**shop.expected("adapter", "out"), "notes.txt": b"mine"}
+
+
+def test_of_an_artifact_with_a_damaged_file_nothing_is_published(bucket: Bucket, shop: Shop) -> None:
+    path = shop.work.merged / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    code, word = shop.publish(an_entry(bucket))
+    assert (code, word.reason) == (ExitCode.VERIFICATION_FAILED, Reason.VERIFICATION_FAILED)
+    assert WEIGHTS in word.message
+    assert keys_below(bucket) == []
+
+
+def test_a_file_that_changes_while_it_is_sent_is_not_published(
+    bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = shop.work.merged / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    monkeypatch.setattr("finetune_trainer.__main__._verify_inputs", lambda *_: None)
+    code, word = shop.publish(an_entry(bucket))
+    assert code == ExitCode.VERIFICATION_FAILED
+    assert WEIGHTS in word.message
+    assert MARKER not in keys_below(bucket)
+    assert open_uploads(bucket) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "words"),
+    [
+        pytest.param({"uri": "s3://no-such-bucket/fox"}, Reason.NOT_FOUND, "no bucket 'no-such-bucket'", id="bucket"),
+        pytest.param({"region": "eu-west-1"}, Reason.INVALID_CONFIG, "output.publish[0].s3.region", id="region"),
+    ],
+)
+def test_a_place_that_cannot_be_is_told_by_its_field(
+    bucket: Bucket, shop: Shop, change: dict[str, Any], reason: Reason, words: str
+) -> None:
+    _, word = shop.publish({"name": "out", "artifact": "Adapter", **bucket.source("models/fox", **change)})
+    assert word.reason is reason
+    assert words in word.message
+
+
+def test_keys_that_are_wrong_are_told_by_their_secret(bucket: Bucket, shop: Shop) -> None:
+    shop.give_secret("AWS_SECRET_ACCESS_KEY", "wrong")
+    _, word = shop.publish(an_entry(bucket, "Adapter"))
+    assert word.reason is Reason.ACCESS_DENIED
+    assert "output.publish[0].s3.credentialsSecretRef" in word.message
+
+
+def test_keys_that_are_not_there_are_asked_for(bucket: Bucket, shop: Shop) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        shop.give_secret(name, "")
+    _, word = shop.publish(an_entry(bucket, "Adapter"))
+    assert word.reason is Reason.NOT_FOUND
+    assert "output.publish[0].s3.credentialsSecretRef" in word.message
