@@ -37,6 +37,7 @@ from finetune_trainer.models.loading import (
     working_device,
 )
 from finetune_trainer.models.sharding import build_empty
+from finetune_trainer.runtime import manifest
 from finetune_trainer.runtime.errors import GateFailed, InvalidConfig, VerificationFailed
 from finetune_trainer.runtime.manifest import Made, Manifest, Result
 from finetune_trainer.settings.outcome import choose_unmeasured
@@ -56,6 +57,10 @@ log = logging.getLogger(__name__)
 MAX_KL = 2e-3
 """Nats a token. Rounding the merged weights to bf16 costs about 1e-4 (SmolLM2-135M); a merge that goes wrong (another
 base, a lost scale, requantized layers) costs 0.03 and more. In between, nothing was seen."""
+MAX_LOSS_DRIFT = 0.1
+"""Nats a token, either way, between the held-out loss that ended the training and that of the adapter loaded back in
+fp32. Computing in 16 bits moves it by 0.002, in bitsandbytes' 8 bits by 0.014 (SmolLM2-135M on CPU); an adapter that is
+ten times too large moves it by whole nats."""
 HELD_BYTES = 4
 """Bytes a parameter: one model in fp32."""
 
@@ -77,6 +82,8 @@ class Merging:
     resolved: Resolved
     rows: Sequence[TokenRow]
     asked: Merge
+    trained_loss: float | None = None
+    """Held-out, nats a token, as training measured it at its end; None where it measured no such loss."""
 
     @property
     def settings(self) -> ResolvedMerge:
@@ -109,7 +116,8 @@ class Merging:
 def run(config: JobConfig, context: Context) -> Manifest:
     """Choose the weights, merge into them, load back, compare, let the gates judge, publish `merged/`."""
     set_up_torch()
-    merging = Merging(context, context.resolved, read_token_rows(context.work.data), config.merge or Merge())
+    rows, asked = read_token_rows(context.work.data), config.merge or Merge()
+    merging = Merging(context, context.resolved, rows, asked, read_trained_loss(context))
 
     def build(folder: Path) -> Result:
         with tempfile.TemporaryDirectory(prefix=".reference-", dir=folder) as aside:
@@ -118,14 +126,24 @@ def run(config: JobConfig, context: Context) -> Manifest:
     return context.publish(build)
 
 
+def read_trained_loss(context: Context) -> float | None:
+    """What the adapter's manifest says of its held-out loss, nats a token; a loss of pairs (DPO) is none of tokens."""
+    made = manifest.read(context.work.adapter).result.artifact
+    if context.resolved.dpo is not None or made is None or made.measured is None:
+        return None
+    return made.measured.eval_loss
+
+
 def merge(merging: Merging, folder: Path, aside: Path) -> Result:
     """Write the merged model into `folder`, and say what it is worth. `aside`: for what is needed meanwhile.
 
-    VerificationFailed if merging changed the model, GateFailed if a figure is worse than the job allows.
+    VerificationFailed if the adapter is not the one that was trained or merging changed the model, GateFailed if a
+    figure is worse than the job allows.
     """
     if not merging.rows:
         return merge_unmeasured(merging, folder)
     references = measure_references(merging, aside)
+    verify_trained(references[merging.trained_base].loss, merging.trained_loss)
     losses = {base: reference.loss for base, reference in references.items()}
     base = choose_base(merging.settings, losses)
     write_merged(merging, base, folder)
@@ -142,7 +160,8 @@ def _result(message: str, measured: Measured | None) -> Result:
 
 
 def _of_both(losses: Mapping[MergeBase, float]) -> dict[str, float]:
-    return {f"eval_loss_{base.value.lower()}": rounded(loss) for base, loss in losses.items()}
+    """Without what is no number, which no record can hold."""
+    return {f"eval_loss_{base.value.lower()}": rounded(loss) for base, loss in losses.items() if math.isfinite(loss)}
 
 
 def _message(found: Comparison, base: MergeBase, losses: Mapping[MergeBase, float], merging: Merging) -> str:
@@ -233,6 +252,22 @@ def widen_gptq(model: Any) -> Any:  # noqa: ANN401 - a causal language model
             model.set_submodule(name, plain)
     model.hf_quantizer.remove_quantization_config(model)
     return model
+
+
+def verify_trained(loss: float, trained: float | None) -> None:
+    """VerificationFailed unless the adapter loaded back is worth what it was when its training ended.
+
+    One that was damaged in between makes the merged model and its reference worse alike, and they agree.
+    """
+    drift = 0.0 if trained is None else abs(loss - trained)
+    if math.isfinite(loss) and drift <= MAX_LOSS_DRIFT:
+        return
+    told = "" if trained is None else f", {trained:.4f} when training ended (apart by at most {MAX_LOSS_DRIFT:g})"
+    msg = (
+        f"The adapter is not the one that was trained: held-out loss {loss:.4f} nats a token on the weights that it "
+        f"was trained on{told}. Nothing is published. Train again in a new job; if it stays so, report this as a bug."
+    )
+    raise VerificationFailed(msg)
 
 
 def choose_base(settings: ResolvedMerge, losses: Mapping[MergeBase, float]) -> MergeBase:
