@@ -542,6 +542,7 @@ def test_the_folder_is_what_servers_read(tmp_path: Path) -> None:
     read = AutoTokenizer.from_pretrained(merged)
     assert (read.pad_token, read.chat_template) == (tokenizer.eos_token, tokenizer.chat_template)
     assert AutoModelForCausalLM.from_pretrained(merged, dtype="auto").dtype == torch.float16
+    assert {tensor.dtype for tensor in _read_weights(merged).values()} == {torch.float16}
 
 
 @pytest.mark.parametrize(
