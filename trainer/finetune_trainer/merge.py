@@ -294,7 +294,7 @@ def merge_streaming(merging: Merging, base: MergeBase, folder: Path) -> None:
     def load(part: streaming.Part) -> Any:  # noqa: ANN401 - a causal language model
         return streaming.merge_part(weights, context.work.adapter, part, parts, resolved, device, widening)
 
-    context.report.begin("merging the adapter", len(parts), "layers")
+    context.report.begin("merging the adapter", len(parts), "parts")
     streaming.stream(parts, load, folder, partial(cast, dtype=settings.dtype), settings.max_shard_size, context.polled)
     finish_folder(folder, weights, context.work.tokenizer, settings.dtype)
 
