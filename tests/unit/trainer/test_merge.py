@@ -255,13 +255,25 @@ def test_the_reference_is_the_base_that_was_trained_on_and_not_the_original(tiny
         pytest.param(float("nan"), False, id="no number at all"),
     ],
 )
-def test_the_gate_stands_between_rounding_and_a_broken_merge(kl: float, same: bool) -> None:
-    found = Comparison(reference_loss=1.0, loss=1.0, kl=kl, top1=1.0)
-    if same:
-        merge.verify_same(found)
-    else:
-        with pytest.raises(VerificationFailed):
-            merge.verify_same(found)
+def test_the_limit_stands_between_rounding_and_a_broken_merge(kl: float, same: bool) -> None:
+    assert merge.is_same(Comparison(reference_loss=1.0, loss=1.0, kl=kl, top1=1.0)) is same
+
+
+def test_what_rounding_alone_changed_beyond_the_limit_is_told_and_fails_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge, "MAX_KL", 1e-8)
+    bench = make_bench(tmp_path)
+    found = bench.merge()
+    assert found.artifact is not None
+    assert found.artifact.measured is not None
+    rounding = found.artifact.measured.kl_divergence
+    assert rounding is not None
+    assert rounding > merge.MAX_KL
+    assert f"Rounding to BF16 alone took it {rounding:.1e} nats a token" in found.message
+    assert "merge.dtype FP32 rounds nothing" in found.message
+    assert {path.name for path in bench.work.merged.glob("*.safetensors")} == {"model.safetensors"}
+    assert load_file(bench.work.merged / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
