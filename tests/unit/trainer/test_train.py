@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from finetune_trainer.data.order import RowOrder
 from finetune_trainer.evaluate import IGNORED, TokenRow, batches, compare, measure_loss, pad
+from finetune_trainer.models.folder import load_tokenizer
 from finetune_trainer.models.loading import (
     import_peft,
     keep_weights_on_cpu,
@@ -203,6 +204,17 @@ def test_a_measurement_is_the_same_each_time_and_leaves_training_as_it_was(tiny_
     model.train()
     assert measure_loss(model, rows) == measure_loss(model, rows)
     assert model.training
+
+
+def test_answers_are_greedy(tiny_model: Path) -> None:
+    base, tokenizer = load_base(tiny_model, SETTINGS, CPU, torch.float32), load_tokenizer(tiny_model)
+    prompt = [5, 6, 7]
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(8):
+            ids.append(int(base(torch.tensor([ids])).logits[0, -1].argmax()))
+    expected = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+    assert samples.generate(base, tokenizer, [prompt], lambda *_: None, 8) == [expected]
 
 
 def test_the_stage_tells_losses_and_leaves_samples_and_an_adapter(desk: Desk, config: dict[str, Any]) -> None:
