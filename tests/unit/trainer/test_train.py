@@ -231,6 +231,7 @@ def test_the_stage_tells_losses_and_leaves_samples_and_an_adapter(desk: Desk, co
     assert measured.eval_loss < measured.eval_loss_base
     sample = json.loads((desk.work / "report" / "samples.json").read_text())[0]
     assert sample.keys() == {"prompt", "before", "after", "expected"}
+    assert sample["before"] != sample["after"]
     settings = json.loads((desk.work / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == "../model"
     assert (desk.work / "adapter" / "tokenizer.json").exists()

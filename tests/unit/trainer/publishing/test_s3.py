@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from finetune_trainer.publishing.base import Outgoing
-    from finetune_trainer.sources.base import Body
+    from finetune_trainer.sources.base import Body, RemoteFile
 
 SMALL_BYTES = 100_000
 """Questions, their signatures and a commit, but no file of a model."""
@@ -157,18 +157,36 @@ def test_simulated_asked_to_leave_while_it_reads_again_it_leaves(
     def counted(chunks: Iterator[bytes]) -> Iterator[bytes]:
         nonlocal read
         for chunk in chunks:
+            if not read:
+                os.kill(os.getpid(), signal.SIGTERM)
             read += len(chunk)
-            os.kill(os.getpid(), signal.SIGTERM)
             yield chunk
 
     @contextmanager
-    def counting(*place: Any) -> Iterator[Body]:
-        with opened(*place) as body:
-            yield replace(body, chunks=counted(body.chunks))
+    def counting(remote: S3, file: RemoteFile, start: int) -> Iterator[Body]:
+        with opened(remote, file, start) as body:
+            yield replace(body, chunks=counted(body.chunks)) if file.name == WEIGHTS else body
 
     monkeypatch.setattr(S3, "open", counting)
     assert shop.publish(an_entry(bucket), "--attempt", "2")[0] == ExitCode.INTERRUPTED
     assert read < LARGE_BYTES
+
+
+def test_an_object_that_is_not_what_was_sent_is_found_out(
+    bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = s3.S3Sink._put
+
+    def spoiling(sink: s3.S3Sink, file: Outgoing, chunks: Iterator[bytes]) -> None:
+        put(sink, file, chunks)
+        if file.name == "config.json":
+            bucket.put("models/fox/config.json", MERGED["config.json"][::-1])
+
+    monkeypatch.setattr(s3.S3Sink, "_put", spoiling)
+    code, word = shop.publish(an_entry(bucket))
+    assert code == ExitCode.VERIFICATION_FAILED
+    assert "what the bucket has of it is not what was sent" in word.message
+    assert MARKER not in keys_below(bucket)
 
 
 def test_an_object_that_vanishes_while_others_are_sent_is_missed(
