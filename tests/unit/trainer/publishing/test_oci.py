@@ -84,6 +84,16 @@ def test_a_tag_that_meant_something_else_means_this_one(shop: Shop, registry: Re
     assert pulled(reference)[1] == shop.expected("adapter", "out")
 
 
+def test_simulated_a_file_that_a_registry_took_and_does_not_have_is_told(
+    shop: Shop, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OciSink, "_push_blob", lambda *_: None)
+    code, word = shop.publish(an_entry(registry.reference("team/lost:v1"), "Adapter"))
+    assert code == ExitCode.VERIFICATION_FAILED
+    assert "the registry took" in word.message
+    assert "does not have it" in word.message
+
+
 def test_a_tag_that_somebody_else_sets_meanwhile_is_told(
     shop: Shop, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

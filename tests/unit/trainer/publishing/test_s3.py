@@ -20,7 +20,7 @@ from tests.unit.trainer.publishing.conftest import LARGE_BYTES, MARKER, MERGED, 
 from tests.unit.trainer.sources.servers import PART_BYTES, UP, Bucket, Relay
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from finetune_trainer.publishing.base import Outgoing
@@ -172,17 +172,23 @@ def test_simulated_asked_to_leave_while_it_reads_again_it_leaves(
     assert read < LARGE_BYTES
 
 
+def once_put(monkeypatch: pytest.MonkeyPatch, name: str, action: Callable[[], object]) -> None:
+    """Somebody else does something right after a file was put there."""
+    put = s3.S3Sink._put
+
+    def watched(sink: s3.S3Sink, file: Outgoing, chunks: Iterator[bytes]) -> None:
+        put(sink, file, chunks)
+        if file.name == name:
+            action()
+
+    monkeypatch.setattr(s3.S3Sink, "_put", watched)
+
+
 def test_an_object_that_is_not_what_was_sent_is_found_out(
     bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put = s3.S3Sink._put
-
-    def spoiling(sink: s3.S3Sink, file: Outgoing, chunks: Iterator[bytes]) -> None:
-        put(sink, file, chunks)
-        if file.name == "config.json":
-            bucket.put("models/fox/config.json", MERGED["config.json"][::-1])
-
-    monkeypatch.setattr(s3.S3Sink, "_put", spoiling)
+    other = MERGED["config.json"][::-1]
+    once_put(monkeypatch, "config.json", lambda: bucket.put("models/fox/config.json", other))
     code, word = shop.publish(an_entry(bucket))
     assert code == ExitCode.VERIFICATION_FAILED
     assert "what the bucket has of it is not what was sent" in word.message
@@ -192,14 +198,7 @@ def test_an_object_that_is_not_what_was_sent_is_found_out(
 def test_an_object_that_vanishes_while_others_are_sent_is_missed(
     bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put = s3.S3Sink._put
-
-    def vanishing(sink: s3.S3Sink, file: Outgoing, chunks: Iterator[bytes]) -> None:
-        put(sink, file, chunks)
-        if file.name == MARKER:
-            bucket.call("DELETE", "/models/fox/config.json")
-
-    monkeypatch.setattr(s3.S3Sink, "_put", vanishing)
+    once_put(monkeypatch, MARKER, lambda: bucket.call("DELETE", "/models/fox/config.json"))
     code, word = shop.publish(an_entry(bucket))
     assert code == ExitCode.VERIFICATION_FAILED
     assert "config.json is not what it should be: it is not in the bucket any more" in word.message
