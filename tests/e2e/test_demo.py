@@ -100,7 +100,7 @@ def test_the_report_tells_what_the_status_tells(status: dict[str, Any], folder: 
         for name, value in made["measured"].items():
             assert float(value) == pytest.approx(by_name[made["name"]]["measured"][name], rel=1e-3)
     assert [place["uri"] for place in told["published"]] == ["s3://models/quickstart/"]
-    assert (folder / "report" / "index.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert (folder / "report" / "index.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
 def test_the_manifests_that_serve_the_models_are_accepted(
