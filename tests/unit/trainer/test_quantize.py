@@ -167,6 +167,13 @@ def test_awq_is_of_the_format_that_servers_read(tmp_path: Path, symmetric: bool)
     assert all(bool((tensor == middle).all()) for tensor in zeros) is symmetric
 
 
+def test_rows_of_a_few_tokens_calibrate_too(tmp_path: Path) -> None:
+    rows = [{"input_ids": item["input_ids"][:length], "attention_mask": [1] * length}
+            for length, item in enumerate(CALIBRATION, start=1)]  # fmt: skip
+    _, folder = make_quantized(tmp_path, "LlamaForCausalLM", make_settings(), rows)
+    load_quantized(folder, CPU)
+
+
 def test_experts_that_are_not_loaded_back_are_found_out(tmp_path: Path) -> None:
     """Of such models transformers makes the experts up, and nothing but a warning tells."""
     _, folder = make_quantized(tmp_path, "OlmoeForCausalLM", make_settings())
