@@ -114,6 +114,7 @@ def _restore_rope(config: Any, path: Path) -> None:  # noqa: ANN401 - a config o
     if (factors := read_rope_factors(path)) is None:
         return
     config.rope_parameters = {**config.rope_parameters, **LLAMA3, "factor": float(factors.max())}
-    if not np.allclose(factors, rope_factors(config), rtol=1e-4):
+    known = rope_factors(config)
+    if known is None or not np.allclose(factors, known, rtol=1e-4):
         msg = f"{path.name} slows positions down otherwise than Llama 3 does. "
         raise InvalidModel(msg + "Give the model's own folder with safetensors instead.")
