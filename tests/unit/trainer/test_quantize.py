@@ -142,12 +142,13 @@ def test_what_is_written_loads_back_whole_and_is_the_model_within_rounding(
     assert 0 < divergences[name] < (0.005 if settings.bits == 4 else 0.00005)
 
 
-def test_act_order_and_damping_reach_the_files(tmp_path: Path) -> None:
+def test_act_order_damping_and_the_search_for_scales_reach_the_files(tmp_path: Path) -> None:
     """Reordered over the borders of groups, columns tell their group: they are in order otherwise."""
     _, folder = make_quantized(tmp_path, "LlamaForCausalLM", make_settings(act_order=True, dampening_frac=0.25))
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert settings["desc_act"] is True
     assert settings["meta"]["damp_percent"] == 0.25
+    assert settings["meta"]["mse"] == quantize.ERROR_POWER
     tensors = load_file(folder / "model.safetensors")
     groups = [tensor for name, tensor in tensors.items() if name.endswith("g_idx")]
     assert groups
