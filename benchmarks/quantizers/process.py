@@ -88,7 +88,6 @@ def quantize_by_llmcompressor(subject: Subject, settings: ResolvedQuantize, fold
     recipe = [AWQModifier(), QuantizationModifier(**rounding)] if awq else GPTQModifier(**rounding)
     model = AutoModelForCausalLM.from_pretrained(subject.work.model, dtype="auto")
     rows = subject.calibration
-    length = max(len(row["input_ids"]) for row in rows)
     pinning: AbstractContextManager[Any] = nullcontext()
     if not torch.cuda.is_available():  # its AWQ pins memory all the same, which torch refuses
         pinning = patch.object(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)
@@ -97,7 +96,7 @@ def quantize_by_llmcompressor(subject: Subject, settings: ResolvedQuantize, fold
             model=model,
             dataset=Dataset.from_list(rows),
             recipe=recipe,
-            max_seq_length=length,
+            max_seq_length=max(len(row["input_ids"]) for row in rows),
             num_calibration_samples=len(rows),
         )
     model.save_pretrained(folder, save_compressed=True)
