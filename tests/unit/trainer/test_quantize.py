@@ -142,12 +142,13 @@ def test_what_is_written_loads_back_whole_and_is_the_model_within_rounding(
     assert 0 < divergences[name] < (0.005 if settings.bits == 4 else 0.00005)
 
 
-def test_act_order_and_damping_reach_the_files(tmp_path: Path) -> None:
+def test_act_order_damping_and_the_search_for_scales_reach_the_files(tmp_path: Path) -> None:
     """Reordered over the borders of groups, columns tell their group: they are in order otherwise."""
     _, folder = make_quantized(tmp_path, "LlamaForCausalLM", make_settings(act_order=True, dampening_frac=0.25))
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert settings["desc_act"] is True
     assert settings["meta"]["damp_percent"] == 0.25
+    assert settings["meta"]["mse"] == quantize.ERROR_POWER
     tensors = load_file(folder / "model.safetensors")
     groups = [tensor for name, tensor in tensors.items() if name.endswith("g_idx")]
     assert groups
@@ -165,6 +166,13 @@ def test_awq_is_of_the_format_that_servers_read(tmp_path: Path, symmetric: bool)
     zeros = [tensor for name, tensor in load_file(folder / "model.safetensors").items() if name.endswith("qzeros")]
     assert len(zeros) == 14
     assert all(bool((tensor == middle).all()) for tensor in zeros) is symmetric
+
+
+def test_rows_of_a_few_tokens_calibrate_too(tmp_path: Path) -> None:
+    rows = [{"input_ids": item["input_ids"][:length], "attention_mask": [1] * length}
+            for length, item in enumerate(CALIBRATION, start=1)]  # fmt: skip
+    _, folder = make_quantized(tmp_path, "LlamaForCausalLM", make_settings(), rows)
+    load_quantized(folder, CPU)
 
 
 def test_experts_that_are_not_loaded_back_are_found_out(tmp_path: Path) -> None:
