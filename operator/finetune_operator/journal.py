@@ -28,7 +28,14 @@ from finetune_operator.api import (
 )
 from finetune_operator.facts import Facts, Gang, StageJob, StagePod, after
 from finetune_operator.failures import Failure, classify, decisive, ending_with, failure, obstacle, parting
-from finetune_operator.figures import artifact_status, data_status, final_training, published_status, resolved_status
+from finetune_operator.figures import (
+    artifact_status,
+    data_status,
+    final_training,
+    live_training,
+    published_status,
+    resolved_status,
+)
 from finetune_operator.healing import describe, relieve
 from finetune_operator.limits import Scene, exceeded
 from finetune_operator.names import Position, Step
@@ -337,12 +344,15 @@ def _hear(journal: Journal, job: FineTuneJob, word: LastWord) -> Journal:
     if (sent := word.published) is not None:
         artifacts = (published_status(each, sent) if each.name == sent.artifact else each for each in journal.artifacts)
         journal = replace(journal, artifacts=tuple(artifacts))
-    measured = word.artifact.measured if word.artifact else None
+    training = journal.training
+    if word.training is not None:
+        live = live_training(word.progress, training) if word.progress else training
+        training = final_training(word.training, word.artifact.measured if word.artifact else None, live)
     return replace(
         journal,
         data=data_status(word.data) if word.data else journal.data,
         resolved=resolved_status(word.resolved) if word.resolved else journal.resolved,
-        training=final_training(word.training, measured, journal.training) if word.training else journal.training,
+        training=training,
     )
 
 
