@@ -33,6 +33,7 @@ from finetune_trainer.evaluate import Comparison, compare, finished_dtype, read_
 from finetune_trainer.models import gguf_export
 from finetune_trainer.models.finished import GENERATION_CONFIG, copy_companions, copy_licence, load_quantized
 from finetune_trainer.models.folder import CONFIG, load_tokenizer
+from finetune_trainer.models.gptq_scales import search_side_by_side
 from finetune_trainer.models.loading import load_finished, set_up_torch, working_device
 from finetune_trainer.progress import Measured
 from finetune_trainer.runtime.apart import call_apart
@@ -231,12 +232,14 @@ def import_gptqmodel(aside: Path) -> Any:  # noqa: ANN401 - a module
     - On 2 cores it asks for 2 workers of a pool of 1 ("Virtual pool 'model_loader:cpu' requests 2 workers").
     - It compiles a packer at run time: half a minute with a compiler, and the same result without.
     - It writes `logs/` into the current folder, which may be read-only.
+    - It searches scales one after another (models/gptq_scales.py).
     """
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "4")
     os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
     gptqmodel = importlib.import_module("gptqmodel")
     loop_processor: Any = importlib.import_module("gptqmodel.looper.loop_processor")
     loop_processor._PROJECT_LOG_DIR = aside  # noqa: SLF001 - there is no setting
+    search_side_by_side(gptqmodel.quantization.quantizer.Quantizer)
     importlib.import_module("logbar").LogBar.shared().setLevel(logging.ERROR)
     return gptqmodel
 
