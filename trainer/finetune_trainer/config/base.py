@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -19,6 +21,22 @@ RELATIVE_PATH_PATTERN = r"^[^/\x00].*$"
 STEPS_LIMIT = 100_000_000
 SEED_LIMIT = 2**32 - 1
 DEFAULT_SEED = 42
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a text must look, and what is said of one that does not: by the models and by the CRD's rules alike."""
+
+    pattern: str
+    """Anchored, and of what `re` and RE2 share."""
+    message: str
+    """A sentence that names the field and the way out."""
+
+    def check(self, text: str) -> str:
+        """The text. ValueError if it has another form."""
+        if re.fullmatch(self.pattern, text, re.ASCII) is None:
+            raise ValueError(self.message)
+        return text
 
 
 class Model(BaseModel):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic.alias_generators import to_camel
 
-from finetune_trainer.config.base import Model, ShortName
+from finetune_trainer.config.base import Form, Model, ShortName
 from finetune_trainer.config.sources import Source
 
 
@@ -36,6 +36,11 @@ class MergeDtype(StrEnum):
     FP32 = "FP32"
 
 
+SHARD_SIZE = Form(
+    r"^0*[1-9][0-9]*(KB|MB|GB)$", "merge.maxShardSize: write a size above zero in KB, MB or GB, e.g. 5GB or 2048MB"
+)
+
+
 class Merge(Model):
     """The adapter merged into the base: the model that was trained, in one piece."""
 
@@ -54,11 +59,8 @@ class Merge(Model):
         "tokenizer. Default: the base itself.",
     )
     dtype: MergeDtype | None = Field(default=None, description="BF16, FP16 or FP32. Default BF16.")
-    max_shard_size: str | None = Field(
-        default=None,
-        max_length=20,
-        pattern=r"^[0-9]+(KB|MB|GB)$",
-        description="Largest file of the saved weights, e.g. 2048MB. Default 5GB.",
+    max_shard_size: Annotated[str, AfterValidator(SHARD_SIZE.check)] | None = Field(
+        default=None, max_length=20, description="Largest file of the saved weights, e.g. 2048MB. Default 5GB."
     )
     max_kl_divergence: float | None = Field(
         default=None,
@@ -76,6 +78,15 @@ class Merge(Model):
         description="Gate for base Original: fails the job where the merged model's held-out loss is higher than the "
         "trained one's by more, nats a token. Default none: told, fails nothing.",
     )
+
+    @model_validator(mode="after")
+    def _settings_of_a_merge(self) -> Self:
+        if self.policy is MergePolicy.NEVER and (
+            idle := self.model_dump(by_alias=True, exclude={"policy"}, exclude_none=True)
+        ):
+            msg = f"merge.policy Never merges nothing: drop {', '.join(idle)}, or leave policy unset"
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _original_is_merged_into(self) -> Self:

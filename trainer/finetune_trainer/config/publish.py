@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from enum import StrEnum
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from finetune_trainer.config.base import Model, SecretKeyRef, SecretRef, ShortName
-from finetune_trainer.config.sources import HuggingFaceSource, OciSource, S3Source
+from finetune_trainer.config.base import Form, Model, SecretKeyRef, SecretRef, ShortName
+from finetune_trainer.config.sources import BUCKET, REFERENCE, HuggingFaceSource, OciSource, S3Source
 
 TARGET_FIELDS = ("huggingFace", "s3", "oci")
+
+S3_PREFIX = Form(
+    rf"^s3://{BUCKET}(/[.]*[^./?#][^/?#]*)+/?$",
+    "uri: write s3://bucket/prefix, without '?', '#', empty parts, '.' and '..', in the bucket's name as well",
+)
 
 
 class PublishedArtifact(StrEnum):
@@ -41,7 +46,7 @@ class HuggingFaceTarget(HuggingFaceSource):
 class S3Target(S3Source):
     """A prefix in a bucket that speaks the S3 protocol."""
 
-    uri: str = Field(
+    uri: Annotated[str, AfterValidator(S3_PREFIX.check)] = Field(
         max_length=1024,
         pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/.+$",
         description="s3://bucket/prefix: the files go below it, manifest.json last.",
@@ -55,7 +60,7 @@ class S3Target(S3Source):
 class OciTarget(OciSource):
     """A tag in a repository of an OCI registry."""
 
-    reference: str = Field(
+    reference: Annotated[str, AfterValidator(REFERENCE.check)] = Field(
         max_length=512,
         pattern=r"^[A-Za-z0-9.-]+(:[0-9]+)?/[a-z0-9._/-]+(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?$",
         description="registry/repository:tag. Default tag latest.",
