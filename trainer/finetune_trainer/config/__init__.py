@@ -36,6 +36,7 @@ from finetune_trainer.config.data import ROWS_LIMIT, ColumnName, Columns, Datase
 from finetune_trainer.config.environment import (
     CLAIM_VARIABLE,
     DRILL_OUT_OF_MEMORY_VARIABLE,
+    JOB_VARIABLE,
     NODE_RANK_VARIABLE,
     REMOTE_CODE_VARIABLE,
     RENDEZVOUS_PORT,
@@ -158,6 +159,7 @@ __all__ = [
     "FLOATING",
     "FORMATS",
     "FOUR_BIT",
+    "JOB_VARIABLE",
     "MLFLOW_CREDENTIALS",
     "MLFLOW_SLOT",
     "NAME_PATTERN",
