@@ -272,12 +272,11 @@ def test_files_of_an_older_trainer_are_left_out(tmp_path: Path, config: dict[str
 
 
 def test_it_is_told_where_artifacts_went(tmp_path: Path, config: dict[str, Any]) -> None:
-    secret = {"credentialsSecretRef": {"name": "s3"}}
+    service = {"endpoint": "https://minio.test/", "credentialsSecretRef": {"name": "s3"}}
     entries = [
-        {"name": name, "artifact": "Merged", "s3": {"uri": f"s3://models/{name}", **secret}}
+        {"name": name, "artifact": "Merged", "s3": {"uri": f"s3://models/{name}", **service}}
         for name in ("here", "later")
     ]
-    entries[0]["s3"]["endpoint"] = "https://minio.test/"
     config["output"] = {"publish": entries}
     work = WorkFolder(tmp_path)
     went = Published(name="here", artifact="merged", uri="s3://models/here", digest="sha256:5", size_bytes=9)

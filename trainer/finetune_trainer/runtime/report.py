@@ -59,10 +59,14 @@ class Report:
                 log.info("%s%s", activity, f" ({total:,} {unit})" if total else "")
 
     def update(self, **changes: Any) -> None:  # noqa: ANN401 - fields of Progress
-        """Change fields of the Progress, by their Python names. `eta_seconds` is worked out unless it is given."""
+        """Change fields of the Progress, by their Python names.
+
+        `eta_seconds` is worked out, unless it is given, where more is done: until then it would only grow.
+        """
         with self._lock:
+            before = self._progress.done
             self._change(**changes)
-            if "done" in changes and "eta_seconds" not in changes:
+            if self._progress.done != before and "eta_seconds" not in changes:
                 self._change(eta_seconds=self._eta())
             self._draw()
 
