@@ -120,9 +120,9 @@ class Report:
         self._progress = Progress.model_validate({**self._progress.model_dump(), **changes})
 
     def _eta(self, done_before: int) -> float | None:
-        """Seconds left, at the mean rate since the activity began; as it was, for it would only grow, until more is done.
+        """Seconds left, at the mean rate since the activity began; what was told before as long as no more is done.
 
-        `done_before`: what was done when it was worked out last.
+        By that rate it would only grow meanwhile. `done_before`: when it was told.
         """
         elapsed, progress = time.monotonic() - self._began, self._progress
         if progress.done == done_before:
