@@ -3,6 +3,10 @@
 A large file goes in parts, so that a connection, or an attempt, that breaks off costs one part
 (https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html). A part that is there is known by its MD5, a
 whole object by what the service says of it: its SHA-256, its ETag, or, where that is no hash, its bytes read again.
+
+Nothing keeps two publishings from one prefix: S3 has no lock. So each proves, after its last write, that every object
+is still the one it has proven. Of two at once that cannot hold for both, unless one wrote all of it after the other had
+looked.
 """
 
 from __future__ import annotations
@@ -13,15 +17,15 @@ import logging
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
-from finetune_trainer.publishing.base import left_behind, strangers
-from finetune_trainer.runtime.errors import TrainerError, Unavailable, VerificationFailed
+from finetune_trainer.publishing.base import accounted_for
+from finetune_trainer.runtime.errors import InvalidConfig, TrainerError, Unavailable, VerificationFailed
 from finetune_trainer.runtime.manifest import MANIFEST_NAME
 from finetune_trainer.runtime.wording import first_of
 from finetune_trainer.sources.base import Changed, RemoteFile
 from finetune_trainer.sources.s3 import S3, error_code, parse
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import httpx2
 
@@ -34,6 +38,8 @@ log = logging.getLogger(__name__)
 PART_BYTES = 64 << 20
 PARTS_LIMIT = 10_000
 """S3's own."""
+MARK = {"x-amz-meta-published-by": "finetune-operator"}
+"""On every object that is sent: a publishing that was broken off leaves no manifest to account for them."""
 
 
 def part_bytes(size: int) -> int:
@@ -50,20 +56,24 @@ class S3Sink:
         self.where = self._bucket.where
         self._etags: dict[str, str] = {}
         """What the objects that were sent in parts must have, by their parts' MD5."""
+        self._proven: dict[str, str] = {}
+        """What the objects had when they were proven, by the names of their files."""
 
     def prepare(self, parcel: Parcel) -> None:
-        """Take away what an earlier publishing left; its marker too, unless it is the same one."""
+        """Take away what an earlier publishing left; its marker too, unless it is the same one. InvalidConfig."""
         there = {file.name: file for file in self._bucket.below()}
-        for name in left_behind(self._bucket, there, parcel):
+        ours, names = accounted_for(self._bucket, there), {file.name for file in parcel.everything}
+        self._refuse_taken(file for file in parcel.everything if file.name in there.keys() - ours)
+        for name in sorted(ours - names):
             self._delete(there.pop(name).address)
-        if MANIFEST_NAME in there and not self._is_proven(there[MANIFEST_NAME], parcel.marker, None):
+        if MANIFEST_NAME in there and not self._is_proven(parcel.marker, None):
             self._delete(there[MANIFEST_NAME].address)
-        if others := strangers(there, parcel):
+        if others := sorted(there.keys() - names):
             log.warning("%s has other objects, which stay as they are: %s", self.where, first_of(others))
 
     def has(self, file: Outgoing, feed: Feed) -> bool:
         """By the SHA-256 or the ETag of the object."""
-        return self._is_proven(self._remote(file), file, feed)
+        return self._is_proven(file, feed)
 
     def send(self, file: Outgoing, feed: Feed) -> None:
         """In one piece, or in parts."""
@@ -72,16 +82,20 @@ class S3Sink:
         else:
             self._put(file, feed.chunks())
         if not self.has(file, feed):
-            raise self._broken(file, "what the bucket has of it is not what was sent")
+            raise self._overwritten(file)
 
     def commit(self, parcel: Parcel) -> str:
-        """Put the marker, and look whether every file is there."""
-        if not self._is_proven(self._remote(parcel.marker), parcel.marker, None):
+        """Put the marker while every object is what was proven, and look whether that is so still."""
+        self._refuse_overwritten(parcel.files)
+        if not self._is_proven(parcel.marker, None):
             self._put(parcel.marker, iter([parcel.marker.path.read_bytes()]))
-        there = {file.name: file.size for file in self._bucket.below()}
-        for file in parcel.everything:
-            if there.get(file.name) != file.entry.size:
-                raise self._broken(file, "it is not in the bucket any more")
+            self._is_proven(parcel.marker, None)
+        self._refuse_overwritten([parcel.marker])  # another publishing's answers for itself
+        try:
+            self._refuse_overwritten(parcel.files)
+        except VerificationFailed:
+            self._delete(self._remote(parcel.marker).address)  # it would vouch for a mixture
+            raise
         return self._uri
 
     # Objects
@@ -92,12 +106,18 @@ class S3Sink:
     def _remote(self, file: Outgoing) -> RemoteFile:
         return RemoteFile(name=file.name, size=file.entry.size, address=self._bucket.root + file.name)
 
-    def _is_proven(self, remote: RemoteFile, file: Outgoing, feed: Feed | None) -> bool:
+    def _is_proven(self, file: Outgoing, feed: Feed | None) -> bool:
         """Whether the object is there and has the file's bytes. `feed`: to hash the file by; small ones need none."""
         try:
-            found = self._bucket.described(remote)
+            found = self._bucket.described(self._remote(file))
         except Changed:
             return False
+        if not self._has_bytes(found, file, feed):
+            return False
+        self._proven[file.name] = found.version
+        return True
+
+    def _has_bytes(self, found: RemoteFile, file: Outgoing, feed: Feed | None) -> bool:
         if found.size != file.entry.size:
             return False
         if found.digest is None:
@@ -123,7 +143,7 @@ class S3Sink:
     def _put(self, file: Outgoing, chunks: Iterator[bytes]) -> None:
         """An object in one piece, of which the service checks the SHA-256."""
         checksum = base64.b64encode(bytes.fromhex(file.entry.sha256)).decode()
-        headers = _of_body(file.entry.size, file.entry.sha256) | {"x-amz-checksum-sha256": checksum}
+        headers = _of_body(file.entry.size, file.entry.sha256) | {"x-amz-checksum-sha256": checksum} | MARK
         self._bucket.ask("PUT", self._url(file), headers, self._upload_refusal, chunks)
 
     def _delete(self, key: str) -> None:
@@ -145,7 +165,8 @@ class S3Sink:
             feed.reach(start + len(part))
         if whole.hexdigest() != file.entry.sha256:
             self._abort(file, upload)
-            raise self._broken(file, "it was changed while it was sent")
+            msg = f"{self.where}: {file.name} was changed while it was sent. Run publish again."
+            raise VerificationFailed(msg)
         self._complete(file, upload, [there[number] for number in range(1, len(etags) + 1)])
         self._etags[file.name] = _etag_of_parts(etags)
         for left in self._open_uploads(file):
@@ -170,7 +191,7 @@ class S3Sink:
         return [upload for _, upload in sorted(found, reverse=True)]
 
     def _begin(self, file: Outgoing) -> str:
-        tree = parse(self._bucket.ask("POST", self._url(file, {"uploads": ""})).content, self.where)
+        tree = parse(self._bucket.ask("POST", self._url(file, {"uploads": ""}), MARK).content, self.where)
         if not (upload := tree.findtext("{*}UploadId")):
             msg = f"{self.where}: the service names no upload. Correct the endpoint."
             raise TrainerError(msg)
@@ -205,6 +226,30 @@ class S3Sink:
 
     # Refusals
 
+    def _refuse_taken(self, files: Iterable[Outgoing]) -> None:
+        """InvalidConfig if objects are in the way that no publishing has put there."""
+        ((mark, publisher),) = MARK.items()
+        heads = {file.name: self._bucket.ask("HEAD", self._url(file)).headers for file in files}
+        if taken := [name for name, head in heads.items() if head.get(mark) != publisher]:
+            msg = f"{self.where} has files of somebody else's that would be overwritten: {first_of(taken)}. "
+            raise InvalidConfig(msg + "Give the entry a prefix of its own, or take them away.")
+
+    def _refuse_overwritten(self, files: Iterable[Outgoing]) -> None:
+        """VerificationFailed if an object is not the one any more that was proven."""
+        for file in files:
+            try:
+                version = self._bucket.described(self._remote(file)).version
+            except Changed:
+                raise self._overwritten(file) from None
+            if version != self._proven.get(file.name):
+                raise self._overwritten(file)
+
+    def _overwritten(self, file: Outgoing) -> VerificationFailed:
+        return VerificationFailed(
+            f"{self.where}: {file.name} was changed or deleted after it was sent: somebody else publishes to this "
+            "place too. Give each entry of each job a prefix of its own; then run publish again."
+        )
+
     def _upload_refusal(self, response: httpx2.Response) -> TrainerError:
         code = error_code(response)[0]
         if code in {"NoSuchUpload", "InvalidPart", "RequestTimeout"}:
@@ -215,9 +260,6 @@ class S3Sink:
                 "so, the files of the artifact were changed."
             )
         return self._bucket.refusal(response)
-
-    def _broken(self, file: Outgoing, how: str) -> VerificationFailed:
-        return VerificationFailed(f"{self.where}: {file.name} is not what it should be: {how}. Run publish again.")
 
 
 def _of_body(size: int, sha256: str) -> dict[str, str]:
