@@ -4,9 +4,9 @@ A large file goes in parts, so that a connection, or an attempt, that breaks off
 (https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html). A part that is there is known by its MD5, a
 whole object by what the service says of it: its SHA-256, its ETag, or, where that is no hash, its bytes read again.
 
-Nothing keeps two publishings from one prefix: S3 has no lock. So each proves, after its last write, that every object
-is still the one it has proven. Of two at once that cannot hold for both, unless one wrote all of it after the other had
-looked.
+S3 has no lock, so nothing keeps two publishings from one prefix. Each looks after every object that it put whether the
+other's marker has come, and after its marker whether every object is still the one that it proved: one of both finds
+out, and no marker stays that vouches for a mixture.
 """
 
 from __future__ import annotations
@@ -58,9 +58,12 @@ class S3Sink:
         """What the objects that were sent in parts must have, by their parts' MD5."""
         self._proven: dict[str, str] = {}
         """What the objects had when they were proven, by the names of their files."""
+        self._marker: Outgoing
+        """This publishing's own."""
 
     def prepare(self, parcel: Parcel) -> None:
         """Take away what an earlier publishing left; its marker too, unless it is the same one. InvalidConfig."""
+        self._marker = parcel.marker
         there = {file.name: file for file in self._bucket.below()}
         ours, names = accounted_for(self._bucket, there), {file.name for file in parcel.everything}
         self._refuse_taken(file for file in parcel.everything if file.name in there.keys() - ours)
@@ -76,25 +79,31 @@ class S3Sink:
         return self._is_proven(file, feed)
 
     def send(self, file: Outgoing, feed: Feed) -> None:
-        """In one piece, or in parts."""
+        """In one piece, or in parts, and never beside another publishing's marker."""
+        self._give_way()
         if file.entry.size > PART_BYTES:
             self._send_parts(file, feed)
         else:
             self._put(file, feed.chunks())
         if not self.has(file, feed):
-            raise self._overwritten(file)
+            raise self._not_ours(file)
+        try:
+            self._give_way()
+        except VerificationFailed:
+            self._delete(self._remote(self._marker).address)  # it came while this was sent: of a mixture now
+            raise
 
     def commit(self, parcel: Parcel) -> str:
-        """Put the marker while every object is what was proven, and look whether that is so still."""
+        """Put the marker if every object is what was proven, and look whether that is so still."""
         self._refuse_overwritten(parcel.files)
         if not self._is_proven(parcel.marker, None):
             self._put(parcel.marker, iter([parcel.marker.path.read_bytes()]))
             self._is_proven(parcel.marker, None)
-        self._refuse_overwritten([parcel.marker])  # another publishing's answers for itself
+        self._refuse_overwritten([parcel.marker])
         try:
             self._refuse_overwritten(parcel.files)
         except VerificationFailed:
-            self._delete(self._remote(parcel.marker).address)  # it would vouch for a mixture
+            self._delete(self._remote(parcel.marker).address)
             raise
         return self._uri
 
@@ -108,14 +117,18 @@ class S3Sink:
 
     def _is_proven(self, file: Outgoing, feed: Feed | None) -> bool:
         """Whether the object is there and has the file's bytes. `feed`: to hash the file by; small ones need none."""
-        try:
-            found = self._bucket.described(self._remote(file))
-        except Changed:
-            return False
-        if not self._has_bytes(found, file, feed):
+        found = self._found(file)
+        if found is None or not self._has_bytes(found, file, feed):
             return False
         self._proven[file.name] = found.version
         return True
+
+    def _found(self, file: Outgoing) -> RemoteFile | None:
+        """The object, if it is there."""
+        try:
+            return self._bucket.described(self._remote(file))
+        except Changed:
+            return None
 
     def _has_bytes(self, found: RemoteFile, file: Outgoing, feed: Feed | None) -> bool:
         if found.size != file.entry.size:
@@ -167,6 +180,7 @@ class S3Sink:
             self._abort(file, upload)
             msg = f"{self.where}: {file.name} was changed while it was sent. Run publish again."
             raise VerificationFailed(msg)
+        self._give_way()
         self._complete(file, upload, [there[number] for number in range(1, len(etags) + 1)])
         self._etags[file.name] = _etag_of_parts(etags)
         for left in self._open_uploads(file):
@@ -234,26 +248,32 @@ class S3Sink:
             msg = f"{self.where} has files of somebody else's that would be overwritten: {first_of(taken)}. "
             raise InvalidConfig(msg + "Give the entry a prefix of its own, or take them away.")
 
+    def _give_way(self) -> None:
+        """VerificationFailed if another publishing's marker is there."""
+        found = self._found(self._marker)
+        if found is not None and not self._has_bytes(found, self._marker, None):
+            raise self._not_ours(self._marker)
+
     def _refuse_overwritten(self, files: Iterable[Outgoing]) -> None:
         """VerificationFailed if an object is not the one any more that was proven."""
         for file in files:
-            try:
-                version = self._bucket.described(self._remote(file)).version
-            except Changed:
-                raise self._overwritten(file) from None
-            if version != self._proven.get(file.name):
-                raise self._overwritten(file)
+            found = self._found(file)
+            if found is None or found.version != self._proven.get(file.name):
+                raise self._not_ours(file)
 
-    def _overwritten(self, file: Outgoing) -> VerificationFailed:
+    def _not_ours(self, file: Outgoing) -> VerificationFailed:
         return VerificationFailed(
-            f"{self.where}: {file.name} was changed or deleted after it was sent: somebody else publishes to this "
-            "place too. Give each entry of each job a prefix of its own; then run publish again."
+            f"{self.where}: {file.name} there is not, or no longer, the one of this publishing: somebody else "
+            "publishes to this place too. Give each entry of each job a prefix of its own; then run publish again."
         )
 
     def _upload_refusal(self, response: httpx2.Response) -> TrainerError:
         code = error_code(response)[0]
         if code in {"NoSuchUpload", "InvalidPart", "RequestTimeout"}:
-            return Unavailable(f"{self.where}: an upload is not there any more ({code}). It is worth another try.")
+            return Unavailable(
+                f"{self.where}: an upload broke off ({code}): it was too slow, or somebody else publishes to this "
+                "place too. It is worth another try."
+            )
         if code in {"XAmzContentSHA256Mismatch", "BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch"}:
             return VerificationFailed(
                 f"{self.where}: what came there is not what the manifest says ({code}). Run publish again; if it stays "

@@ -192,7 +192,7 @@ def test_an_object_that_is_not_what_was_sent_is_found_out(
     once_put(monkeypatch, "config.json", lambda: bucket.put("models/fox/config.json", other))
     code, word = shop.publish(an_entry(bucket))
     assert code == ExitCode.VERIFICATION_FAILED
-    assert "config.json was changed or deleted after it was sent" in word.message
+    assert "config.json there is not, or no longer, the one of this publishing" in word.message
     assert MARKER not in keys_below(bucket)
 
 
@@ -202,8 +202,27 @@ def test_an_object_that_vanishes_while_others_are_sent_is_missed(
     once_put(monkeypatch, MARKER, lambda: bucket.call("DELETE", "/models/fox/config.json"))
     code, word = shop.publish(an_entry(bucket))
     assert code == ExitCode.VERIFICATION_FAILED
-    assert "config.json was changed or deleted after it was sent: somebody else publishes" in word.message
+    assert "config.json there is not, or no longer, the one of this publishing: somebody else publishes" in word.message
     assert MARKER not in keys_below(bucket)
+
+
+def around_sending(
+    monkeypatch: pytest.MonkeyPatch,
+    before: Callable[[], object] = lambda: None,
+    after: Callable[[], object] = lambda: None,
+) -> None:
+    """Somebody else does something before any file is sent, or once all are."""
+    send_all = delivery._send_all
+
+    def watched(*given: Any) -> None:
+        before()
+        send_all(*given)
+        after()
+
+    monkeypatch.setattr(delivery, "_send_all", watched)
+
+
+TOO = "somebody else publishes to this place too. Give each entry of each job a prefix of its own"
 
 
 @pytest.mark.parametrize("changed", ["config.json", WEIGHTS])
@@ -215,25 +234,14 @@ def test_an_object_of_the_same_size_that_somebody_else_puts_in_between_is_found_
         bucket.put(f"models/fox/{changed}", MERGED[changed][::-1])
 
     if when == "before the manifest":
-        monkeypatch.setattr(delivery, "_send_all", each_before(overwrite, delivery._send_all))
+        around_sending(monkeypatch, after=overwrite)
         once_put(monkeypatch, MARKER, lambda: pytest.fail("a mixture got a manifest"))
     else:
         once_put(monkeypatch, MARKER, overwrite)
     code, word = shop.publish(an_entry(bucket))
     assert (code, word.reason) == (ExitCode.VERIFICATION_FAILED, Reason.VERIFICATION_FAILED)
-    assert f"{changed} was changed or deleted after it was sent" in word.message
-    assert "somebody else publishes to this place too. Give each entry of each job a prefix of its own" in word.message
+    assert f"{changed} there is not, or no longer, the one of this publishing: {TOO}" in word.message
     assert MARKER not in keys_below(bucket)
-
-
-def each_before(action: Callable[[], object], done: Callable[..., None]) -> Callable[..., None]:
-    """Somebody else does something right after this is done."""
-
-    def both(*arguments: object) -> None:
-        done(*arguments)
-        action()
-
-    return both
 
 
 def test_where_another_publishing_puts_its_manifest_last_that_one_stays(
@@ -242,8 +250,28 @@ def test_where_another_publishing_puts_its_manifest_last_that_one_stays(
     once_put(monkeypatch, MARKER, lambda: bucket.put(f"models/fox/{MARKER}", b"{}"))
     code, word = shop.publish(an_entry(bucket))
     assert code == ExitCode.VERIFICATION_FAILED
-    assert f"{MARKER} was changed or deleted after it was sent" in word.message
+    assert f"{MARKER} there is not, or no longer, the one of this publishing: {TOO}" in word.message
     assert contents_of(bucket)[MARKER] == b"{}"
+
+
+def test_another_publishing_that_is_done_before_anything_is_sent_stays_whole(
+    bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    around_sending(monkeypatch, before=lambda: bucket.put(f"models/fox/{MARKER}", b"{}"))
+    code, word = shop.publish(an_entry(bucket))
+    assert code == ExitCode.VERIFICATION_FAILED
+    assert TOO in word.message
+    assert contents_of(bucket) == {MARKER: b"{}"}
+
+
+def test_a_manifest_that_comes_while_a_file_is_sent_does_not_vouch_for_it(
+    bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once_put(monkeypatch, "config.json", lambda: bucket.put(f"models/fox/{MARKER}", b"{}"))
+    code, word = shop.publish(an_entry(bucket))
+    assert code == ExitCode.VERIFICATION_FAILED
+    assert TOO in word.message
+    assert MARKER not in keys_below(bucket)
 
 
 @pytest.mark.parametrize("taken", [CARD, MARKER, WEIGHTS])
