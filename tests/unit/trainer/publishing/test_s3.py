@@ -18,7 +18,7 @@ from finetune_trainer.runtime import manifest
 from finetune_trainer.runtime.errors import Interrupted
 from finetune_trainer.sources.s3 import S3
 from tests.unit.trainer.publishing.conftest import CARD, LARGE_BYTES, MARKER, MERGED, WEIGHTS, Shop
-from tests.unit.trainer.sources.servers import PART_BYTES, UP, Bucket, Relay
+from tests.unit.trainer.sources.servers import PART_BYTES, PASSWORD, UP, USER, Bucket, Relay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -364,6 +364,25 @@ def test_keys_that_are_wrong_are_told_by_their_secret(bucket: Bucket, shop: Shop
     _, word = shop.publish(an_entry(bucket, "Adapter"))
     assert word.reason is Reason.ACCESS_DENIED
     assert "output.publish[0].s3.credentialsSecretRef" in word.message
+
+
+def test_keys_with_white_space_around_them_are_the_keys(bucket: Bucket, shop: Shop) -> None:
+    shop.give_secret("AWS_ACCESS_KEY_ID", f" {USER}\r\n")
+    shop.give_secret("AWS_SECRET_ACCESS_KEY", f"\n{PASSWORD}\n\n")
+    code, word = shop.publish(an_entry(bucket, "Adapter"))
+    assert code == ExitCode.COMPLETED, word.message
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
+@pytest.mark.parametrize("text", ["two\nlines", "f\N{FOX FACE}x", "nil\0"])
+def test_keys_that_no_request_can_carry_are_told_by_their_secret_and_not_repeated(
+    bucket: Bucket, shop: Shop, name: str, text: str
+) -> None:
+    shop.give_secret(name, text)
+    _, word = shop.publish(an_entry(bucket, "Adapter"))
+    assert word.reason is Reason.INVALID_CONFIG
+    assert f"output.publish[0].s3.credentialsSecretRef: {name} is not one line of ASCII" in word.message
+    assert not any(part in word.message for part in (text, repr(text), "Signature", "Credential="))
 
 
 def test_keys_that_are_not_there_are_asked_for(bucket: Bucket, shop: Shop) -> None:
