@@ -21,22 +21,18 @@ from finetune_operator.api import (
 from finetune_trainer.config import (
     ADAPTER_METHODS,
     COMMIT_PATTERN,
-    ENDPOINT,
     FORMATS,
     NAME_PATTERN,
-    REFERENCE,
-    REGION,
-    REPO,
-    S3_OBJECTS,
-    S3_PREFIX,
-    SHARD_SIZE,
+    NO_BRANCH,
+    OCI_REPOSITORY,
+    REGION_PATTERN,
+    SHARD_SIZE_PATTERN,
     SMOOTHED_LOSSES,
     SOURCE_FIELDS,
     TARGET_FIELDS,
     WITHOUT_BETAS,
     BaseFormat,
     DatasetFormat,
-    Form,
     Merge,
     MethodType,
     PublishedArtifact,
@@ -64,9 +60,9 @@ def not_both(one: str, other: str, where: str) -> Rule:
     return Rule(f"!(has(self.{one}) && has(self.{other}))", f"{where}: {one} and {other} are alternatives, set one")
 
 
-def formed(field: str, form: Form) -> Rule:
-    """The text of a field, if it is set, has this form."""
-    return Rule(f"!has(self.{field}) || self.{field}.matches(r'{form.pattern}')", form.message)
+def formed(field: str, pattern: str, message: str) -> Rule:
+    """The text of a field, if it is set, has this form; what the schema says of a pattern is the pattern."""
+    return Rule(f"!has(self.{field}) || self.{field}.matches(r'{pattern}')", message)
 
 
 def one_of(values: tuple[str, ...]) -> str:
@@ -109,18 +105,58 @@ SOURCES = {
 TARGETS = "output.publish.[]"
 """Path of everything that is sent."""
 
-SERVICE = (formed("endpoint", ENDPOINT), formed("region", REGION))
+PORT = r"([1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
+SERVICE = (
+    formed(
+        "endpoint",
+        rf"^https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:{PORT})?(/[^?#@\s]*)?$",
+        "endpoint: write https://host:port, with a port up to 65535, without user and password, '?' and '#'",
+    ),
+    formed("region", REGION_PATTERN, "region: letters, digits, dots and dashes only, e.g. eu-central-1"),
+)
 OF_ITS_KIND: dict[str, tuple[Rule, ...]] = {
-    "huggingFace": (formed("repo", REPO),),
     "volume": (
         Rule("!self.path.split('/').exists(part, part == '..')", "path: no part may be '..'"),
         Rule("!self.path.startsWith('/')", "path: relative to the claim, without a slash before it"),
     ),
-    "s3": (formed("uri", S3_OBJECTS), *SERVICE),
-    "oci": (formed("reference", REFERENCE),),
+    "s3": (
+        Rule("self.uri.matches('^s3://[^/]+/.+$')", "uri: write s3://bucket/key, or s3://bucket/prefix/"),
+        *SERVICE,
+    ),
+    "oci": (
+        Rule("!self.reference.contains('://')", "reference: write registry/repository:tag, without https:// before it"),
+    ),
 }
 """Of one kind of source, wherever it stands."""
-OF_TARGETS = OF_ITS_KIND | {"s3": (formed("uri", S3_PREFIX), *SERVICE)}
+
+OF_TARGETS: dict[str, tuple[Rule, ...]] = {
+    "huggingFace": (
+        Rule(
+            r"self.repo.matches(r'^\w([\w.-]*\w)?/\w([\w.-]*\w)?$') && !self.repo.matches(r'--|\.\.|\.git$')",
+            "repo: write owner/name, neither of which begins or ends with a dot or a dash, without '--' and '..'",
+        ),
+        Rule(
+            f"!self.revision.matches(r'{NO_BRANCH.pattern}')",
+            "revision: write the name of a branch, which is no commit and has no '..', '//' or '/.' in it",
+        ),
+    ),
+    "s3": (
+        formed(
+            "uri",
+            r"^s3://[a-z0-9-]+(\.[a-z0-9-]+)*(/\.*[^./?#][^/?#]*)+/?$",
+            "uri: write s3://bucket/prefix, without '?', '#', empty parts, '.' and '..', in the bucket's name as well",
+        ),
+        *SERVICE,
+    ),
+    "oci": (
+        formed(
+            "reference",
+            rf"^[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*(:{PORT})?/{OCI_REPOSITORY.pattern}(:.*)?$",
+            "reference: write registry/repository:tag, without https:// before it, without empty parts, '.' and '..', "
+            "with a port up to 65535",
+        ),
+    ),
+}
 """Of one kind of place to publish to."""
 
 SPLIT = Rule(
@@ -279,7 +315,11 @@ BLOCKS: dict[str, tuple[Rule, ...]] = {
             f"self.?policy.orValue('Auto') != 'Never' || !({' || '.join(f'has({field})' for field in MERGE_FIELDS)})",
             "merge.policy Never merges nothing: drop the other fields of merge, or leave policy unset",
         ),
-        formed("maxShardSize", SHARD_SIZE),
+        formed(
+            "maxShardSize",
+            SHARD_SIZE_PATTERN,
+            "merge.maxShardSize: write a size above zero in KB, MB or GB, e.g. 5GB or 2048MB",
+        ),
         Rule(
             "!has(self.original) || self.?base.orValue('Auto') != 'Dequantized'",
             "merge.original is for base Original: drop it, or set merge.base to Original",

@@ -706,12 +706,16 @@ MISSPELT: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
         "https:// before it, without empty parts, '.' and '..', with a port up to 65535",
         (
             *("registry.test/../fox", "registry.test/./fox:v1", "registry.test//fox", "registry.test/fox/"),
-            *("registry..test/fox", "registry.test:99999/acme/fox:v1"),
+            "registry.test:99999/acme/fox:v1",
         ),
     ),
     ("huggingFace", "repo"): (
-        "repo: write owner/name, neither of which begins or ends with a dot or a dash",
-        ("../..", "acme/..", "acme/-fox", "acme./fox"),
+        "repo: write owner/name, neither of which begins or ends with a dot or a dash, without '--' and '..'",
+        ("../..", "acme/-fox", "acme./fox", "acme/a..b", "fox"),
+    ),
+    ("huggingFace", "revision"): (
+        "revision: write the name of a branch, which is no commit and has no '..', '//' or '/.' in it",
+        (COMMIT, "a..b", "v1//a", "main/"),
     ),
 }
 """By kind of place and field: what is said, and of what."""
@@ -721,7 +725,3 @@ BAD |= {
     for (kind, field), (message, texts) in MISSPELT.items()
     for text in texts
 }
-BAD["a bucket to read of no such name"] = (
-    spec(model={"s3": {"uri": "s3://mo..dels/fox"}}),
-    "uri: write s3://bucket/key, or s3://bucket/prefix/; a bucket has no empty part between its dots",
-)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Self
+from typing import Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic.alias_generators import to_camel
 
-from finetune_trainer.config.base import Form, Model, ShortName
+from finetune_trainer.config.base import Model, ShortName
 from finetune_trainer.config.sources import Source
 
 
@@ -36,9 +36,7 @@ class MergeDtype(StrEnum):
     FP32 = "FP32"
 
 
-SHARD_SIZE = Form(
-    r"^0*[1-9][0-9]*(KB|MB|GB)$", "merge.maxShardSize: write a size above zero in KB, MB or GB, e.g. 5GB or 2048MB"
-)
+SHARD_SIZE_PATTERN = r"^0*[1-9][0-9]*(KB|MB|GB)$"
 
 
 class Merge(Model):
@@ -59,8 +57,11 @@ class Merge(Model):
         "tokenizer. Default: the base itself.",
     )
     dtype: MergeDtype | None = Field(default=None, description="BF16, FP16 or FP32. Default BF16.")
-    max_shard_size: Annotated[str, AfterValidator(SHARD_SIZE.check)] | None = Field(
-        default=None, max_length=20, description="Largest file of the saved weights, e.g. 2048MB. Default 5GB."
+    max_shard_size: str | None = Field(
+        default=None,
+        max_length=20,
+        pattern=SHARD_SIZE_PATTERN,
+        description="Largest file of the saved weights, e.g. 2048MB. Default 5GB.",
     )
     max_kl_divergence: float | None = Field(
         default=None,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from finetune_trainer.config.base import ClaimName, Form, Model, RelativePath, SecretKeyRef, SecretRef, Url
+from finetune_trainer.config.base import ClaimName, Model, RelativePath, SecretKeyRef, SecretRef, Url
 
 TOKEN_FILE = "token"  # noqa: S105 - a file name
 """Below a source's folder of secrets: the token for a repository."""
@@ -16,31 +16,9 @@ S3_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOK
 """Keys of the Secret with S3 credentials, and files below the source's folder of secrets. The last is optional."""
 
 DEFAULT_REGION = "us-east-1"
+REGION_PATTERN = r"^[A-Za-z0-9._-]+$"
 SOURCE_FIELDS = ("huggingFace", "modelScope", "volume", "s3", "oci")
 COMMIT_PATTERN = r"^[0-9a-f]{40}$"
-
-PORT = r"([1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
-BUCKET = r"[a-z0-9-]+([.][a-z0-9-]+)*"
-"""What stands between the dots; how long a name is, and its ends, are bounded by the fields that hold one."""
-REPO = Form(
-    r"^\w([\w.-]*\w)?(/\w([\w.-]*\w)?)?$",
-    "repo: write owner/name, neither of which begins or ends with a dot or a dash",
-)
-S3_OBJECTS = Form(
-    rf"^s3://{BUCKET}/.+$",
-    "uri: write s3://bucket/key, or s3://bucket/prefix/; a bucket has no empty part between its dots",
-)
-ENDPOINT = Form(
-    rf"^https?://([^\[\]/?#@:\s]+|\[[0-9a-fA-F:.]+\])(:{PORT})?(/[^?#\s]*)?$",
-    "endpoint: write https://host:port, with a port up to 65535, without user and password, '?' and '#'",
-)
-REGION = Form(r"^[\w.-]+$", "region: letters, digits, dots and dashes only, e.g. eu-central-1")
-REFERENCE = Form(
-    rf"^[A-Za-z0-9-]+([.][A-Za-z0-9-]+)*(:{PORT})?(/[a-z0-9]+(([._]|__|-+)[a-z0-9]+)*)+([:@].*)?$",
-    "reference: write registry/repository:tag, without https:// before it, without empty parts, '.' and '..', "
-    "with a port up to 65535",
-)
-"""Of a repository's name: https://github.com/opencontainers/distribution-spec/blob/main/spec.md#pulling-manifests"""
 
 
 class VolumeSource(Model):
@@ -61,9 +39,7 @@ class VolumeSource(Model):
 class HuggingFaceSource(Model):
     """A repository of the Hugging Face hub, pinned to a commit when the job is prepared."""
 
-    repo: Annotated[str, AfterValidator(REPO.check)] = Field(
-        min_length=1, max_length=200, pattern=r"^[\w.-]+(/[\w.-]+)?$", description="Owner and name."
-    )
+    repo: str = Field(min_length=1, max_length=200, pattern=r"^[\w.-]+(/[\w.-]+)?$", description="Owner and name.")
     revision: str = Field(default="main", min_length=1, max_length=200, description="Branch, tag or commit.")
     token_secret_ref: SecretKeyRef | None = Field(default=None, description="Token for a private or gated repository.")
 
@@ -79,16 +55,18 @@ class ModelScopeSource(Model):
 class S3Source(Model):
     """Objects of a bucket that speaks the S3 protocol."""
 
-    uri: Annotated[str, AfterValidator(S3_OBJECTS.check)] = Field(
+    uri: str = Field(
         max_length=1024,
         pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/.+$",
         description="s3://bucket/key of one object, or of all objects below a prefix.",
     )
-    endpoint: Annotated[Url, AfterValidator(ENDPOINT.check)] | None = Field(
-        default=None, description="Address of the service. Default: AWS."
-    )
-    region: Annotated[str, AfterValidator(REGION.check)] | None = Field(
-        default=None, min_length=1, max_length=60, description="Region. Default us-east-1."
+    endpoint: Url | None = Field(default=None, description="Address of the service. Default: AWS.")
+    region: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=60,
+        pattern=REGION_PATTERN,
+        description="Region. Default us-east-1.",
     )
     credentials_secret_ref: SecretRef | None = Field(
         default=None,
@@ -105,7 +83,7 @@ class S3Source(Model):
 class OciSource(Model):
     """Files in an OCI artifact of a registry, as `oras push` makes them."""
 
-    reference: Annotated[str, AfterValidator(REFERENCE.check)] = Field(
+    reference: str = Field(
         max_length=512,
         pattern=r"^[A-Za-z0-9.-]+(:[0-9]+)?/[a-z0-9._/-]+(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?(@sha256:[0-9a-f]{64})?$",
         description="registry/repository:tag, or @sha256:...; pinned to its digest when the job is prepared.",
