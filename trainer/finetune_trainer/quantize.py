@@ -38,7 +38,7 @@ from finetune_trainer.models.loading import load_finished, set_up_torch, working
 from finetune_trainer.progress import Measured
 from finetune_trainer.runtime.apart import call_apart
 from finetune_trainer.runtime.errors import GateFailed, InvalidConfig, VerificationFailed, translate
-from finetune_trainer.runtime.manifest import Made, Manifest, Result
+from finetune_trainer.runtime.manifest import CalibrationFacts, Made, Manifest, Result
 from finetune_trainer.training import samples
 
 if TYPE_CHECKING:
@@ -71,14 +71,17 @@ def run(config: JobConfig, context: Context) -> Manifest:
     entry, settings = _settings(config, context)
 
     def build(folder: Path) -> Result:
+        facts = None
         if settings.gguf_type is not None:
             export(folder, settings.gguf_type, context)
         else:
-            calibration = choose_calibration(read_calibration_rows(context.work.data), entry, context.resolved.seed)
+            rows, seed = read_calibration_rows(context.work.data), context.resolved.seed
+            calibration = choose_calibration(rows, entry, seed)
+            facts = describe_calibration(calibration, rows, entry, seed)
             write_with_companions(folder, settings, calibration, context)
         found = call_apart(partial(measure, folder=folder), context)
         log.info("it writes: %s", found.answer)
-        return judge(entry, settings, found.comparison)
+        return judge(entry, settings, found.comparison, facts)
 
     return context.publish(build)
 
@@ -134,10 +137,24 @@ def choose_calibration(rows: list[list[int]], entry: Quantize, seed: int) -> lis
 
     Plain dicts of lists: gptqmodel refuses a BatchEncoding (7.6).
     """
-    wanted = entry.calibration or Calibration()
-    count, length = wanted.samples or DEFAULT_SAMPLES, wanted.max_length or DEFAULT_MAX_LENGTH
+    count, length = _calibration_limits(entry)
     chosen = random.Random(seed).sample(rows, min(count, len(rows)))  # noqa: S311 - a choice, no secret
     return [{"input_ids": row[:length], "attention_mask": [1] * len(row[:length])} for row in chosen]
+
+
+def describe_calibration(
+    chosen: list[dict[str, list[int]]], rows: list[list[int]], entry: Quantize, seed: int
+) -> CalibrationFacts:
+    """What there is to say of the rows that were chosen."""
+    _, length = _calibration_limits(entry)
+    tokens = sum(len(row["input_ids"]) for row in chosen)
+    return CalibrationFacts(rows=len(chosen), of_rows=len(rows), seed=seed, max_length=length, tokens=tokens)
+
+
+def _calibration_limits(entry: Quantize) -> tuple[int, int]:
+    """How many rows at most, and of how many tokens at most."""
+    wanted = entry.calibration or Calibration()
+    return wanted.samples or DEFAULT_SAMPLES, wanted.max_length or DEFAULT_MAX_LENGTH
 
 
 def write_quantized(
@@ -296,14 +313,17 @@ def measure(context: Context, folder: Path) -> Found:
     return Found(answer, compare(finished, quantized, rows, context.polled))
 
 
-def judge(entry: Quantize, settings: ResolvedQuantize, found: Comparison | None) -> Result:
+def judge(
+    entry: Quantize, settings: ResolvedQuantize, found: Comparison | None, calibration: CalibrationFacts | None = None
+) -> Result:
     """What there is to say of the form. VerificationFailed if it computes no numbers, GateFailed beyond its gate."""
     what = _described(settings)
     if found is None:
         if entry.max_perplexity_increase_percent is not None:
             msg = f"quantize '{entry.name}' has a gate (maxPerplexityIncreasePercent), and no row was held out. "
             raise GateFailed(msg + "Hold rows out (evaluation), or drop the gate.")
-        return Result(message=f"{what}; nothing was held out to compare on.", artifact=_made(entry.name, None))
+        told = f"{what}; nothing was held out to compare on."
+        return Result(message=told, artifact=_made(entry.name, None, calibration))
     if not (math.isfinite(found.loss) and math.isfinite(found.kl)):
         msg = f"{what}: the model computes no numbers (loss {found.loss}). Use another method, or report this as a bug."
         raise VerificationFailed(msg)
@@ -314,7 +334,7 @@ def judge(entry: Quantize, settings: ResolvedQuantize, found: Comparison | None)
         f"{100 * (measured.top1_agreement or 0.0):.1f}%)."
     )
     _enforce_gate(entry, measured, message)
-    return Result(message=message, artifact=_made(entry.name, measured))
+    return Result(message=message, artifact=_made(entry.name, measured, calibration))
 
 
 def _described(settings: ResolvedQuantize) -> str:
@@ -335,8 +355,8 @@ def _enforce_gate(entry: Quantize, measured: Measured, message: str) -> None:
     raise GateFailed(msg)
 
 
-def _made(name: str, measured: Measured | None) -> Made:
-    return Made(name=name, type="Quantized", measured=measured)
+def _made(name: str, measured: Measured | None, calibration: CalibrationFacts | None) -> Made:
+    return Made(name=name, type="Quantized", measured=measured, calibration=calibration)
 
 
 def _write_answer(model: Any, rows: Sequence[TokenRow], context: Context) -> str:  # noqa: ANN401 - a causal language model

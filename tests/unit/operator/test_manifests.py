@@ -12,7 +12,7 @@ from finetune_operator.manifests import build_claim, build_config_map, build_ser
 from finetune_operator.names import Step, line
 from finetune_operator.queueing import PRIORITY_LABEL, QUEUE_LABEL
 from finetune_operator.settings import Resources
-from finetune_trainer.config import CLAIM_VARIABLE, REMOTE_CODE_VARIABLE, RENDEZVOUS_VARIABLE
+from finetune_trainer.config import CLAIM_VARIABLE, JOB_VARIABLE, REMOTE_CODE_VARIABLE, RENDEZVOUS_VARIABLE
 from tests.unit.operator.builders import BUCKET, GANG, SETTINGS, SPEC, WHOLE, a_job
 
 KEYS = ("prepare", "train", "merge", "quantize-0", "publish-0")
@@ -185,7 +185,8 @@ def test_the_network_is_reached_to_fetch_to_publish_and_to_track(tracking: JSON 
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_every_stage_is_told_the_claim_that_it_works_in(key: str) -> None:
+def test_every_stage_is_told_its_job_and_the_claim_that_it_works_in(key: str) -> None:
+    assert environment(key)[JOB_VARIABLE] == "default/demo"
     assert environment(key)[CLAIM_VARIABLE] == "demo-0123abcd"
     assert (
         environment(key, SPEC | {"output": {"volume": {"existing": {"claimName": "mine"}}}})[CLAIM_VARIABLE] == "mine"

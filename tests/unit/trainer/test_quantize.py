@@ -245,6 +245,8 @@ def test_a_quantized_model_loads_and_writes_in_a_bare_pod(
     folder = desk.work / "quantized" / name
     manifest = json.loads((folder / "manifest.json").read_text())
     measured = manifest["result"]["artifact"]["measured"]
+    calibration = manifest["result"]["artifact"]["calibration"]
+    assert (calibration["rows"], calibration["ofRows"], calibration["maxLength"]) == (8, 32, 48)
     assert measured["klDivergence"] > 0
     assert measured["top1Agreement"] > 0.5
     assert measured["perplexityIncreasePercent"] <= 1.0
@@ -370,6 +372,8 @@ def test_calibration_rows_are_plain_seeded_and_cut() -> None:
     assert [len(item["input_ids"]) for item in chosen] == [48] * 8
     assert all(type(item) is dict and item["attention_mask"] == [1] * 48 for item in chosen)
     assert len(quantize.choose_calibration(rows[:3], entry, seed=1)) == len(rows[:3])
+    told = quantize.describe_calibration(chosen, rows, entry, seed=1)
+    assert (told.rows, told.of_rows, told.seed, told.max_length, told.tokens) == (8, 20, 1, 48, 8 * 48)
 
 
 @pytest.mark.parametrize("lengths", [None, [[2, 3], [4]]], ids=["a row a sequence", "packed"])

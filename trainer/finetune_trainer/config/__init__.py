@@ -35,6 +35,7 @@ from finetune_trainer.config.data import ROWS_LIMIT, ColumnName, Columns, Datase
 from finetune_trainer.config.environment import (
     CLAIM_VARIABLE,
     DRILL_OUT_OF_MEMORY_VARIABLE,
+    JOB_VARIABLE,
     NODE_RANK_VARIABLE,
     REMOTE_CODE_VARIABLE,
     RENDEZVOUS_PORT,
@@ -76,6 +77,7 @@ from finetune_trainer.config.model import (
     TokenText,
 )
 from finetune_trainer.config.outcome import (
+    SHARD_SIZE_PATTERN,
     Calibration,
     GgufType,
     Merge,
@@ -86,6 +88,8 @@ from finetune_trainer.config.outcome import (
     QuantizeMethod,
 )
 from finetune_trainer.config.publish import (
+    NO_BRANCH,
+    OCI_REPOSITORY,
     TARGET_FIELDS,
     HuggingFaceTarget,
     OciTarget,
@@ -98,6 +102,7 @@ from finetune_trainer.config.sources import (
     COMMIT_PATTERN,
     DEFAULT_REGION,
     DOCKER_CONFIG_FILE,
+    REGION_PATTERN,
     S3_CREDENTIALS,
     SOURCE_FIELDS,
     TOKEN_FILE,
@@ -149,10 +154,14 @@ __all__ = [
     "FLOATING",
     "FORMATS",
     "FOUR_BIT",
+    "JOB_VARIABLE",
     "MLFLOW_CREDENTIALS",
     "MLFLOW_SLOT",
     "NAME_PATTERN",
     "NODE_RANK_VARIABLE",
+    "NO_BRANCH",
+    "OCI_REPOSITORY",
+    "REGION_PATTERN",
     "RELATIVE_PATH_PATTERN",
     "REMOTE_CODE_VARIABLE",
     "RENDEZVOUS_PORT",
@@ -161,6 +170,7 @@ __all__ = [
     "ROWS_LIMIT",
     "S3_CREDENTIALS",
     "SEED_LIMIT",
+    "SHARD_SIZE_PATTERN",
     "SMOOTHED_LOSSES",
     "SORTING_LOSSES",
     "SOURCE_FIELDS",

@@ -17,7 +17,7 @@ from finetune_trainer.config.method import (
     ObjectiveType,
 )
 from finetune_trainer.config.model import BaseModelSource
-from finetune_trainer.config.outcome import Merge, MergePolicy, Quantize
+from finetune_trainer.config.outcome import Merge, MergeBase, MergePolicy, Quantize
 from finetune_trainer.config.publish import Output, Publish, PublishedArtifact
 from finetune_trainer.config.tracking import Tracking
 from finetune_trainer.config.training import Packing, Parallelism, Strategy, Training
@@ -121,6 +121,15 @@ class JobConfig(Model):
         names = [entry.name for entry in entries]
         if len(set(names)) < len(names):
             msg = "quantize: each entry needs a name of its own"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _divergence_is_from_what_was_trained(self) -> Self:
+        weights, merge = self.method.base_weights if self.method else None, self.merge or Merge()
+        quantized = self.method_type is MethodType.QLORA or (weights and weights.format is BaseFormat.INT8)
+        if quantized and merge.base is MergeBase.ORIGINAL and merge.max_kl_divergence is not None:
+            msg = "merge.maxKLDivergence says nothing of base Original of a quantized base: set merge.maxLossIncrease"
             raise ValueError(msg)
         return self
 
