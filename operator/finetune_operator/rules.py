@@ -443,10 +443,6 @@ WHOLE: tuple[Rule, ...] = (
         "merge.maxKLDivergence says nothing of base Original of a quantized base: set merge.maxLossIncrease, "
         "or leave merge.base unset",
     ),
-    Rule(
-        "self.?runPolicy.?stopAfter.orValue('') != 'Prepare' || self.?output.?publish.orValue([]).size() == 0",
-        "runPolicy.stopAfter Prepare makes nothing to publish: drop output.publish, or stopAfter",
-    ),
     published(
         PublishedArtifact.ADAPTER,
         f"({TRAINS_ADAPTER})",

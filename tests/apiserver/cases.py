@@ -675,10 +675,6 @@ BAD: dict[str, tuple[JSON, str]] = {
     "retries without end": (spec(runPolicy={"maxRetries": 1000}), "spec.runPolicy.maxRetries"),
     "a deadline in the past": (spec(runPolicy={"activeDeadlineSeconds": 0}), "spec.runPolicy.activeDeadlineSeconds"),
     "a patience of no time": (spec(runPolicy={"stallTimeoutSeconds": 1}), "spec.runPolicy.stallTimeoutSeconds"),
-    "an end before what is to be published": (
-        published(ADAPTER | BUCKET, runPolicy={"stopAfter": "Prepare"}),
-        "runPolicy.stopAfter Prepare makes nothing to publish: drop output.publish, or stopAfter",
-    ),
     "an end after training": (spec(runPolicy={"stopAfter": "Train"}), 'supported values: "Prepare"'),
     "a manager without a domain": (spec(managedBy="me"), "spec.managedBy"),
     # --- tracking

@@ -324,13 +324,6 @@ class Spec(JobConfig):
             raise ValueError(msg)
         return self
 
-    @model_validator(mode="after")
-    def _prepare_publishes_nothing(self) -> Self:
-        if self.stops_after_prepare and next(self.destinations(), None) is not None:
-            msg = "runPolicy.stopAfter Prepare makes nothing to publish: drop output.publish, or stopAfter"
-            raise ValueError(msg)
-        return self
-
     @property
     def config(self) -> JobConfig:
         """The half that the trainer reads."""

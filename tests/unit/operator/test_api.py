@@ -61,7 +61,6 @@ VALIDATORS = {
     "_one_template": "two chat templates",
     "_original_is_merged_into": "an original to merge into the dequantized",
     "_percent_or_datasets": "percent and datasets",
-    "_prepare_publishes_nothing": "an end before what is to be published",
     "_quantize_needs_a_finished_model": "quantize without merge",
     "_quantized_is_named": "a quantized form without its name",
     "_response_needs_a_prompt": "a response without a prompt",
