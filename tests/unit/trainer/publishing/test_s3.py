@@ -331,6 +331,15 @@ def test_of_an_artifact_with_a_damaged_file_nothing_is_published(bucket: Bucket,
     assert keys_below(bucket) == []
 
 
+def test_a_volume_without_room_for_what_is_written_for_it_is_told(
+    bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_trainer.publish.OUTER_MANIFEST", "/dev/full")
+    code, word = shop.publish(an_entry(bucket))
+    assert (code, word.reason) == (ExitCode.VOLUME_FULL, Reason.VOLUME_FULL)
+    assert keys_below(bucket) == []
+
+
 def test_a_file_that_changes_while_it_is_sent_is_not_published(
     bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
