@@ -222,6 +222,24 @@ def around_sending(
     monkeypatch.setattr(delivery, "_send_all", watched)
 
 
+def test_a_manifest_that_is_taken_away_while_it_is_read_is_none(
+    bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.publish(an_entry(bucket))
+    shop.forget()
+    below = S3.below
+
+    def listed(remote: S3) -> list[RemoteFile]:
+        there = below(remote)
+        bucket.call("DELETE", f"/models/fox/{MARKER}")
+        return there
+
+    monkeypatch.setattr(S3, "below", listed)
+    code, word = shop.publish(an_entry(bucket))
+    assert code == ExitCode.COMPLETED, word.message
+    assert contents_of(bucket) == shop.expected("merged", "out")
+
+
 TOO = "somebody else publishes to this place too. Give each entry of each job a prefix of its own"
 
 
