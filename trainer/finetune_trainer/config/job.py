@@ -210,6 +210,13 @@ class JobConfig(Model):
         for index, entry in enumerate((self.output.publish if self.output else None) or ()):
             yield f"publish-{index}", f"output.publish[{index}]", entry
 
+    def destinations_seen_early(self) -> Iterator[tuple[str, str, Publish]]:
+        """Those whose credentials prepare is given, to refuse what is missing before a GPU is held.
+
+        None where code that the model brings runs beside them: that must not see what may write elsewhere.
+        """
+        return iter(()) if self.model.trust_remote_code else self.destinations()
+
     def sources(self) -> Iterator[tuple[str, str, Source]]:
         """Everything that prepare fetches: a slot (folder of its secrets and downloads), its field, the source."""
         yield "model", "model", self.model

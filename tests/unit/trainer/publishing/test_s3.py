@@ -222,6 +222,24 @@ def around_sending(
     monkeypatch.setattr(delivery, "_send_all", watched)
 
 
+def test_a_manifest_that_is_taken_away_while_it_is_read_is_none(
+    bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.publish(an_entry(bucket))
+    shop.forget()
+    below = S3.below
+
+    def listed(remote: S3) -> list[RemoteFile]:
+        there = below(remote)
+        bucket.call("DELETE", f"/models/fox/{MARKER}")
+        return there
+
+    monkeypatch.setattr(S3, "below", listed)
+    code, word = shop.publish(an_entry(bucket))
+    assert code == ExitCode.COMPLETED, word.message
+    assert contents_of(bucket) == shop.expected("merged", "out")
+
+
 TOO = "somebody else publishes to this place too. Give each entry of each job a prefix of its own"
 
 
@@ -328,6 +346,15 @@ def test_of_an_artifact_with_a_damaged_file_nothing_is_published(bucket: Bucket,
     code, word = shop.publish(an_entry(bucket))
     assert (code, word.reason) == (ExitCode.VERIFICATION_FAILED, Reason.VERIFICATION_FAILED)
     assert WEIGHTS in word.message
+    assert keys_below(bucket) == []
+
+
+def test_a_volume_without_room_for_what_is_written_for_it_is_told(
+    bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_trainer.publish.OUTER_MANIFEST", "/dev/full")
+    code, word = shop.publish(an_entry(bucket))
+    assert (code, word.reason) == (ExitCode.VOLUME_FULL, Reason.VOLUME_FULL)
     assert keys_below(bucket) == []
 
 
