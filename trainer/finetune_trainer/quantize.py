@@ -58,6 +58,8 @@ NOT_SHIPPED = ("quant_log.csv",)
 ERROR_POWER = 2.0
 """GPTQ takes the scale of each group that has the least sum of errors to this power, of 80 that it tries; by itself
 gptqmodel (7.6) takes the one that the largest weight just fits in."""
+AWQ_BLOCK_TOKENS, AWQ_BLOCKS = 512, 128
+"""What AWQ looks at most: as much as its authors take (https://github.com/mit-han-lab/llm-awq)."""
 NEW_TOKENS = 24
 COMPARED_TEXTS = 32
 """Held-out rows that two tokenizers must cut alike."""
@@ -157,6 +159,17 @@ def _calibration_limits(entry: Quantize) -> tuple[int, int]:
     return wanted.samples or DEFAULT_SAMPLES, wanted.max_length or DEFAULT_MAX_LENGTH
 
 
+def in_blocks(rows: list[dict[str, list[int]]], limit: int) -> list[dict[str, list[int]]]:
+    """The rows one after another, cut in blocks of one length of at most `limit` tokens, for AWQ; a rest is dropped.
+
+    Of rows of several lengths gptqmodel (7.6) would look at the last one alone.
+    """
+    tokens = [token for row in rows for token in row["input_ids"]]
+    length = min(AWQ_BLOCK_TOKENS, limit, len(tokens))
+    starts = range(0, len(tokens) - length + 1, length)[:AWQ_BLOCKS]
+    return [{"input_ids": tokens[start : start + length], "attention_mask": [1] * length} for start in starts]
+
+
 def write_quantized(
     finished: Path,
     folder: Path,
@@ -174,7 +187,10 @@ def write_quantized(
         gptqmodel = import_gptqmodel(Path(aside))
         device = working_device(0)
         model = gptqmodel.GPTQModel.load(str(finished), build_settings(gptqmodel, settings, device, aside))
-        layers = int(model.model.config.get_text_config().num_hidden_layers)
+        shape = model.model.config.get_text_config()
+        layers = int(shape.num_hidden_layers)
+        if settings.method == QuantizeMethod.AWQ:
+            calibration = in_blocks(calibration, getattr(shape, "max_position_embeddings", AWQ_BLOCK_TOKENS))
         context.report.begin(f"quantizing to {settings.bits} bits on {len(calibration)} rows", layers, "layers")
         model.layer_callback = LayerCallback(context)
         model.prepare_dataset = partial(model.prepare_dataset, calibration_data_min_length=0)

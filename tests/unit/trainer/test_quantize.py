@@ -32,7 +32,7 @@ from finetune_trainer.runtime.work import WorkFolder
 from finetune_trainer.settings.outcome import QUANTIZABLE
 from tests.tiny import make_config, make_instructions, make_jsonl, make_tokenizer
 from tests.unit.trainer.conftest import Desk
-from tests.unit.trainer.runs import CPU, make_rows
+from tests.unit.trainer.runs import CPU, make_rows, same_bits
 
 ENTRY = {"name": "small", "method": "GPTQ", "groupSize": 32, "calibration": {"samples": 8, "maxLength": 48}}
 SIZE = {
@@ -194,6 +194,28 @@ def test_awq_is_of_the_format_that_servers_read(tmp_path: Path, symmetric: bool)
     zeros = [tensor for name, tensor in load_file(folder / "model.safetensors").items() if name.endswith("qzeros")]
     assert len(zeros) == 14
     assert all(bool((tensor == middle).all()) for tensor in zeros) is symmetric
+
+
+def test_awq_looks_at_every_row_however_long(tmp_path: Path) -> None:
+    """By itself the library takes the last one alone where they are of several lengths."""
+
+    rows = [item["input_ids"][:length] for item, length in zip(CALIBRATION, (48, 40, 30, 20), strict=False)]
+
+    def weights(name: str, *rows: list[int]) -> dict[str, torch.Tensor]:
+        calibration = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
+        _, folder = make_quantized(tmp_path / name, "LlamaForCausalLM", make_settings("AWQ"), calibration)
+        return load_file(folder / "model.safetensors")
+
+    assert not same_bits(weights("some", *rows), weights("others", *(row[::-1] for row in rows[:3]), rows[3]))
+
+
+def test_blocks_of_one_length_have_all_tokens_in_order_but_a_rest() -> None:
+    rows = [{"input_ids": list(range(start, start + 30))} for start in (0, 30, 60)]
+    assert [row["input_ids"] for row in quantize.in_blocks(rows, 40)] == [list(range(40)), list(range(40, 80))]
+    assert [len(row["attention_mask"]) for row in quantize.in_blocks(rows, 1000)] == [90]
+    many = [{"input_ids": [7] * 100_000}]
+    assert {len(row["input_ids"]) for row in quantize.in_blocks(many, 4096)} == {quantize.AWQ_BLOCK_TOKENS}
+    assert len(quantize.in_blocks(many, 4096)) == quantize.AWQ_BLOCKS
 
 
 def test_rows_of_a_few_tokens_calibrate_too(tmp_path: Path) -> None:
