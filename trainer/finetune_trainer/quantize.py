@@ -135,13 +135,15 @@ def _split(ids: list[int], lengths: list[int]) -> Iterator[list[int]]:
 
 
 def choose_calibration(rows: list[list[int]], entry: Quantize, seed: int) -> list[dict[str, list[int]]]:
-    """Rows of the training set, whole or their beginnings: never the held-out ones.
-
-    Plain dicts of lists: gptqmodel refuses a BatchEncoding (7.6).
-    """
+    """Rows of the training set, whole or their beginnings: never the held-out ones."""
     count, length = _calibration_limits(entry)
     chosen = random.Random(seed).sample(rows, min(count, len(rows)))  # noqa: S311 - a choice, no secret
-    return [{"input_ids": row[:length], "attention_mask": [1] * len(row[:length])} for row in chosen]
+    return [_whole(row[:length]) for row in chosen]
+
+
+def _whole(tokens: list[int]) -> dict[str, list[int]]:
+    """Tokens that all count, as a plain dict of lists: gptqmodel refuses a BatchEncoding (7.6)."""
+    return {"input_ids": tokens, "attention_mask": [1] * len(tokens)}
 
 
 def describe_calibration(
@@ -167,7 +169,7 @@ def in_blocks(rows: list[dict[str, list[int]]], limit: int) -> list[dict[str, li
     tokens = [token for row in rows for token in row["input_ids"]]
     length = min(AWQ_BLOCK_TOKENS, limit, len(tokens))
     starts = range(0, len(tokens) - length + 1, length)[:AWQ_BLOCKS]
-    return [{"input_ids": tokens[start : start + length], "attention_mask": [1] * length} for start in starts]
+    return [_whole(tokens[start : start + length]) for start in starts]
 
 
 def write_quantized(

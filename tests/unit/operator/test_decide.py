@@ -131,11 +131,16 @@ def test_a_deleted_job_resource_is_left_alone() -> None:
 # --- progress --------------------------------------------------------------------------------------------------------
 
 
-def training(cluster: Cluster, **told: float) -> Status:
+def begin_training(cluster: Cluster) -> None:
+    """Prepare is done, and the pod of train runs."""
     cluster.settle()
     cluster.say()
     cluster.settle()
     cluster.run_pod()
+
+
+def training(cluster: Cluster, **told: float) -> Status:
+    begin_training(cluster)
     cluster.progress = Progress(stage=Stage.TRAIN, attempt=1, activity="training", done=128, total=300, **told)
     return cluster.settle().status
 
@@ -227,10 +232,7 @@ def test_a_training_that_is_run_again_keeps_its_progress_until_it_counts_on() ->
 
 def test_before_the_first_step_of_a_training_what_it_measures_is_progress_and_what_it_verifies_is_none() -> None:
     cluster = Cluster()
-    cluster.settle()
-    cluster.say()
-    cluster.settle()
-    cluster.run_pod()
+    begin_training(cluster)
     told = {"activity": "verifying data/", "done": 254, "total": 254, "unit": "bytes"}
     cluster.progress = Progress(stage=Stage.TRAIN, attempt=1, **told)
     assert cluster.settle().status.progress is None
@@ -254,10 +256,7 @@ def test_after_the_end_the_progress_is_that_of_the_training() -> None:
 
 def test_a_training_that_nobody_listened_to_is_told_in_full_by_its_last_word() -> None:
     cluster = Cluster()
-    cluster.settle()
-    cluster.say()
-    cluster.settle()
-    cluster.run_pod()
+    begin_training(cluster)
     last = {"activity": "checking what was written", "done": 9, "total": 9, "unit": "bytes"}
     figures = {"resumed_from_step": 20, "tokens_per_second": 1234.5, "peak_memory_bytes": 2**30}
     cluster.say(progress=Progress(stage=Stage.TRAIN, attempt=1, **last, **figures))
