@@ -31,8 +31,10 @@ from finetune_trainer.config import Calibration, QuantizeMethod
 from finetune_trainer.data.tokenized import INPUT_IDS, LENGTHS, TRAIN, read_rows
 from finetune_trainer.evaluate import Comparison, compare, finished_dtype, read_token_rows
 from finetune_trainer.models import gguf_export
+from finetune_trainer.models.awq_clips import clip_by_moments
 from finetune_trainer.models.finished import GENERATION_CONFIG, copy_companions, copy_licence, load_quantized
 from finetune_trainer.models.folder import CONFIG, load_tokenizer
+from finetune_trainer.models.gptq_blocks import round_in_blocks
 from finetune_trainer.models.gptq_scales import search_side_by_side
 from finetune_trainer.models.loading import load_finished, set_up_torch, working_device
 from finetune_trainer.progress import Measured
@@ -60,6 +62,10 @@ ERROR_POWER = 2.0
 gptqmodel (7.6) takes the one that the largest weight just fits in."""
 AWQ_BLOCK_TOKENS, AWQ_BLOCKS = 512, 128
 """What AWQ looks at most: as much as its authors take (https://github.com/mit-han-lab/llm-awq)."""
+AWQ_BLOCKS_AT_ONCE = 8
+"""In a forward pass: one by one a GPU waits for Python. All are of one length, so that nothing is padded."""
+AWQ_SEARCH_BYTES = 16
+"""Of a search on a GPU, for an activation: given, expected and found in 16 bits, their difference in 16 and 32."""
 NEW_TOKENS = 24
 COMPARED_TEXTS = 32
 """Held-out rows that two tokenizers must cut alike."""
@@ -187,22 +193,42 @@ def write_quantized(
     """
     with tempfile.TemporaryDirectory(prefix="quantize-") as aside, redirect_stdout(io.StringIO()):
         gptqmodel = import_gptqmodel(Path(aside))
+        quicken(gptqmodel)
         device = working_device(0)
         model = gptqmodel.GPTQModel.load(str(finished), build_settings(gptqmodel, settings, device, aside))
         shape = model.model.config.get_text_config()
         layers = int(shape.num_hidden_layers)
+        batch = 1
         if settings.method == QuantizeMethod.AWQ:
+            batch = AWQ_BLOCKS_AT_ONCE
             calibration = in_blocks(calibration, getattr(shape, "max_position_embeddings", AWQ_BLOCK_TOKENS))
+            tokens = sum(len(row["input_ids"]) for row in calibration)
+            model.quantize_config.scale_search_chunked_activations = not _fits(tokens, shape, device)
         context.report.begin(f"quantizing to {settings.bits} bits on {len(calibration)} rows", layers, "layers")
         model.layer_callback = LayerCallback(context)
         model.prepare_dataset = partial(model.prepare_dataset, calibration_data_min_length=0)
         with _beating_with_modules(context):
-            model.quantize(calibration, batch_size=1, backend=_packer(gptqmodel, settings))
+            model.quantize(calibration, batch_size=batch, backend=_packer(gptqmodel, settings))
         context.raise_if_stopping()
         model.save(str(folder))
         del model
         _release_memory()
     clean(folder)
+
+
+def _fits(tokens: int, shape: Any, device: torch.device) -> bool:  # noqa: ANN401 - a model's config
+    """Whether AWQ's search may keep on the GPU what a layer is given and gives.
+
+    From host memory (gptqmodel's default) it comes anew for each of 20 candidates, which is most of the time.
+    """
+    import torch  # noqa: PLC0415 - slow
+
+    if device.type != "cuda":
+        return False
+    inner = getattr(shape, "intermediate_size", None)
+    widest = max(shape.hidden_size, inner if isinstance(inner, int) else 0)
+    free, _ = torch.cuda.mem_get_info(device)
+    return AWQ_SEARCH_BYTES * tokens * widest < free
 
 
 def _release_memory() -> None:
@@ -267,16 +293,21 @@ def import_gptqmodel(aside: Path) -> Any:  # noqa: ANN401 - a module
     - On 2 cores it asks for 2 workers of a pool of 1 ("Virtual pool 'model_loader:cpu' requests 2 workers").
     - It compiles a packer at run time: half a minute with a compiler, and the same result without.
     - It writes `logs/` into the current folder, which may be read-only.
-    - It searches scales one after another (models/gptq_scales.py).
     """
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "4")
     os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
     gptqmodel = importlib.import_module("gptqmodel")
     loop_processor: Any = importlib.import_module("gptqmodel.looper.loop_processor")
     loop_processor._PROJECT_LOG_DIR = aside  # noqa: SLF001 - there is no setting
-    search_side_by_side(gptqmodel.quantization.quantizer.Quantizer)
     importlib.import_module("logbar").LogBar.shared().setLevel(logging.ERROR)
     return gptqmodel
+
+
+def quicken(gptqmodel: Any) -> None:  # noqa: ANN401 - a module
+    """GPTQ tries scales side by side and rounds a block of columns in one launch; AWQ clips by second moments."""
+    search_side_by_side(gptqmodel.quantization.quantizer.Quantizer)
+    round_in_blocks(importlib.import_module("gptqmodel.quantization.gptq_cuda"))
+    clip_by_moments(importlib.import_module("gptqmodel.looper.awq_processor").AWQProcessor)
 
 
 def clean(folder: Path) -> None:
