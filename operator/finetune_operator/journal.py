@@ -18,6 +18,7 @@ from finetune_operator.api import (
     ArtifactStatus,
     AttemptStatus,
     DataStatus,
+    EstimateStatus,
     FineTuneJob,
     Overrides,
     StageStatus,
@@ -28,7 +29,14 @@ from finetune_operator.api import (
 )
 from finetune_operator.facts import Facts, Gang, StageJob, StagePod, after
 from finetune_operator.failures import Failure, classify, decisive, ending_with, failure, obstacle, parting
-from finetune_operator.figures import artifact_status, data_status, final_training, published_status, resolved_status
+from finetune_operator.figures import (
+    artifact_status,
+    data_status,
+    estimate_status,
+    final_training,
+    published_status,
+    resolved_status,
+)
 from finetune_operator.healing import describe, relieve
 from finetune_operator.limits import Scene, exceeded
 from finetune_operator.names import Position, Step
@@ -58,6 +66,7 @@ class Journal:
     """How long pods have run, before the live attempt."""
     artifacts: tuple[ArtifactStatus, ...] = ()
     data: DataStatus | None = None
+    estimate: EstimateStatus | None = None
     resolved: JSON | None = None
     training: TrainingStatus | None = None
 
@@ -77,6 +86,7 @@ class Journal:
             active_seconds=status.active_seconds or 0,
             artifacts=status.artifacts or (),
             data=status.data,
+            estimate=status.estimate,
             resolved=status.resolved,
             training=status.training,
         )
@@ -341,6 +351,7 @@ def _hear(journal: Journal, job: FineTuneJob, word: LastWord) -> Journal:
     return replace(
         journal,
         data=data_status(word.data) if word.data else journal.data,
+        estimate=estimate_status(word.estimate) if word.estimate else journal.estimate,
         resolved=resolved_status(word.resolved) if word.resolved else journal.resolved,
         training=final_training(word.training, measured, journal.training) if word.training else journal.training,
     )

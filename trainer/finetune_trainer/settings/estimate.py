@@ -1,0 +1,120 @@
+"""What one GPU must hold to train, from a model's configuration and the settings. Pure: no weights, no GPU.
+
+    held        weights, adapter, the optimizer's states; gradients too, where several passes make a step
+    a pass      held, what the forward pass keeps, and the head or one block's backward pass
+    the step    held, gradients, and what the optimizer makes on the way
+    measuring   held, and logits of held-out rows
+
+The peak is that of a pass or of the step; what a GPU must have is the largest of the three, and a reserve. Shapes are
+exact (the model is built on torch's meta device); each formula says where it is from, and `benchmarks/estimate.py`
+holds the sum against measured peaks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from finetune_trainer.config import Sharding, Strategy
+from finetune_trainer.models.loading import MEASURED_TOKENS
+from finetune_trainer.progress import Estimate
+from finetune_trainer.settings.activations import FP32, SIZES, Batch, count_activations
+from finetune_trainer.settings.holdings import count_holdings
+from finetune_trainer.settings.layout import blocks_of
+
+if TYPE_CHECKING:
+    from finetune_trainer.models.folder import ModelFacts
+    from finetune_trainer.progress import DataFacts, Resolved
+    from finetune_trainer.settings.activations import Activations
+    from finetune_trainer.settings.holdings import Holdings
+
+CUBLAS_BYTES = 2 * 8 * 4096 * 1024
+"""CUBLAS_WORKSPACE_CONFIG of `models.loading.set_up_torch`, for the threads of the forward and the backward pass."""
+CONTEXT_BYTES = 600 * 2**20
+"""CUDA's context and the kernels that are loaded, which no allocator counts."""
+FRAGMENTATION = 0.06
+"""Of the peak: reserved by torch's allocator beyond what tensors hold."""
+LOGITS_BYTES = 2 * FP32
+"""A word of a measured token: logits, and their logarithms (`evaluate.measure_loss`)."""
+
+
+def batch_of(resolved: Resolved, data: DataFacts) -> Batch:
+    """The largest micro-batch of a run: as many of the longest rows, of pairs both answers. Packed ones are full."""
+    tokens = resolved.max_length if resolved.packing else data.length_max
+    rows = resolved.micro_batch_size * (1 if resolved.dpo is None else 2)
+    return Batch(rows, tokens, masked=resolved.packing or rows > 1)
+
+
+def estimate(model: ModelFacts, resolved: Resolved, batch: Batch, gpu_memory_bytes: int | None = None) -> Estimate:
+    """What each GPU holds with these settings."""
+    holdings, activations = count_holdings(model, resolved), count_activations(model, resolved, batch)
+    weights = _share(holdings.weights, resolved, sharded=True)
+    gradients = _share(holdings.gradients, resolved, sharded=resolved.lora is None)
+    states = _share(holdings.resident, resolved, sharded=resolved.lora is None)
+    collected = _collected(model, resolved, holdings)
+    held = weights + holdings.adapter + states + collected
+    peak = CUBLAS_BYTES + max(
+        held + _passing(resolved, holdings, activations, len(blocks_of(model)), gradients),
+        held + gradients + _share(holdings.stepping, resolved, sharded=resolved.lora is None),
+    )
+    measuring = CUBLAS_BYTES + held + LOGITS_BYTES * max(MEASURED_TOKENS, batch.tokens) * (model.vocabulary or 0)
+    most = max(peak, measuring)
+    reserve = CONTEXT_BYTES + int(most * FRAGMENTATION)
+    return Estimate(
+        weights_bytes=weights,
+        adapter_bytes=holdings.adapter,
+        gradients_bytes=gradients,
+        optimizer_bytes=_share(holdings.optimizer, resolved, sharded=resolved.lora is None),
+        activations_bytes=activations.kept + activations.block,
+        logits_bytes=activations.head,
+        workspace_bytes=CUBLAS_BYTES + collected + holdings.casts + activations.passing,
+        peak_bytes=peak,
+        measuring_bytes=measuring,
+        reserve_bytes=reserve,
+        total_bytes=most + reserve,
+        micro_batch_size=resolved.micro_batch_size,
+        length=batch.tokens,
+        gradient_checkpointing=resolved.gradient_checkpointing,
+        gpu_memory_bytes=gpu_memory_bytes,
+    )
+
+
+def _passing(resolved: Resolved, holdings: Holdings, activations: Activations, blocks: int, gradients: int) -> int:
+    """What a pass adds to what is held: at the head, or in the backward pass of a block.
+
+    With checkpointing, autocast's copies of weights are gone by then, but for those of that block.
+    """
+    kept = activations.kept + (gradients if resolved.gradient_accumulation_steps > 1 else 0)
+    casts = 0 if resolved.parallelism.strategy == Strategy.FSDP and resolved.lora is None else holdings.casts
+    of_block = casts if resolved.gradient_checkpointing == "Off" else math.ceil(casts / max(blocks, 1))
+    return kept + max(activations.head + casts, activations.block + activations.passing + of_block)
+
+
+# Several GPUs
+
+
+def _share(whole: int, resolved: Resolved, *, sharded: bool) -> int:
+    """One GPU's part of what FSDP spreads, none of what lies in host memory; else all of it."""
+    if not sharded or resolved.parallelism.strategy != Strategy.FSDP:
+        return whole
+    return 0 if resolved.parallelism.cpu_offload else math.ceil(whole / resolved.parallelism.world_size)
+
+
+def _collected(model: ModelFacts, resolved: Resolved, holdings: Holdings) -> int:
+    """What is whole for a while: DDP's buckets, one copy of the gradients; FSDP's blocks in the dtype computed in.
+
+    Of FSDP (Full) two blocks at a time, the next is fetched early (Zhao et al. 2023, arXiv:2304.11277), with their
+    gradients in fp32, embeddings and head; of GradOp all weights.
+    """
+    match resolved.parallelism.strategy:
+        case Strategy.DDP:
+            return holdings.gradients
+        case Strategy.FSDP:
+            compute = SIZES[resolved.compute_dtype]
+            block = max((sum(layer.numel for layer in block.layers) for block in blocks_of(model)), default=0)
+            if resolved.parallelism.sharding == Sharding.GRAD_OP:
+                return compute * model.parameters + FP32 * block
+            ends = (model.vocabulary or 0) * model.hidden * (1 if model.tied else 2)
+            return compute * (2 * block + ends) + FP32 * block
+        case _:
+            return 0

@@ -1,0 +1,129 @@
+"""A model's blocks as memory sees them: which layers share an input, and how wide everything is. Pure.
+
+Read from the names and shapes of the linear layers alone, so that no architecture needs a table of its own: layers of
+one module stand together, the last of them takes what the module made of the others' results (o_proj, down_proj).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from finetune_trainer.models.folder import ModelFacts
+
+GATED_ROWS = 2
+"""Gate and up projection give twice as many columns as the down projection takes; without a gate it is once."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer."""
+
+    name: str
+    columns: int
+    rows: int
+
+    @property
+    def numel(self) -> int:
+        """Numbers in its weight."""
+        return self.columns * self.rows
+
+
+@dataclass(frozen=True)
+class Module:
+    """Linear layers that stand together: of attention, or of an MLP."""
+
+    name: str
+    first: tuple[Layer, ...]
+    """Those that take the module's input."""
+    last: Layer
+    """The one that takes what was made of their results."""
+
+    @property
+    def attends(self) -> bool:
+        """Whether it is attention."""
+        return "att" in self.name.rpartition(".")[2].lower()
+
+    @property
+    def gated(self) -> bool:
+        """Of an MLP: whether one half of the inner values is multiplied with the other."""
+        return sum(layer.rows for layer in self.first) >= GATED_ROWS * self.last.columns
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All of them."""
+        return (*self.first, self.last)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One of the transformer's blocks."""
+
+    name: str
+    modules: tuple[Module, ...]
+    norms: dict[str, int]
+    """Name and width, over all heads, of what each normalizes."""
+    dropouts: int
+    experts: tuple[tuple[int, ...], ...]
+    """Shapes of the parameters that hold all experts of the block."""
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Its linear layers."""
+        return tuple(layer for module in self.modules for layer in module.layers)
+
+
+def layers_of(model: ModelFacts) -> tuple[Layer, ...]:
+    """All linear layers but the output head."""
+    return tuple(
+        Layer(name, columns, model.linear_rows.get(name, columns)) for name, columns in model.linear_layers.items()
+    )
+
+
+def blocks_of(model: ModelFacts) -> tuple[Block, ...]:
+    """The blocks in their order; what stands outside of them is left out."""
+    names = dict.fromkeys(name for name in (_block(full) for full in _names(model)) if name)
+    return tuple(_build_block(name, model) for name in names)
+
+
+def _names(model: ModelFacts) -> Iterator[str]:
+    yield from model.linear_layers
+    yield from model.experts
+
+
+def _block(full: str) -> str:
+    """`model.layers.3` of `model.layers.3.mlp.up_proj`."""
+    found = re.match(r"(.*?\.\d+)\.", full)
+    return found[1] if found else ""
+
+
+def _build_block(name: str, model: ModelFacts) -> Block:
+    layers = [layer for layer in layers_of(model) if layer.name.startswith(f"{name}.")]
+    modules = tuple(_modules(layers))
+    norms = {full: width for full, width in model.norms.items() if full.startswith(f"{name}.")}
+    return Block(
+        name,
+        modules,
+        {full: _norm_width(full, width, layers) for full, width in norms.items()},
+        sum(full.startswith(f"{name}.") for full in model.dropouts),
+        tuple(shape for full, shape in model.experts.items() if full.startswith(f"{name}.")),
+    )
+
+
+def _modules(layers: list[Layer]) -> Iterator[Module]:
+    """Layers by the module that they stand in; one that stands alone (a router) is no module in this sense."""
+    for name, found in groupby(layers, key=lambda layer: layer.name.rpartition(".")[0]):
+        *first, last = found
+        if first:
+            yield Module(name, tuple(first), last)
+
+
+def _norm_width(name: str, width: int, layers: list[Layer]) -> int:
+    """Of a norm within the heads (Qwen3's q_norm) the width of all heads: that of the projection it follows."""
+    projection = name.removesuffix("_norm") + "_proj"
+    return next((layer.rows for layer in layers if layer.name == projection), width)
