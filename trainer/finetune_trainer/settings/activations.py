@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from finetune_trainer.settings.layout import blocks_of, layers_of
+from finetune_trainer.settings.layout import Norm, blocks_of, layers_of
 from finetune_trainer.settings.methods import matches
 
 if TYPE_CHECKING:
@@ -92,15 +92,19 @@ def taps(lora: ResolvedLora | None, layers: tuple[Layer, ...]) -> tuple[Layer, .
 def kept_by_block(block: Block, resolved: Resolved, model: ModelFacts, batch: Batch) -> int:
     """Bytes that a block keeps for its backward pass, if none are computed again."""
     widths = widths_of(resolved)
-    a_token = sum(_norm(width, resolved, widths) for width in block.norms.values())
+    a_token = sum(_norm(norm, resolved, widths) for norm in block.norms)
     a_token += sum(_module(module, resolved, widths, model.heads, batch) for module in block.modules)
     a_token += _experts(block, widths, model) + block.dropouts * model.hidden
     return a_token * batch.total + _kept_weights(block, resolved, widths)
 
 
-def _norm(width: int, resolved: Resolved, widths: Widths) -> int:
-    """RMSNorm: its input in fp32, a scale a token, and where its weight trains the normed values as well."""
-    return FP32 * width + FP32 + (widths.stream * width if resolved.lora is None else 0)
+def _norm(norm: Norm, resolved: Resolved, widths: Widths) -> int:
+    """RMSNorm: its input in fp32, a scale of each group, and where its weight trains the normed values as well.
+
+    A LayerNorm takes as much where nothing of it trains: under autocast it computes in fp32.
+    """
+    normed = (widths.inner if norm.within else widths.stream) * norm.width if resolved.lora is None else 0
+    return FP32 * (norm.width + norm.groups) + normed
 
 
 def _module(module: Module, resolved: Resolved, widths: Widths, heads: int, batch: Batch) -> int:
@@ -173,8 +177,12 @@ def _experts(block: Block, widths: Widths, model: ModelFacts) -> int:
 
 
 def _kept_weights(block: Block, resolved: Resolved, widths: Widths) -> int:
-    """Weights that are made anew and kept: GPTQ's, widened by plain operations; experts with their adapter added."""
-    widened = sum(layer.numel for layer in block.layers) if resolved.base_format == "GPTQ" else 0
+    """Weights that are made anew and kept.
+
+    GPTQ's, widened by plain operations; frozen ones in fp32, which autocast rounds; experts with their adapter added.
+    """
+    rounded = resolved.lora is not None and resolved.base_format == "FP32" and widths.casts
+    widened = sum(layer.numel for layer in block.layers) if resolved.base_format == "GPTQ" or rounded else 0
     adapted = resolved.lora is not None and resolved.lora.target_parameters
     numel = sum(shape[0] * shape[1] * shape[2] for shape in block.experts) if adapted else 0
     return (widened + numel) * widths.compute
@@ -215,7 +223,9 @@ def count_activations(model: ModelFacts, resolved: Resolved, batch: Batch) -> Ac
     """All blocks, the embeddings and the head."""
     widths, blocks = widths_of(resolved), blocks_of(model)
     whole = [kept_by_block(block, resolved, model, batch) for block in blocks]
-    last = _norm(model.hidden, resolved, widths) + widths.stream * model.hidden  # the final norm, and what it gave
+    last = (
+        _norm(Norm(model.hidden), resolved, widths) + widths.stream * model.hidden
+    )  # the final norm, and what it gave
     entry = widths.stream * model.hidden * batch.total
     match resolved.gradient_checkpointing:
         case "Off":

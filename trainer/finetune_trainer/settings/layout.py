@@ -61,13 +61,27 @@ class Module:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A layer that normalizes."""
+
+    width: int
+    """Of what it normalizes of a token, over all heads."""
+    groups: int = 1
+    """How many parts of that it normalizes apart: each head, or all at once."""
+
+    @property
+    def within(self) -> bool:
+        """Whether it stands within attention, where values are as products give them."""
+        return self.groups > 1
+
+
+@dataclass(frozen=True)
 class Block:
     """One of the transformer's blocks."""
 
     name: str
     modules: tuple[Module, ...]
-    norms: dict[str, int]
-    """Name and width, over all heads, of what each normalizes."""
+    norms: tuple[Norm, ...]
     dropouts: int
     experts: tuple[tuple[int, ...], ...]
     """Shapes of the parameters that hold all experts of the block."""
@@ -109,7 +123,7 @@ def _build_block(name: str, model: ModelFacts) -> Block:
     return Block(
         name,
         modules,
-        {full: _norm_width(full, width, layers) for full, width in norms.items()},
+        tuple(_build_norm(full, width, layers) for full, width in norms.items()),
         sum(full.startswith(f"{name}.") for full in model.dropouts),
         tuple(shape for full, shape in model.experts.items() if full.startswith(f"{name}.")),
     )
@@ -123,7 +137,8 @@ def _modules(layers: list[Layer]) -> Iterator[Module]:
             yield Module(name, tuple(first), last)
 
 
-def _norm_width(name: str, width: int, layers: list[Layer]) -> int:
-    """Of a norm within the heads (Qwen3's q_norm) the width of all heads: that of the projection it follows."""
+def _build_norm(name: str, width: int, layers: list[Layer]) -> Norm:
+    """One within the heads (Qwen3's q_norm) normalizes what the projection of its name gives, head by head."""
     projection = name.removesuffix("_norm") + "_proj"
-    return next((layer.rows for layer in layers if layer.name == projection), width)
+    whole = next((layer.rows for layer in layers if layer.name == projection), width)
+    return Norm(whole, whole // width)
