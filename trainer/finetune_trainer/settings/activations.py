@@ -94,6 +94,7 @@ def kept_by_block(block: Block, resolved: Resolved, model: ModelFacts, batch: Ba
     widths = widths_of(resolved)
     a_token = sum(_norm(norm, resolved, widths) for norm in block.norms)
     a_token += sum(_module(module, resolved, widths, model.heads, batch) for module in block.modules)
+    a_token += _held_by_int8(block, resolved)
     a_token += _experts(block, widths, model) + block.dropouts * model.hidden
     return a_token * batch.total + _kept_weights(block, resolved, widths)
 
@@ -115,7 +116,7 @@ def _module(module: Module, resolved: Resolved, widths: Widths, heads: int, batc
         kept += _attention(module, resolved, widths, heads, batch)
         ends = ends and (_dropout(resolved) or widths.peft_casts)  # else it shares what attention keeps
     else:
-        kept += _mlp(module, resolved, widths)
+        kept += _mlp(module, widths)
     kept += _inputs((module.last,) if ends else (), resolved, widths, shared=False)
     if resolved.lora is not None:
         kept += len(trained) * resolved.lora.r * widths.compute  # between the adapter's two products
@@ -151,20 +152,25 @@ def _attention(module: Module, resolved: Resolved, widths: Widths, heads: int, b
         return widths.compute * (3 * given + given) + heads * batch.tokens * (FP32 + widths.compute)
     if batch.masked and resolved.attention != "FlashAttention2":
         return widths.compute * (3 * given + given + batch.tokens) + FP32 * heads
-    kept = widths.compute * (taken + given) + FP32 * heads
-    return kept + (FP32 * _input_width(module) if resolved.base_format == "Int8" else 0)
+    return widths.compute * (taken + given) + FP32 * heads
 
 
-def _mlp(module: Module, resolved: Resolved, widths: Widths) -> int:
-    """Gated: gate, its activation, up. Else what the activation takes. Int8's product keeps what it was given."""
-    kept = widths.inner * module.last.columns * (3 if module.gated else 1)
-    if resolved.base_format == "Int8":
-        kept += FP32 * (_input_width(module) + module.last.columns)
-    return kept
+def _mlp(module: Module, widths: Widths) -> int:
+    """Gated: gate, its activation, up. Else what the activation takes."""
+    return widths.inner * module.last.columns * (3 if module.gated else 1)
 
 
-def _input_width(module: Module) -> int:
-    return module.first[0].columns
+def _held_by_int8(block: Block, resolved: Resolved) -> int:
+    """What 8-bit layers were given, in fp32; the result of attention left out, which attention keeps as well."""
+    if resolved.base_format != "Int8":
+        return 0
+    inputs = sum(module.first[0].columns for module in block.modules)
+    return FP32 * (inputs + sum(module.last.columns for module in block.modules if not module.attends))
+
+
+def _attended(block: Block) -> int:
+    """Width of what attention gives."""
+    return sum(module.last.columns for module in block.modules if module.attends)
 
 
 def _experts(block: Block, widths: Widths, model: ModelFacts) -> int:
@@ -193,13 +199,14 @@ def _kept_selectively(block: Block, resolved: Resolved, model: ModelFacts, batch
 
     4- and 8-bit layers are no such products: of these what the adapter gave is kept.
     """
+    if resolved.gradient_checkpointing != "Selective":
+        return 0
     widths = widths_of(resolved)
     trained = taps(resolved.lora, block.layers)
     given = sum(layer.rows for layer in block.layers) if resolved.base_format in SIZES else 0
     if resolved.lora is not None:
         given += sum(layer.rows + resolved.lora.r for layer in trained)
-    attention = sum(module.last.columns for module in block.modules if module.attends)
-    return (widths.compute * (given + attention) + FP32 * model.heads) * batch.total
+    return (widths.compute * (given + _attended(block)) + FP32 * model.heads) * batch.total
 
 
 # The model
@@ -211,44 +218,68 @@ class Activations:
 
     kept: int
     """At the end of the forward pass."""
+    head: int
+    """Taken by the output head and the loss while all of `kept` is held."""
     block: int
     """Made again of one block in the backward pass, with checkpointing."""
     passing: int
-    """Gradients of values, on their way through one block, and the widened weight of one layer."""
-    head: int
-    """Taken by the output head and the loss while all of `kept` is held."""
+    """Gradients of values on their way through one block, and the widened weight of one layer."""
+    freed: int
+    """Of `kept`, gone by the time of a block's backward pass."""
 
 
 def count_activations(model: ModelFacts, resolved: Resolved, batch: Batch) -> Activations:
     """All blocks, the embeddings and the head."""
     widths, blocks = widths_of(resolved), blocks_of(model)
     whole = [kept_by_block(block, resolved, model, batch) for block in blocks]
-    last = (
-        _norm(Norm(model.hidden), resolved, widths) + widths.stream * model.hidden
-    )  # the final norm, and what it gave
-    entry = widths.stream * model.hidden * batch.total
-    match resolved.gradient_checkpointing:
-        case "Off":
-            kept = sum(whole)
-        case "Selective":
-            kept = sum(entry + _kept_selectively(block, resolved, model, batch) for block in blocks)
-        case _:
-            kept = entry * len(blocks)
+    between = [_kept_between(block, resolved, model, batch) for block in blocks]
+    last = (_norm(Norm(model.hidden), resolved, widths) + widths.stream * model.hidden) * batch.total
+    again = resolved.gradient_checkpointing != "Off"
     mask = batch.rows * batch.tokens**2 if batch.masked else 0
     return Activations(
-        kept=kept + last * batch.total + mask,
-        block=0 if resolved.gradient_checkpointing == "Off" else max(whole, default=0),
-        passing=max((_passing(block, widths, model, batch) for block in blocks), default=0)
-        + _widened(model, resolved, widths),
+        kept=(sum(between) if again else sum(whole)) + last + mask,
         head=_head(model, resolved, widths, batch),
+        block=max(whole, default=0) if again else 0,
+        passing=max((_passing(block, resolved, widths, model, batch) for block in blocks), default=0),
+        freed=last + max((_kept_selectively(block, resolved, model, batch) for block in blocks), default=0),
     )
 
 
-def _passing(block: Block, widths: Widths, model: ModelFacts, batch: Batch) -> int:
-    """Gradients of an MLP's inner values (down's input, then gate and up), or of attention's; and of the stream."""
-    inner = [module.last.columns * (3 if module.gated else 2) for module in block.modules if not module.attends]
-    inner += [2 * sum(layer.rows for layer in module.first) for module in block.modules if module.attends]
-    return (widths.inner * max(inner, default=0) + 2 * widths.stream * model.hidden) * batch.total
+def _kept_between(block: Block, resolved: Resolved, model: ModelFacts, batch: Batch) -> int:
+    """What checkpointing keeps of a block: what it is given, what it is told to keep, what it cannot let go of.
+
+    bitsandbytes (0.50, MatMul8bitLt) holds what it was given beside autograd's own store, where hooks do not see it.
+    """
+    widths = widths_of(resolved)
+    held = _held_by_int8(block, resolved)
+    held += widths.compute * _attended(block) if held else 0
+    a_token = widths.stream * model.hidden + held
+    return a_token * batch.total + _kept_selectively(block, resolved, model, batch)
+
+
+def _passing(block: Block, resolved: Resolved, widths: Widths, model: ModelFacts, batch: Batch) -> int:
+    """Gradients of what is widest in a block, and of the stream."""
+    widened = _widened(model, resolved, widths)
+    wide = [
+        2 * widths.inner * sum(layer.rows for layer in module.first) * batch.total
+        if module.attends
+        else _passing_mlp(module, resolved, widths, widened, batch)
+        for module in block.modules
+    ]
+    return max(wide, default=0) + widths.stream * model.hidden * batch.total
+
+
+def _passing_mlp(module: Module, resolved: Resolved, widths: Widths, widened: int, batch: Batch) -> int:
+    """At down's input: its gradient, and of a gate both halves', less the input itself, which is let go of by then.
+
+    Before that a weight is widened. Where PEFT casts, down's adapter gives its part of the gradient in c, in fp32 and
+    in c again, beside that of the base. 8-bit layers hold their input.
+    """
+    wide = module.last.columns * batch.total
+    if widths.peft_casts and module.last in taps(resolved.lora, module.layers):
+        return (2 * widths.compute + FP32) * wide
+    gradients = (2 if module.gated else 1) + (1 if resolved.base_format == "Int8" else 0)
+    return max(gradients * widths.inner * wide, widths.inner * wide + widened)
 
 
 def _widened(model: ModelFacts, resolved: Resolved, widths: Widths) -> int:
@@ -262,9 +293,12 @@ def _head(model: ModelFacts, resolved: Resolved, widths: Widths, batch: Batch) -
     """TRL's head (ChunkedLogProbFunction): logits tile by tile, never all of them.
 
     A tile of 4,096 tokens x 32,768 words; the gradient of what the head takes in fp32, and rounded; of a head that
-    trains the gradient of its weight in fp32; a dozen figures a token.
+    trains the gradient of its weight in fp32, and rounded; a piece of a weight in fp32, rounded; a dozen figures a
+    token.
     """
+    rounds = widths.stream < FP32
     tile = min(batch.total, HEAD_ROWS) * HEAD_WORDS * widths.compute
     gradient = (FP32 + widths.stream) * model.hidden * batch.total
-    weight = FP32 * (model.vocabulary or 0) * model.hidden if resolved.lora is None else 0
-    return tile + gradient + weight + 12 * FP32 * batch.total
+    weight = (FP32 + (widths.stream if rounds else 0)) * (model.vocabulary or 0) * model.hidden
+    piece = HEAD_WORDS * model.hidden * widths.compute if widths.casts else 0
+    return tile + gradient + (weight if resolved.lora is None else 0) + piece + 12 * FP32 * batch.total
