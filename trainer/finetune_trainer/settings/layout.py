@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from finetune_trainer.models.folder import ModelFacts
+
+T = TypeVar("T")
 
 GATED_ROWS = 2
 """Gate and up projection give twice as many columns as the down projection takes; without a gate it is once."""
@@ -101,32 +103,28 @@ def layers_of(model: ModelFacts) -> tuple[Layer, ...]:
 
 def blocks_of(model: ModelFacts) -> tuple[Block, ...]:
     """The blocks in their order; what stands outside of them is left out."""
-    names = dict.fromkeys(name for name in (_block(full) for full in _names(model)) if name)
-    return tuple(_build_block(name, model) for name in names)
-
-
-def _names(model: ModelFacts) -> Iterator[str]:
-    yield from model.linear_layers
-    yield from model.experts
-
-
-def _block(full: str) -> str:
-    """`model.layers.3` of `model.layers.3.mlp.up_proj`."""
-    found = re.match(r"(.*?\.\d+)\.", full)
-    return found[1] if found else ""
-
-
-def _build_block(name: str, model: ModelFacts) -> Block:
-    layers = [layer for layer in layers_of(model) if layer.name.startswith(f"{name}.")]
-    modules = tuple(_modules(layers))
-    norms = {full: width for full, width in model.norms.items() if full.startswith(f"{name}.")}
-    return Block(
-        name,
-        modules,
-        tuple(_build_norm(full, width, layers) for full, width in norms.items()),
-        sum(full.startswith(f"{name}.") for full in model.dropouts),
-        tuple(shape for full, shape in model.experts.items() if full.startswith(f"{name}.")),
+    layers = _by_block({layer.name: layer for layer in layers_of(model)})
+    norms, experts = _by_block(model.norms), _by_block(model.experts)
+    dropouts = _by_block(dict.fromkeys(model.dropouts))
+    return tuple(
+        Block(
+            name,
+            tuple(_modules(list(layers.get(name, {}).values()))),
+            tuple(_build_norm(full, width, layers.get(name, {})) for full, width in norms.get(name, {}).items()),
+            len(dropouts.get(name, {})),
+            tuple(experts.get(name, {}).values()),
+        )
+        for name in {**layers, **experts}
     )
+
+
+def _by_block(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """What stands in blocks, by the name of its block: `model.layers.3` of `model.layers.3.mlp.up_proj`."""
+    found: dict[str, dict[str, T]] = {}
+    for full, each in named.items():
+        if (block := re.match(r"(.*?\.\d+)\.", full)) is not None:
+            found.setdefault(block[1], {})[full] = each
+    return found
 
 
 def _modules(layers: list[Layer]) -> Iterator[Module]:
@@ -137,8 +135,8 @@ def _modules(layers: list[Layer]) -> Iterator[Module]:
             yield Module(name, tuple(first), last)
 
 
-def _build_norm(name: str, width: int, layers: list[Layer]) -> Norm:
+def _build_norm(name: str, width: int, layers: Mapping[str, Layer]) -> Norm:
     """One within the heads (Qwen3's q_norm) normalizes what the projection of its name gives, head by head."""
-    projection = name.removesuffix("_norm") + "_proj"
-    whole = next((layer.rows for layer in layers if layer.name == projection), width)
+    projection = layers.get(name.removesuffix("_norm") + "_proj")
+    whole = width if projection is None else projection.rows
     return Norm(whole, whole // width)
