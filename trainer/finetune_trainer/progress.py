@@ -264,7 +264,9 @@ class Estimate(Model):
     optimizer_bytes: int = Field(description="Its states; those of paged optimizers may lie in host memory.")
     activations_bytes: int = Field(description="Kept by the forward pass for the backward pass.")
     logits_bytes: int = Field(description="Taken by the output head and the loss.")
-    workspace_bytes: int = Field(description="Passing values of kernels, casts and collectives.")
+    workspace_bytes: int = Field(
+        description="Passing values of kernels, casts, collectives, and of the optimizer's step."
+    )
     peak_bytes: int = Field(description="Most that a step holds at a time, as torch's allocator counts.")
     measuring_bytes: int = Field(description="Most that is held while held-out rows are measured.")
     reserve_bytes: int = Field(description="CUDA itself, and memory lost between tensors.")

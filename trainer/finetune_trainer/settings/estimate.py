@@ -51,11 +51,12 @@ def estimate(model: ModelFacts, resolved: Resolved, batch: Batch, gpu_memory_byt
     weights = _share(holdings.weights, resolved, sharded=True)
     gradients = _share(holdings.gradients, resolved, sharded=resolved.lora is None)
     states = _share(holdings.resident, resolved, sharded=resolved.lora is None)
+    stepping = _share(holdings.stepping, resolved, sharded=resolved.lora is None)
     collected = _collected(model, resolved, holdings)
     held = weights + holdings.adapter + states + collected
     peak = CUBLAS_BYTES + max(
         held + _passing(resolved, holdings, activations, len(blocks_of(model)), gradients),
-        held + gradients + _share(holdings.stepping, resolved, sharded=resolved.lora is None),
+        held + gradients + stepping,
     )
     measuring = CUBLAS_BYTES + held + LOGITS_BYTES * max(MEASURED_TOKENS, batch.tokens) * (model.vocabulary or 0)
     most = max(peak, measuring)
@@ -67,7 +68,7 @@ def estimate(model: ModelFacts, resolved: Resolved, batch: Batch, gpu_memory_byt
         optimizer_bytes=_share(holdings.optimizer, resolved, sharded=resolved.lora is None),
         activations_bytes=activations.kept + activations.block,
         logits_bytes=activations.head,
-        workspace_bytes=CUBLAS_BYTES + collected + holdings.casts + activations.passing,
+        workspace_bytes=CUBLAS_BYTES + collected + max(holdings.casts + activations.passing, stepping),
         peak_bytes=peak,
         measuring_bytes=measuring,
         reserve_bytes=reserve,
