@@ -60,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     ):
         verbs.add_parser(name, help=text, description=text).set_defaults(run=run)
     image = verbs.add_parser("image", help="build an image into the cluster's store; prints its reference")
-    image.add_argument("target", choices=images.TARGETS, help="target of the Dockerfile")
+    choices = (*images.TARGETS, images.STORE)
+    image.add_argument("target", choices=choices, help="a target of the Dockerfile, or the demo's S3 server")
     image.set_defaults(run=_image)
     node = verbs.add_parser("node", help="add, lose or remove a further node: node add NAME")
     node.add_argument("change", choices=NODE_CHANGES, help="lose: its kubelet is killed, its containers go on")
@@ -102,7 +103,8 @@ def _prune(state: State, _arguments: argparse.Namespace) -> int:
 
 def _image(state: State, arguments: argparse.Namespace) -> int:
     requirements.require_root()
-    print(images.build_image(state, arguments.target))
+    store = arguments.target == images.STORE
+    print(images.provide_store(state) if store else images.build_image(state, arguments.target))
     return 0
 
 

@@ -54,7 +54,7 @@ def make() -> None:
             check=True,
         )
         aside = Path(scratch) / "image.tar"
-        write_image(aside, reference(), layer, command=["python3"])
+        write_image(aside, reference(), layer, Cmd=["python3"])
         aside.rename(archive())
 
 
@@ -70,12 +70,15 @@ def _bootstrap(root: Path) -> None:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def write_image(file: Path, name: str, layer: Path, command: list[str]) -> None:
-    """Write an archive of one uncompressed layer in the form of `docker save`, which containerd imports."""
+def write_image(file: Path, name: str, layer: Path, **command: list[str]) -> None:
+    """Write an archive of one uncompressed layer in the form of `docker save`, which containerd imports.
+
+    `command`: Entrypoint or Cmd, as the image format calls them.
+    """
     config: dict[str, Any] = {
         "architecture": architecture(),
         "os": "linux",
-        "config": {"Cmd": command, "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]},
+        "config": {**command, "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]},
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{_sha256(layer)}"]},
     }
     manifest = [{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]
@@ -94,8 +97,8 @@ def _sha256(file: Path) -> str:
 
 
 def write_program_image(file: Path, name: str, program: Path) -> None:
-    """Write an image that holds one static program and nothing else."""
+    """Write an image that holds one static program and nothing else, and runs it with the pod's arguments."""
     layer = file.with_suffix(".layer")
     with tarfile.open(layer, "w") as content:
         content.add(program, arcname=program.name)
-    write_image(file, name, layer, command=[f"/{program.name}"])
+    write_image(file, name, layer, Entrypoint=[f"/{program.name}"])

@@ -98,6 +98,8 @@ PARTS = (
 CONTROL_PLANE_PARTS = ("kubernetes", "etcd")
 SERVER_PARTS = ("registry", "versitygw")
 """No part of the cluster: servers that tests of the trainer's sources start by themselves."""
+STORE_PARTS = ("versitygw",)
+"""One of these is also the S3 store that the demo publishes to, in a pod."""
 FAKE_NODE_PARTS = ("kwok",)
 """No part of the cluster either: nodes without machines, for the operator's benchmark."""
 RULE_CHECKER_PARTS = ("prometheus",)
@@ -138,6 +140,11 @@ def build_control_plane() -> None:
 def build_servers() -> None:
     """Build only the servers that tests start by themselves; any user may."""
     _build_missing(SERVER_PARTS)
+
+
+def build_store() -> None:
+    """Build only the S3 server; any user may."""
+    _build_missing(STORE_PARTS)
 
 
 def build_fake_nodes() -> None:

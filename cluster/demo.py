@@ -1,7 +1,7 @@
 """The main line before your eyes: `make demo`, or `python3 -m cluster.demo [--cluster local|current]`.
 
-Starts or finds a cluster, installs the chart, stages SmolLM2-135M and a real instruction dataset, applies
-examples/quickstart.yaml and follows it to its end. Exit code 0 only if the job succeeded.
+Starts or finds a cluster, installs the chart, stages SmolLM2-135M and a real instruction dataset, starts an S3 store
+(examples/store.yaml), applies examples/quickstart.yaml and follows it to its end. Exit code 0 only if it succeeded.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from cluster import staging
-from cluster.target import OPERATOR_NAMESPACE, ROOT, Target, TargetError, current_target, local_target
+from cluster.target import (
+    OPERATOR_NAMESPACE,
+    ROOT,
+    Target,
+    TargetError,
+    current_target,
+    local_target,
+    provide_store_image,
+)
 
 NAMESPACE = "finetune-demo"
 JOB = "quickstart"
@@ -74,6 +83,8 @@ def run(*, local: bool) -> int:
         print(target.kubectl("get", "deployments", "-n", OPERATOR_NAMESPACE).rstrip())
     with clock.part("Model and dataset, onto two claims"):
         stage(target, fetch_model(), make_dataset())
+    with clock.part("A store to publish to"):
+        start_store(target, local=local)
     with clock.part("The job"):
         target.kubectl("apply", "--validate=strict", "-n", NAMESPACE, "-f", str(ROOT / "examples" / "quickstart.yaml"))
         print("kubectl apply -f examples/quickstart.yaml")
@@ -134,6 +145,15 @@ def stage(target: Target, model: Path, dataset: Path) -> None:
     print(f"{len(files)} files staged")
 
 
+def start_store(target: Target, *, local: bool) -> None:
+    """The S3 server of examples/store.yaml in a pod; the local cluster has no registry to pull its image from."""
+    if local:
+        provide_store_image()
+    target.kubectl("apply", "--validate=strict", "-n", NAMESPACE, "-f", str(ROOT / "examples" / "store.yaml"))
+    target.kubectl("wait", "pod/store", "-n", NAMESPACE, "--for=condition=Ready", "--timeout=180s")
+    print("kubectl apply -f examples/store.yaml")
+
+
 def remove_earlier_run(target: Target) -> None:
     """Make room for a new run: the earlier job and the claim that it left."""
     listed = json.loads(target.kubectl("get", "finetunejobs", "-n", NAMESPACE, "-o", "json"))
@@ -192,16 +212,33 @@ def is_finished(status: Status) -> bool:
 
 
 def show_outcome(target: Target, status: Status) -> None:
-    """The status as kubectl shows it, the artifacts with their measures, and an answer before and after."""
+    """The status as kubectl shows it, the artifacts with their measures, an answer before and after, the report."""
     print(target.kubectl("get", "ftj", JOB, "-n", NAMESPACE, "-o", "wide").rstrip())
     print(f"\n{status.get('message', '')}")
     for artifact in status.get("artifacts", []):
-        measured = ", ".join(f"{name} {value}" for name, value in artifact.get("measured", {}).items())
-        print(f"  {artifact['path']:<34} {artifact['size']:>9}  {measured}")
+        show_artifact(artifact)
     if status.get("phase") == "Succeeded":
-        text = staging.read_file(target, NAMESPACE, status["claimName"], f"{status['folder']}/report/samples.json")
+        report = fetch_report(target, status)
         print("\nAn answer to a question of the held-out rows:")
-        show_sample(json.loads(text)[0])
+        show_sample(json.loads((report / "samples.json").read_text(encoding="utf-8"))[0])
+        print(f"\nThe report ({status['report']} on the claim), copied here to be opened in a browser:")
+        print(f"  {report / 'index.html'}")
+
+
+def show_artifact(artifact: dict[str, Any]) -> None:
+    """Where it is, how large, what was measured of it, and where else it went."""
+    measured = ", ".join(f"{name} {value}" for name, value in artifact.get("measured", {}).items())
+    print(f"  {artifact['path']:<34} {artifact['size']:>9}  {measured}")
+    for place in artifact.get("published", []):
+        print(f"    published to {place['uri']} (manifest sha256:{place['digest'].removeprefix('sha256:')[:12]}...)")
+
+
+def fetch_report(target: Target, status: Status) -> Path:
+    """The report's folder, copied from the claim into the user's cache."""
+    folder = CACHE / "report"
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.copy_folder(target, NAMESPACE, status["claimName"], f"{status['folder']}/report", folder)
+    return folder
 
 
 def show_sample(sample: dict[str, str]) -> None:

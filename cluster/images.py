@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TARGETS = ("operator", "trainer")
+STORE = "store"
+"""Also to be had: the S3 server that the demo publishes to."""
 REGISTRY = "docker.io/"  # what Kubernetes puts before a name that has no registry
 GIBIBYTE = 1024**3
 GIBIBYTES_WHILE_MADE = {"operator": 1, "trainer": 17}  # snapshot, layer and unpacked image at the same time
@@ -62,6 +64,17 @@ def build_image(state: State, target: str) -> str:
             _solve(live, target, reference)
         _remember_dependencies(state, target)
         _remove_unused(live, target, keep=reference)
+    return reference
+
+
+def provide_store(state: State) -> str:
+    """Put the S3 server into the kubelet's store under its public name, by which examples/store.yaml asks for it."""
+    live = require(state)
+    reference = f"versity/versitygw:{build.versions()['versitygw']}"
+    with locked(state.root / "images.lock"):
+        if f"{REGISTRY}{reference}" not in node.images(live):
+            build.build_store()
+            node.import_program(live, f"{REGISTRY}{reference}", build.command("versitygw"))
     return reference
 
 

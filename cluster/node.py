@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,17 +217,17 @@ def import_images(namespace: Namespace) -> None:
     """Put the pause and base images into containerd's store, where they stay between runs."""
     present = images(namespace)
     if pause_image() not in present:
-        _import_pause(namespace)
+        import_program(namespace, pause_image(), build.command("pause"))
     if base_image.reference() not in present:
         ctr(namespace, "images", "import", str(base_image.archive()))
 
 
-def _import_pause(namespace: Namespace) -> None:
-    folder = namespace.state.root / "pause"
-    folder.mkdir(exist_ok=True)
-    base_image.write_program_image(folder / "image.tar", pause_image(), build.command("pause"))
-    ctr(namespace, "images", "import", str(folder / "image.tar"))
-    shutil.rmtree(folder)
+def import_program(namespace: Namespace, name: str, program: Path) -> None:
+    """Put an image of one static program into containerd's store."""
+    with tempfile.TemporaryDirectory(dir=namespace.state.root, prefix="program-") as folder:
+        archive = Path(folder) / "image.tar"
+        base_image.write_program_image(archive, name, program)
+        ctr(namespace, "images", "import", str(archive))
 
 
 def images(namespace: Namespace) -> list[str]:

@@ -78,6 +78,12 @@ def put_files(target: Target, namespace: str, files: Mapping[str, Path]) -> None
             target.kubectl("cp", "-n", namespace, str(local), f"{pod}:/claims/{path}")
 
 
+def copy_folder(target: Target, namespace: str, claim: str, path: str, local: Path) -> None:
+    """Copy a folder of a claim to a local one, which is made, or whose files are replaced."""
+    with open_claims(target, namespace, claim, name="copy-folder") as pod:
+        target.kubectl("cp", "-n", namespace, f"{pod}:/claims/{claim}/{path}", str(local))
+
+
 def read_file(target: Target, namespace: str, claim: str, path: str) -> str:
     """The text of one file on a claim."""
     with open_claims(target, namespace, claim, name="read-file") as pod:

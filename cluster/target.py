@@ -85,6 +85,11 @@ def local_target() -> Target:
     )
 
 
+def provide_store_image() -> None:
+    """Give this checkout's own cluster the image of examples/store.yaml."""
+    _cluster_tool("image", "store")
+
+
 def current_target() -> Target:
     """The cluster of the current kubeconfig, with images that its nodes can pull."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]

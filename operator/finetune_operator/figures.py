@@ -98,7 +98,7 @@ def live_training(progress: Progress, before: TrainingStatus | None) -> Training
 
 
 def final_training(facts: TrainFacts, measured: Measured | None, before: TrainingStatus | None) -> TrainingStatus:
-    """Training as its last word tells it; speed, memory and resumes stay as the running stage told them."""
+    """Training as its last word tells it; speed, memory and resumes stay as they were told live."""
     before = before or TrainingStatus()
     return before.model_copy(
         update={

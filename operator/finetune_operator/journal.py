@@ -34,6 +34,7 @@ from finetune_operator.figures import (
     data_status,
     estimate_status,
     final_training,
+    live_training,
     published_status,
     resolved_status,
 )
@@ -347,13 +348,16 @@ def _hear(journal: Journal, job: FineTuneJob, word: LastWord) -> Journal:
     if (sent := word.published) is not None:
         artifacts = (published_status(each, sent) if each.name == sent.artifact else each for each in journal.artifacts)
         journal = replace(journal, artifacts=tuple(artifacts))
-    measured = word.artifact.measured if word.artifact else None
+    training = journal.training
+    if word.training is not None:
+        live = live_training(word.progress, training) if word.progress else training
+        training = final_training(word.training, word.artifact.measured if word.artifact else None, live)
     return replace(
         journal,
         data=data_status(word.data) if word.data else journal.data,
         estimate=estimate_status(word.estimate) if word.estimate else journal.estimate,
         resolved=resolved_status(word.resolved) if word.resolved else journal.resolved,
-        training=final_training(word.training, measured, journal.training) if word.training else journal.training,
+        training=training,
     )
 
 

@@ -42,8 +42,8 @@ class Settings(BaseSettings):
     )
     trainer_env: dict[str, str] = Field(
         default={},
-        description="Environment of the stages that reach the network (prepare, and train where a tracker is told), "
-        "e.g. HF_ENDPOINT or HTTPS_PROXY.",
+        description="Environment of the stages that reach the network (prepare, publish, and train where a tracker is "
+        "told), e.g. HF_ENDPOINT or HTTPS_PROXY.",
     )
     allow_remote_code: bool = Field(
         default=False, description="Whether jobs may run Python code that a model brings (model.trustRemoteCode)."

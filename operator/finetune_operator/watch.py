@@ -107,9 +107,9 @@ class ChildWatch:
                 log.warning("The watch of %ss broke, again in about %.0f s: %s", self.kind, pause, what(error))
                 await asyncio.sleep(pause * (0.5 + random.random()))  # noqa: S311 - jitter
                 pause = min(pause * 2, AWAY_BACKOFF_SECONDS)
-            else:
-                if time.monotonic() - begun < PAUSE_SECONDS:  # as by a proxy that answers and hangs up
-                    await asyncio.sleep(PAUSE_SECONDS * (0.5 + random.random()))  # noqa: S311 - jitter
+                continue
+            if time.monotonic() - begun < PAUSE_SECONDS:  # as by a proxy that answers and hangs up
+                await asyncio.sleep(PAUSE_SECONDS * (0.5 + random.random()))  # noqa: S311 - jitter
 
     async def _list(self) -> str:
         """Hear of all children there are; the version from which to watch on."""

@@ -9,6 +9,7 @@ import collections
 import json
 import random
 import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -45,6 +46,10 @@ LEASED_SAMPLE, LEASED_TRIALS = 1, 12
 RENEWALS = 2
 """Of a Lease, that are points; there is one every two seconds."""
 
+RUNS_FOR_A_POINT = 2
+PATIENCE_SECONDS = 15.0
+"""For a point that may come after the run's end: an Event, a Lease's renewal."""
+
 Play = Callable[[Space], None]
 
 
@@ -58,18 +63,26 @@ class Moment(StrEnum):
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
+def pending(space: Space, stage: str, attempt: int) -> str:
+    """The Job of an attempt, told before any pod of it runs: each run then has the same writes and Events."""
+    job = players.next_job(space, "demo", stage, attempt)
+    wait_for(lambda: told(space, job), f"{job} told")
+    return job
+
+
 def running(space: Space, stage: str, attempt: int, pods: int = 1) -> str:
     """The Job of an attempt, all pods of which run and are known to."""
-    job = players.next_job(space, "demo", stage, attempt)
+    job = pending(space, stage, attempt)
     for index in range(pods):
         players.run(space, job, index=index)
-
-    def told() -> bool:
-        stages = space.status("demo").get("stages") or ()
-        return any(one["job"] == job and one["state"] == "Running" for one in stages if "job" in one)
-
-    wait_for(told, f"{job} told as running")
+    wait_for(lambda: told(space, job) == "Running", f"{job} told as running")
     return job
+
+
+def told(space: Space, job: str) -> str | None:
+    """What the status says of a stage's Job."""
+    stages = space.status("demo").get("stages") or ()
+    return next((one["state"] for one in stages if one.get("job") == job), None)
 
 
 def play_every_stage(space: Space) -> None:
@@ -101,7 +114,7 @@ def play_what_cannot_be_mended(space: Space) -> None:
 
 
 def play_an_image_that_is_not_there(space: Space) -> None:
-    pod = players.pod_of(space, players.next_job(space, "demo", "prepare", 1))
+    pod = players.pod_of(space, pending(space, "prepare", 1))
     waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}
     players.patch_pod(space, pod, {"containerStatuses": players.container(waiting)})
 
@@ -164,7 +177,7 @@ class Kill(Rule):
     point: Point
     operator: Operator
     seen: collections.Counter[str] = field(default_factory=collections.Counter)
-    hit: bool = False
+    hit: threading.Event = field(default_factory=threading.Event)
 
     async def before(self, call: Call) -> Answer | None:
         if call.writes:
@@ -178,10 +191,10 @@ class Kill(Rule):
 
     def _kill(self, call: Call, moment: Moment) -> None:
         here = Point(label(call), self.seen[label(call)], moment)
-        if here != self.point or self.hit:
+        if here != self.point or self.hit.is_set():
             return
         self.operator.restart()
-        self.hit = True
+        self.hit.set()
         raise CutError
 
 
@@ -287,7 +300,8 @@ def test_killed_before_or_after_any_write_a_run_of_played_pods_ends_the_same(
     bench: Bench, name: str, rng: random.Random, full_trials: bool
 ) -> None:
     wanted, recorded = record(bench, name)
-    cut_at(bench, name, wanted, recorded if full_trials else rng.sample(recorded, SAMPLE))
+    rng.shuffle(recorded)
+    cut_at(bench, name, wanted, recorded, len(recorded) if full_trials else SAMPLE)
     print(f"{name}: {len(recorded)} points found")
 
 
@@ -298,18 +312,25 @@ def test_a_leader_killed_at_a_write_changes_nothing_in_the_end_of_played_pods(
     bench: Bench, rng: random.Random, full_trials: bool
 ) -> None:
     wanted, recorded = record(bench, "a retry")
-    tried = rng.sample(recorded, LEASED_TRIALS if full_trials else LEASED_SAMPLE)
-    cut_at(bench, "a retry", wanted, tried)
+    rng.shuffle(recorded)
+    cut_at(bench, "a retry", wanted, recorded, LEASED_TRIALS if full_trials else LEASED_SAMPLE)
 
 
-def cut_at(bench: Bench, name: str, wanted: Outcome, tried: list[Point]) -> None:
-    """One run for each point; all outcomes are looked at once more when the last one is over."""
-    spaces = [trial(bench, name, point, wanted) for point in tried]
+def cut_at(bench: Bench, name: str, wanted: Outcome, recorded: list[Point], trials: int) -> None:
+    """One run for each point, up to this many; all outcomes are looked at once more when the last one is over.
+
+    How often the status is written hangs on what comes at the same moment: a tenth of the points may never come again.
+    """
+    cut: dict[Point, Space] = {}
+    for point in recorded:
+        if len(cut) < trials and (space := trial(bench, name, point, wanted)):
+            cut[point] = space
     wait_for(lambda: bench.operator.get("/readyz") == 200, "the operator watching")
     bench.wait_until_quiet()
-    for space, point in zip(spaces, tried, strict=True):
+    for point, space in cut.items():
         compare(outcome(space, bench.proxy.writes), wanted, point)
-    print(f"{name}: {len(tried)} points tried")
+    print(f"{name}: {len(cut)} points tried")
+    assert len(cut) >= 0.9 * trials
 
 
 def record(bench: Bench, name: str) -> tuple[Outcome, list[Point]]:
@@ -324,14 +345,17 @@ def record(bench: Bench, name: str) -> tuple[Outcome, list[Point]]:
     return wanted, points(writes)
 
 
-def trial(bench: Bench, name: str, point: Point, wanted: Outcome) -> Space:
-    """One run that is cut once."""
-    print(f"{name}: killed {point}", flush=True)
-    bench.proxy.rule = kill = Kill(point, bench.operator)
-    space, _ = bench.finish(*RUNS[name])
-    wait_for(lambda: kill.hit, f"the operator killed {point}")
-    compare(outcome(space, bench.proxy.writes), wanted, point)
-    return space
+def trial(bench: Bench, name: str, point: Point, wanted: Outcome) -> Space | None:
+    """One run that is cut once; None if none of a few runs comes by the point."""
+    for _ in range(RUNS_FOR_A_POINT):
+        bench.proxy.rule = kill = Kill(point, bench.operator)
+        space, _ = bench.finish(*RUNS[name])
+        if kill.hit.wait(PATIENCE_SECONDS):
+            print(f"{name}: killed {point}", flush=True)
+            compare(outcome(space, bench.proxy.writes), wanted, point)
+            return space
+    print(f"{name}: not seen again: {point}", flush=True)
+    return None
 
 
 def compare(found: Outcome, wanted: Outcome, point: Point) -> None:

@@ -93,6 +93,20 @@ def test_played_pods_progress_reaches_the_status(space: Space, teller: tuple[str
     assert space.wait_status("demo", progress="200/300 (66%)")["training"]["eta"] == "10m"
 
 
+def test_the_only_figure_of_played_pods_training_can_be_taken_back(
+    space: Space, teller: tuple[str, list[Progress]]
+) -> None:
+    address, told = teller
+    space.submit("demo", SPEC)
+    players.succeed(space, players.next_job(space, "demo", "prepare", 1))
+    measuring = Progress(stage=Stage.TRAIN, attempt=1, activity="measuring", done=13, total=16, unit="rows")
+    told.append(measuring.model_copy(update={"eta_seconds": 9.0}))
+    players.run(space, players.next_job(space, "demo", "train", 1), address)
+    assert space.wait_status("demo", progress="13/16 (81%)")["training"] == {"eta": "9s"}
+    told.append(measuring.model_copy(update={"done": 16}))
+    assert "training" not in space.wait_status("demo", progress="16/16 (100%)")
+
+
 # --- mishaps ---------------------------------------------------------------------------------------------------------
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.demo import JOB, NAMESPACE
 from cluster.target import ROOT, Target
+from tests.e2e.jobs import Jobs, in_cluster, work_folder
 
 KL_LIMIT = 2e-3
+BUCKETS = "/var/lib/kubelet/pods/{uid}/volumes/kubernetes.io~empty-dir"
+"""Of the store's pod, as its node sees them: a folder each."""
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +35,13 @@ def status(demo: subprocess.CompletedProcess[str], cluster: Target) -> dict[str,
     return found
 
 
+@pytest.fixture
+def folder(status: dict[str, Any], cluster: Target) -> Path:
+    """The job's, on its claim."""
+    assert status["phase"] == "Succeeded"
+    return work_folder(Jobs(cluster, NAMESPACE), JOB)
+
+
 def artifact(status: dict[str, Any], kind: str) -> dict[str, Any]:
     found: list[dict[str, Any]] = [artifact for artifact in status["artifacts"] if artifact["type"] == kind]
     assert len(found) == 1
@@ -41,7 +52,8 @@ def test_the_demo_shows_each_phase_the_outcome_and_what_to_try_next(
     demo: subprocess.CompletedProcess[str], status: dict[str, Any]
 ) -> None:
     assert status["phase"] == "Succeeded"
-    for words in ("Preparing", "Training", "Merging", "Quantizing", "Succeeded", "before", "after", "cluster-down"):
+    phases = ("Preparing", "Training", "Merging", "Quantizing", "Publishing", "Succeeded")
+    for words in (*phases, "before", "after", "published to s3://models/quickstart", "index.html", "cluster-down"):
         assert words in demo.stdout
 
 
@@ -61,6 +73,44 @@ def test_the_quantized_model_was_loaded_and_measured(status: dict[str, Any]) -> 
     assert float(quantized["measured"]["perplexity"]) > 1
     assert float(quantized["measured"]["evalLoss"]) < float(artifact(status, "Adapter")["measured"]["evalLossBase"])
     assert quantized["sizeBytes"] < merged["sizeBytes"]
+
+
+def test_what_the_store_has_is_the_quantized_model_byte_for_byte(
+    status: dict[str, Any], cluster: Target, folder: Path
+) -> None:
+    (place,) = artifact(status, "Quantized")["published"]
+    there = stored(cluster, "models/quickstart")
+    assert there["manifest.json"] == place["digest"].removeprefix("sha256:")
+    made = json.loads((folder / "quantized" / "gptq4" / "manifest.json").read_text(encoding="utf-8"))
+    assert {file["path"]: file["sha256"] for file in made["files"]}.items() <= there.items()
+
+
+def stored(cluster: Target, prefix: str) -> dict[str, str]:
+    """SHA-256 of every object below a prefix of the store."""
+    uid = cluster.get("pod", "store", NAMESPACE)["metadata"]["uid"]
+    sums = in_cluster("sh", "-c", f"cd {BUCKETS.format(uid=uid)}/{prefix} && sha256sum *").splitlines()
+    return {name: digest for digest, name in (line.split("  ") for line in sums)}
+
+
+def test_the_report_tells_what_the_status_tells(status: dict[str, Any], folder: Path) -> None:
+    assert status["report"] == f"{folder.name}/report/index.html"
+    told = json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))
+    by_name = {artifact["name"]: artifact for artifact in told["artifacts"]}
+    for made in status["artifacts"]:
+        for name, value in made["measured"].items():
+            assert float(value) == pytest.approx(by_name[made["name"]]["measured"][name], rel=1e-3)
+    assert [place["uri"] for place in told["published"]] == ["s3://models/quickstart/"]
+    assert (folder / "report" / "index.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_the_manifests_that_serve_the_models_are_accepted(
+    status: dict[str, Any], cluster: Target, folder: Path
+) -> None:
+    for name in ("adapter", "merged", "gptq4"):
+        text = (folder / "report" / "serve" / f"{name}-vllm.yaml").read_text(encoding="utf-8")
+        assert status["claimName"] in text
+        dry = ("--dry-run=server", "--validate=strict", "--warnings-as-errors")  # Pod Security warns of its pods
+        cluster.kubectl("apply", *dry, "-n", NAMESPACE, "-f", "-", stdin=text)
 
 
 def test_kubectl_tells_the_story(status: dict[str, Any], cluster: Target) -> None:

@@ -251,7 +251,8 @@ def _run_stage(config: JobConfig, arguments: argparse.Namespace, name: str | Non
                 _tell_of_job(config, context, found, time.monotonic() - began)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every end is told
         return _end_badly(arguments, fence.explained(work.root, arguments.attempt, error))
-    return _end(arguments, manifest.last_word(found, target, arguments.attempt))
+    word = manifest.last_word(found, target, arguments.attempt)
+    return _end(arguments, word.model_copy(update={"progress": report.current if word.training else None}))
 
 
 def _tell_of_job(config: JobConfig, context: Context, found: Manifest, seconds: float) -> None:

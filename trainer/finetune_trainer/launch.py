@@ -27,6 +27,7 @@ from finetune_trainer.progress import ExitCode, LastWord, Reason, Stage
 from finetune_trainer.runtime import distributed
 from finetune_trainer.runtime.errors import InvalidConfig
 from finetune_trainer.runtime.farewell import shortened
+from finetune_trainer.runtime.wording import end_of_process
 
 if TYPE_CHECKING:
     import threading
@@ -105,18 +106,10 @@ class Rank:
         try:
             return LastWord.model_validate_json(word_path(self.words, self.number).read_bytes())
         except (OSError, ValidationError):
-            reason, told = _end_without_word(self.code or 0)
-            message = shortened(f"Rank {self.number} {told}. The log says more.")
+            code = self.code or 0
+            reason = {each.value: each.reason for each in ExitCode}.get(code, Reason.UNKNOWN)
+            message = shortened(f"Rank {self.number} {end_of_process(code)}. The log says more.")
             return LastWord(stage=Stage.TRAIN, attempt=attempt, reason=reason, message=message)
-
-
-def _end_without_word(code: int) -> tuple[Reason, str]:
-    if code < 0:
-        name = signal.Signals(-code).name
-        memory = ", as the kernel does with a process when memory runs out" if -code == signal.SIGKILL else ""
-        return Reason.UNKNOWN, f"was killed ({name}){memory}"
-    known = {each.value: each.reason for each in ExitCode}
-    return known.get(code, Reason.UNKNOWN), f"ended with exit code {code} and without a word"
 
 
 def is_parent(config: JobConfig) -> bool:

@@ -18,12 +18,12 @@ import gc
 import logging
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_trainer.config import FLOATING, BaseFormat, Merge, MergeBase
+from finetune_trainer.config import FLOATING, BaseFormat, Merge, MergeBase, MergeDtype
 from finetune_trainer.evaluate import Comparison, compare, measure_loss, read_token_rows, rounded
 from finetune_trainer.models.finished import QUANTIZED_WEIGHT, cast, finish_folder, write_finished
 from finetune_trainer.models.loading import (
@@ -37,6 +37,7 @@ from finetune_trainer.models.loading import (
     working_device,
 )
 from finetune_trainer.models.sharding import build_empty
+from finetune_trainer.runtime import manifest
 from finetune_trainer.runtime.errors import GateFailed, InvalidConfig, VerificationFailed
 from finetune_trainer.runtime.manifest import Made, Manifest, Result
 from finetune_trainer.settings.outcome import choose_unmeasured
@@ -54,8 +55,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_KL = 2e-3
-"""Nats a token. Rounding the merged weights to bf16 costs about 1e-4 (SmolLM2-135M); a merge that goes wrong (another
-base, a lost scale, requantized layers) costs 0.03 and more. In between, nothing was seen."""
+"""Nats a token. Rounding weights that were widened to bf16 costs about 1e-4 (SmolLM2-135M); a merge that goes wrong
+(another base, a lost scale, requantized layers) costs 0.03 and more. What is in between is looked at: `verify_same`."""
+MAX_LOSS_DRIFT = 0.1
+"""Nats a token, either way, between the held-out loss that ended the training and that of the adapter loaded back in
+fp32. Computing in 16 bits moves it by 0.002, in bitsandbytes' 8 bits by 0.014 (SmolLM2-135M on CPU); an adapter ten
+times too large by 0.35 after six steps of training (the model of the tests)."""
 HELD_BYTES = 4
 """Bytes a parameter: one model in fp32."""
 
@@ -77,6 +82,8 @@ class Merging:
     resolved: Resolved
     rows: Sequence[TokenRow]
     asked: Merge
+    trained_loss: float | None = None
+    """Held-out, nats a token, as training measured it at its end; None where it measured no such loss."""
 
     @property
     def settings(self) -> ResolvedMerge:
@@ -96,6 +103,11 @@ class Merging:
         """Whether the held-out loss decides on the weights to merge into."""
         return bool(self.rows) and self.settings.base == MergeBase.AUTO
 
+    def without_rounding(self) -> Merging:
+        """The same, written in fp32."""
+        settings = self.settings.model_copy(update={"dtype": MergeDtype.FP32})
+        return replace(self, resolved=self.resolved.model_copy(update={"merge": settings}))
+
     def weights_of(self, base: MergeBase) -> Path:
         """The folder of the weights to merge into."""
         apart = base is MergeBase.ORIGINAL and self.asked.original is not None
@@ -109,7 +121,8 @@ class Merging:
 def run(config: JobConfig, context: Context) -> Manifest:
     """Choose the weights, merge into them, load back, compare, let the gates judge, publish `merged/`."""
     set_up_torch()
-    merging = Merging(context, context.resolved, read_token_rows(context.work.data), config.merge or Merge())
+    rows, asked = read_token_rows(context.work.data), config.merge or Merge()
+    merging = Merging(context, context.resolved, rows, asked, read_trained_loss(context))
 
     def build(folder: Path) -> Result:
         with tempfile.TemporaryDirectory(prefix=".reference-", dir=folder) as aside:
@@ -118,23 +131,34 @@ def run(config: JobConfig, context: Context) -> Manifest:
     return context.publish(build)
 
 
+def read_trained_loss(context: Context) -> float | None:
+    """What the adapter's manifest says of its held-out loss, nats a token; a loss of pairs (DPO) is none of tokens."""
+    made = manifest.read(context.work.adapter).result.artifact
+    if context.resolved.dpo is not None or made is None or made.measured is None:
+        return None
+    return made.measured.eval_loss
+
+
 def merge(merging: Merging, folder: Path, aside: Path) -> Result:
     """Write the merged model into `folder`, and say what it is worth. `aside`: for what is needed meanwhile.
 
-    VerificationFailed if merging changed the model, GateFailed if a figure is worse than the job allows.
+    VerificationFailed if the adapter is not the one that was trained or merging changed the model, GateFailed if a
+    figure is worse than the job allows.
     """
     if not merging.rows:
         return merge_unmeasured(merging, folder)
     references = measure_references(merging, aside)
+    verify_trained(references[merging.trained_base].loss, merging.trained_loss)
     losses = {base: reference.loss for base, reference in references.items()}
     base = choose_base(merging.settings, losses)
     write_merged(merging, base, folder)
-    found = compare_merged(merging, base, folder, references)
+    same, found = compare_merged(merging, base, folder, references)
+    remark = verify_same(same, merging, base, aside)
     pass_gates(found, base, merging)
     measured = found.measured()
     if merging.is_measured:
         measured = measured.model_copy(update=_of_both(losses))
-    return _result(_message(found, base, losses, merging), measured)
+    return _result(_message(found, base, losses, merging) + remark, measured)
 
 
 def _result(message: str, measured: Measured | None) -> Result:
@@ -142,7 +166,8 @@ def _result(message: str, measured: Measured | None) -> Result:
 
 
 def _of_both(losses: Mapping[MergeBase, float]) -> dict[str, float]:
-    return {f"eval_loss_{base.value.lower()}": rounded(loss) for base, loss in losses.items()}
+    """Without what is no number, which no record can hold."""
+    return {f"eval_loss_{base.value.lower()}": rounded(loss) for base, loss in losses.items() if math.isfinite(loss)}
 
 
 def _message(found: Comparison, base: MergeBase, losses: Mapping[MergeBase, float], merging: Merging) -> str:
@@ -235,6 +260,22 @@ def widen_gptq(model: Any) -> Any:  # noqa: ANN401 - a causal language model
     return model
 
 
+def verify_trained(loss: float, trained: float | None) -> None:
+    """VerificationFailed unless the adapter loaded back is worth what it was when its training ended.
+
+    One that was damaged in between makes the merged model and its reference worse alike, and they agree.
+    """
+    drift = 0.0 if trained is None else abs(loss - trained)
+    if math.isfinite(loss) and drift <= MAX_LOSS_DRIFT:
+        return
+    told = "" if trained is None else f", {trained:.4f} when training ended (apart by at most {MAX_LOSS_DRIFT:g})"
+    msg = (
+        f"The adapter is not the one that was trained: held-out loss {loss:.4f} nats a token on the weights that it "
+        f"was trained on{told}. Nothing is published. Train again in a new job; if it stays so, report this as a bug."
+    )
+    raise VerificationFailed(msg)
+
+
 def choose_base(settings: ResolvedMerge, losses: Mapping[MergeBase, float]) -> MergeBase:
     """The weights that were asked for; with Auto those in which the adapter has the lower loss.
 
@@ -288,7 +329,7 @@ def merge_streaming(merging: Merging, base: MergeBase, folder: Path) -> None:
     def load(part: streaming.Part) -> Any:  # noqa: ANN401 - a causal language model
         return streaming.merge_part(weights, context.work.adapter, part, parts, resolved, device, widening)
 
-    context.report.begin("merging the adapter", len(parts), "layers")
+    context.report.begin("merging the adapter", len(parts), "parts")
     streaming.stream(parts, load, folder, partial(cast, dtype=settings.dtype), settings.max_shard_size, context.polled)
     finish_folder(folder, weights, context.work.tokenizer, settings.dtype)
 
@@ -313,11 +354,8 @@ def merge_whole(merging: Merging, base: MergeBase, folder: Path) -> None:
 
 def compare_merged(
     merging: Merging, base: MergeBase, folder: Path, references: Mapping[MergeBase, Reference]
-) -> Comparison:
-    """Load the merged model back and compare it: it must be the adapter on the same weights, or VerificationFailed.
-
-    The figures are those of a comparison with what was trained.
-    """
+) -> tuple[Comparison, Comparison]:
+    """Load the merged model back and compare it with the adapter on the same weights, and with what was trained."""
     import torch  # noqa: PLC0415 - slow
 
     context = merging.context
@@ -325,24 +363,51 @@ def compare_merged(
     context.report.begin("loading the merged model back")
     candidate = load_finished(folder, merging.device(HELD_BYTES), torch.float32)
     context.report.begin("comparing with the adapter", len(merging.rows), "rows")
-    found = compare(references[base].model, candidate, merging.rows, context.polled)
-    verify_same(found)
+    same = compare(references[base].model, candidate, merging.rows, context.polled)
     if base is merging.trained_base:
-        return found
+        return same, same
     context.report.begin("comparing with what was trained", len(merging.rows), "rows")
-    return compare(references[merging.trained_base].model, candidate, merging.rows, context.polled)
+    return same, compare(references[merging.trained_base].model, candidate, merging.rows, context.polled)
 
 
-def verify_same(found: Comparison) -> None:
-    """VerificationFailed unless the merged model is, within rounding, the adapter on the same weights."""
-    if math.isfinite(found.kl) and found.kl <= MAX_KL:
-        return
+def is_same(found: Comparison) -> bool:
+    """Whether the merged model is the adapter on the same weights."""
+    return math.isfinite(found.kl) and found.kl <= MAX_KL
+
+
+def verify_same(found: Comparison, merging: Merging, base: MergeBase, aside: Path) -> str:
+    """VerificationFailed if merging changed the model; if only rounding did, what there is to say of it.
+
+    A weight of 16 bits loses what is added to it and is less than half of its last digit; of an adapter that was
+    trained for a few steps that may be a good part. A merge in fp32 tells this from a merge that went wrong.
+    """
+    if is_same(found):
+        return ""
+    dtype = merging.settings.dtype
+    if dtype != MergeDtype.FP32 and is_same(compare_unrounded(merging, base, aside)):
+        return (
+            f" Rounding to {dtype} alone took it {found.kl:.1e} nats a token (KL) away from the adapter on the same "
+            f"weights, {found.loss - found.reference_loss:+.4f} of held-out loss: merge.dtype FP32 rounds nothing."
+        )
     msg = (
         f"The merged model is not the one that was trained: KL {found.kl:.3g} nats a token (at most {MAX_KL:g}), "
         f"held-out loss {found.loss:.4f} instead of {found.reference_loss:.4f}. "
         "Keep the adapter and report this as a bug."
     )
     raise VerificationFailed(msg)
+
+
+def compare_unrounded(merging: Merging, base: MergeBase, aside: Path) -> Comparison:
+    """The same merge without rounding, compared with the adapter. `aside`: has room for 4 bytes a parameter."""
+    import torch  # noqa: PLC0415 - slow
+
+    context, folder = merging.context, aside / "unrounded"
+    reference = measure_reference(merging, base, aside / "again")
+    folder.mkdir()
+    write_merged(merging.without_rounding(), base, folder)
+    context.report.begin("comparing without rounding", len(merging.rows), "rows")
+    candidate = load_finished(folder, merging.device(HELD_BYTES), torch.float32)
+    return compare(reference.model, candidate, merging.rows, context.polled)
 
 
 def pass_gates(found: Comparison, base: MergeBase, merging: Merging) -> None:

@@ -361,7 +361,7 @@ class LayerFacts(Model):
 
 
 class TrainFacts(Model):
-    """What training did. Speed, memory and resumes are told live alone: in a manifest they would change its digest."""
+    """What training did. Speed, memory and resumes are in Progress: in a manifest they would change its digest."""
 
     steps: int
     epochs: float
@@ -388,6 +388,9 @@ class LastWord(Model):
     training: TrainFacts | None = None
     artifact: Artifact | None = None
     published: Published | None = Field(default=None, description="Of a publish stage.")
+    progress: Progress | None = Field(
+        default=None, description="Of a training that ended well: what was told live last, for who was not listening."
+    )
 
     @property
     def succeeded(self) -> bool:

@@ -300,5 +300,10 @@ class Status(Model):
         return tuple(each for each in attempts if each.retry is not None and (each.stage, each.number) not in known)
 
     def to_dict(self) -> JSON:
-        """As the API server stores it."""
-        return self.model_dump(by_alias=True, exclude_none=True, mode="json")
+        """As the API server stores it.
+
+        Without objects that hold nothing: one that held something before would become null by server-side apply, which
+        the schema refuses, and with it the whole status.
+        """
+        told = self.model_dump(by_alias=True, exclude_none=True, mode="json")
+        return {name: value for name, value in told.items() if value != {}}

@@ -8,7 +8,17 @@ from collections.abc import Iterator
 import pytest
 from pydantic import ValidationError
 
-from finetune_operator.api import JSON, FineTuneJob, InvalidJobError, Spec, cut, format_time, spec
+from finetune_operator.api import (
+    JSON,
+    FineTuneJob,
+    InvalidJobError,
+    Spec,
+    Status,
+    TrainingStatus,
+    cut,
+    format_time,
+    spec,
+)
 from finetune_operator.settings import Settings, SettingsError
 from finetune_trainer import config
 from finetune_trainer.config import JobConfig, Model
@@ -126,6 +136,10 @@ def test_of_a_list_only_the_entry_that_cannot_be_read_is_dropped() -> None:
 def test_what_is_stored_is_not_changed_by_reading_it() -> None:
     stored = {"conditions": [{"type": "Odd"}]}
     assert a_job(status=stored).stored_status == {"conditions": [{"type": "Odd"}]}
+
+
+def test_a_training_of_which_nothing_is_known_is_left_out_of_what_is_stored() -> None:
+    assert Status(phase="Training", training=TrainingStatus()).to_dict() == {"phase": "Training"}
 
 
 def test_a_long_message_is_cut_to_the_limit() -> None:

@@ -249,6 +249,21 @@ def test_after_the_end_the_progress_is_that_of_the_training() -> None:
     assert (status.phase, status.progress) == ("Succeeded", "40/40 (100%)")
 
 
+def test_a_training_that_nobody_listened_to_is_told_in_full_by_its_last_word() -> None:
+    cluster = Cluster()
+    cluster.settle()
+    cluster.say()
+    cluster.settle()
+    cluster.run_pod()
+    last = {"activity": "checking what was written", "done": 9, "total": 9, "unit": "bytes"}
+    figures = {"resumed_from_step": 20, "tokens_per_second": 1234.5, "peak_memory_bytes": 2**30}
+    cluster.say(progress=Progress(stage=Stage.TRAIN, attempt=1, **last, **figures))
+    told = cluster.settle().status.training
+    assert told is not None
+    assert (told.resumed_from_step, told.tokens_per_second, told.peak_memory) == (20, "1234", "1")
+    assert (told.step, told.progress) == (40, "40/40 (100%)")
+
+
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from finetune_operator.api import JSON, Label
-from finetune_operator.kube import Kube, KubeError
+from finetune_operator.kube import GoneError, Kube, KubeError
 from finetune_operator.metrics import Jobs
 from finetune_operator.queue import Key
 from finetune_operator.watch import ChildWatch, Ended, Resync
@@ -118,13 +118,16 @@ async def test_an_ended_job_of_whose_deletion_no_watch_told_is_forgotten_with_th
     assert heard(there.ended) == [key("demo")]
 
 
-async def test_a_watch_that_a_stand_in_ends_at_once_is_taken_up_again_after_a_pause() -> None:
+@pytest.mark.parametrize("ends", [None, GoneError(410, "too old")], ids=["without a word", "as too old"])
+async def test_a_watch_that_a_stand_in_ends_at_once_is_taken_up_again_after_a_pause(ends: GoneError | None) -> None:
     calls: list[int] = []
 
     class Short:
         async def watch(self, *_: Any, **__: Any) -> AsyncIterator[JSON]:
             calls.append(1)
             await asyncio.sleep(0)
+            if ends is not None:
+                raise ends
             none: tuple[JSON, ...] = ()
             for event in none:
                 yield event

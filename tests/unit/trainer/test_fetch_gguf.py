@@ -1,12 +1,16 @@
 """A GGUF file becomes a model in safetensors, once, with its values."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors import safe_open
+from transformers import LlamaConfig
 
+from finetune_trainer.models.gguf import LLAMA3
+from finetune_trainer.models.gguf_export import rope_factors
 from finetune_trainer.progress import ExitCode
 from tests.tiny import make_config
 from tests.unit.trainer.conftest import Desk
@@ -15,8 +19,11 @@ gguf = pytest.importorskip("gguf")
 HIDDEN, VOCABULARY, LAYERS = 64, 300, 1
 
 
-def make_gguf(path: Path, kind: str) -> dict[str, np.ndarray[Any, Any]]:
-    """A random Llama with a byte-level tokenizer; its weights as they come out of the file."""
+def make_gguf(path: Path, kind: str, factors: np.ndarray[Any, Any] | None = None) -> dict[str, np.ndarray[Any, Any]]:
+    """A random Llama with a byte-level tokenizer; its weights as they come out of the file.
+
+    `factors`: by how much each frequency of the positions is slowed down.
+    """
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(LAYERS)
     writer.add_context_length(256)
@@ -47,6 +54,8 @@ def make_gguf(path: Path, kind: str) -> dict[str, np.ndarray[Any, Any]]:
         values[name] = gguf.quants.dequantize(data, quantization)
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
         writer.add_tensor(f"{name}.weight", np.ones(HIDDEN, dtype=np.float32))
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", factors)
     for step in ("header", "kv_data", "tensors"):
         getattr(writer, f"write_{step}_to_file")()
     writer.close()
@@ -76,6 +85,25 @@ def test_values_are_kept(desk: Desk, kind: str, dtype: str, rounding: float) -> 
             tensor = file.get_tensor(f"model.{ours}.weight")
             assert str(tensor.dtype) == dtype
             np.testing.assert_allclose(tensor.float().numpy(), values[name], rtol=rounding)
+
+
+def test_positions_stretched_as_in_llama_3_stay_so(desk: Desk) -> None:
+    stretched = {**LLAMA3, "rope_theta": 10000.0, "factor": 32.0}
+    factors = rope_factors(LlamaConfig(hidden_size=HIDDEN, num_attention_heads=2, rope_parameters=stretched))
+    assert factors is not None
+    assert len(set(factors.tolist())) > 2
+    make_gguf(desk.models / "model.gguf", "F16", factors)
+    code, message = prepare(desk)
+    assert code == ExitCode.COMPLETED, message
+    kept = json.loads((desk.work / "model" / "config.json").read_text())["rope_parameters"]
+    assert {name: kept[name] for name in stretched} == stretched
+
+
+def test_positions_stretched_otherwise_are_refused(desk: Desk) -> None:
+    make_gguf(desk.models / "model.gguf", "F16", np.linspace(1, 8, HIDDEN // 4, dtype=np.float32))
+    code, message = prepare(desk)
+    assert code == ExitCode.INVALID_MODEL
+    assert "model.gguf slows positions down otherwise than Llama 3 does. Give the model's own folder" in message
 
 
 def test_a_cut_file_is_refused(desk: Desk) -> None:

@@ -197,6 +197,8 @@ def test_simulated_out_of_memory_is_told_and_healed_as_a_real_one(
     assert word is not None
     assert word.training is not None
     assert word.training.steps == 4
+    assert word.progress is not None
+    assert word.progress.resumed_from_step == 2, "for an operator that was away meanwhile"
     assert "going on from step 2" in capsys.readouterr().err
 
 

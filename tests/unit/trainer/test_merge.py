@@ -21,15 +21,16 @@ from finetune_trainer.models.finished import end_tokens
 from finetune_trainer.models.loading import import_peft, load_base, load_dequantized, load_finished, set_up_torch
 from finetune_trainer.models.recording import record
 from finetune_trainer.models.sharding import build_empty
-from finetune_trainer.progress import Measured, Resolved, ResolvedLora, ResolvedMerge, Stage
+from finetune_trainer.progress import Measured, Resolved, ResolvedDpo, ResolvedLora, ResolvedMerge, Stage
+from finetune_trainer.runtime import manifest
 from finetune_trainer.runtime.context import Context
 from finetune_trainer.runtime.errors import GateFailed, VerificationFailed
-from finetune_trainer.runtime.manifest import Result
+from finetune_trainer.runtime.manifest import Made, Result, Target
 from finetune_trainer.runtime.report import Report
 from finetune_trainer.runtime.work import WorkFolder
 from finetune_trainer.training.adapters import build_lora
 from tests.tiny import make_tiny_gptq, make_tiny_model
-from tests.unit.trainer.runs import CPU, LINEAR, SETTINGS, make_rows, replace_settings
+from tests.unit.trainer.runs import CPU, LINEAR, SETTINGS, Run, make_rows, replace_settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -254,13 +255,67 @@ def test_the_reference_is_the_base_that_was_trained_on_and_not_the_original(tiny
         pytest.param(float("nan"), False, id="no number at all"),
     ],
 )
-def test_the_gate_stands_between_rounding_and_a_broken_merge(kl: float, same: bool) -> None:
-    found = Comparison(reference_loss=1.0, loss=1.0, kl=kl, top1=1.0)
+def test_the_limit_stands_between_rounding_and_a_broken_merge(kl: float, same: bool) -> None:
+    assert merge.is_same(Comparison(reference_loss=1.0, loss=1.0, kl=kl, top1=1.0)) is same
+
+
+def test_what_rounding_alone_changed_beyond_the_limit_is_told_and_fails_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge, "MAX_KL", 1e-8)
+    bench = make_bench(tmp_path)
+    found = bench.merge()
+    assert found.artifact is not None
+    assert found.artifact.measured is not None
+    rounding = found.artifact.measured.kl_divergence
+    assert rounding is not None
+    assert rounding > merge.MAX_KL
+    assert f"Rounding to BF16 alone took it {rounding:.1e} nats a token" in found.message
+    assert "merge.dtype FP32 rounds nothing" in found.message
+    assert {path.name for path in bench.work.merged.glob("*.safetensors")} == {"model.safetensors"}
+    assert load_file(bench.work.merged / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("loss", "trained", "same"),
+    [
+        pytest.param(2.003, 2.0, True, id="computed in fewer bits"),
+        pytest.param(2.2, 2.0, False, id="worse"),
+        pytest.param(1.8, 2.0, False, id="better is another one too"),
+        pytest.param(float("nan"), 2.0, False, id="no number at all"),
+        pytest.param(9.0, None, True, id="training measured none"),
+        pytest.param(float("nan"), None, False, id="no number, training measured none"),
+    ],
+)
+def test_an_adapter_is_the_one_that_was_trained_if_it_is_worth_the_same(
+    loss: float, trained: float | None, same: bool
+) -> None:
     if same:
-        merge.verify_same(found)
+        merge.verify_trained(loss, trained)
     else:
-        with pytest.raises(VerificationFailed):
-            merge.verify_same(found)
+        with pytest.raises(VerificationFailed, match=f"held-out loss {loss:.4f} nats a token"):
+            merge.verify_trained(loss, trained)
+
+
+PAIRS = ResolvedDpo(beta=0.1, loss_type="Sigmoid", label_smoothing=0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "measured", "known"),
+    [
+        pytest.param({}, Measured(eval_loss=1.5), 1.5, id="of tokens"),
+        pytest.param({"dpo": PAIRS}, Measured(eval_loss=0.5), None, id="of pairs"),
+        pytest.param({}, None, None, id="nothing was held out"),
+    ],
+)
+def test_what_training_measured_is_read_where_it_is_a_loss_of_tokens(
+    changes: dict[str, Any], measured: Measured | None, known: float | None, tmp_path: Path
+) -> None:
+    context = Run(tmp_path, tmp_path, replace_settings(SETTINGS, **changes)).context()
+    adapter = Target(Stage.TRAIN, context.work.adapter, "adapter", "sha256:0")
+    made = Made(name="adapter", type="Adapter", measured=measured)
+    manifest.publish(adapter, 1, lambda _: Result(message="Trained.", artifact=made))
+    assert merge.read_trained_loss(context) == known
 
 
 # Into which weights
@@ -317,6 +372,18 @@ def test_the_lower_loss_decides(losses: tuple[float, float], base: str) -> None:
     measured = dict(zip((MergeBase.DEQUANTIZED, MergeBase.ORIGINAL), losses, strict=True))
     assert merge.choose_base(settings, measured) == base
     assert merge.choose_base(settings.model_copy(update={"base": "Original"}), measured) == "Original"
+
+
+def test_original_weights_that_compute_no_numbers_are_not_taken_and_no_record_has_the_loss(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path, make_tiny_gptq, base_format="GPTQ", merge={"base": "Auto"})
+    make_tiny_model(bench.work.original, dtype="float16")
+    _change_weights(bench.work.original, {"model.norm.weight": float("nan")})
+    found = bench.merge(original={"volume": {"claimName": "models", "path": "original"}})
+    assert "Merged into the dequantized weights" in found.message
+    assert "nan in the original ones" in found.message
+    assert found.artifact is not None
+    assert found.artifact.measured is not None
+    assert found.artifact.measured.eval_loss_original is None
 
 
 @pytest.mark.parametrize(("held", "base"), [("NF4", MergeBase.DEQUANTIZED), ("Int8", MergeBase.ORIGINAL)])
@@ -487,6 +554,7 @@ def test_the_folder_is_what_servers_read(tmp_path: Path) -> None:
     read = AutoTokenizer.from_pretrained(merged)
     assert (read.pad_token, read.chat_template) == (tokenizer.eos_token, tokenizer.chat_template)
     assert AutoModelForCausalLM.from_pretrained(merged, dtype="auto").dtype == torch.float16
+    assert {tensor.dtype for tensor in _read_weights(merged).values()} == {torch.float16}
 
 
 @pytest.mark.parametrize(

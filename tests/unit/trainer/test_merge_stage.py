@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from finetune_trainer.models import loading
+from finetune_trainer.models.folder import ADAPTER_WEIGHTS
 from finetune_trainer.progress import ExitCode, LastWord, Reason
+from finetune_trainer.runtime import manifest
 from tests.tiny import make_config, make_instructions, make_jsonl, make_tiny_model
 from tests.unit.trainer.conftest import Desk
 
 CONFIG = make_config(
     evaluation={"percent": 20},
-    training={"maxSteps": 2, "maxLength": 64},
+    training={"maxSteps": 6, "maxLength": 64, "globalBatchSize": 8, "learningRate": 0.02},
     merge={"base": "Dequantized", "maxKLDivergence": 1e-9},
 )
 
@@ -65,7 +68,7 @@ def test_an_adapter_that_is_merged_ten_times_too_large_is_found_out(
         adapted = put(base, adapter)
         for name, tensor in adapted.named_parameters():
             if "lora_B" in name:
-                tensor.data.mul_(100.0).add_(0.1)  # two steps of training leave nearly nothing to scale
+                tensor.data.mul_(10.0)
         return adapted
 
     monkeypatch.setattr("finetune_trainer.models.streaming.put_adapter", scaled)
@@ -73,6 +76,42 @@ def test_an_adapter_that_is_merged_ten_times_too_large_is_found_out(
     assert code == ExitCode.VERIFICATION_FAILED
     assert "The merged model is not the one that was trained: KL" in word.message
     assert "held-out loss" in word.message
+
+
+def scale_adapter(desk: Desk, factor: float) -> None:
+    """Change the adapter's files."""
+    path = desk.work / "adapter" / ADAPTER_WEIGHTS
+    tensors = {name: tensor * factor if "lora_B" in name else tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def prove_anew(folder: Path) -> None:
+    """Let an artifact's manifest say of its files what they are now."""
+    found = manifest.read(folder)
+    files = tuple(
+        entry.model_copy(update={"sha256": manifest.sha256_of_file(folder / entry.path)}) for entry in found.files
+    )
+    (folder / manifest.MANIFEST_NAME).write_bytes(found.model_copy(update={"files": files}).to_bytes())
+
+
+def test_an_adapter_whose_files_were_scaled_by_ten_is_found_out(desk: Desk) -> None:
+    scale_adapter(desk, 10.0)
+    code, word = merge_in_vain(desk)
+    assert code == ExitCode.VERIFICATION_FAILED
+    assert f"{ADAPTER_WEIGHTS} is not what was written: its SHA-256 differs" in word.message
+
+
+def test_an_adapter_that_came_out_scaled_by_ten_is_found_out(desk: Desk) -> None:
+    """Its manifest is good, and the merged model is the adapter on its base: what training measured tells."""
+    before = manifest.read(desk.work / "adapter").result.artifact
+    assert before is not None
+    assert before.measured is not None
+    scale_adapter(desk, 10.0)
+    prove_anew(desk.work / "adapter")
+    code, word = merge_in_vain(desk)
+    assert code == ExitCode.VERIFICATION_FAILED
+    assert "The adapter is not the one that was trained: held-out loss" in word.message
+    assert f"{before.measured.eval_loss:.4f} when training ended" in word.message
 
 
 @pytest.mark.parametrize("name", ["model/model.safetensors", "adapter/adapter_model.safetensors"])

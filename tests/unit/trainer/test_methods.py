@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import peft_model
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +18,7 @@ from finetune_trainer.models import census
 from finetune_trainer.models.finished import save_weights
 from finetune_trainer.models.loading import extend_embeddings, import_peft, load_base
 from finetune_trainer.progress import ResolvedGaLore
+from finetune_trainer.runtime.errors import VerificationFailed
 from finetune_trainer.training import state
 from finetune_trainer.training.adapters import save_adapter
 from finetune_trainer.training.arguments import PRODUCTS
@@ -219,6 +221,19 @@ def test_plain_peft_reads_the_adapter_and_gives_the_same_logits(models: Path, tm
     expected = logits(unwrapped(trainer))
     assert torch.equal(logits(read), expected)
     assert not torch.equal(start, expected)
+
+
+def test_an_adapter_that_is_damaged_in_saving_is_not_published(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _ = prepare("LoRA BF16", models, tmp_path, total_steps=1).build()
+
+    def save_damaged(tensors: dict[str, torch.Tensor], *options: Any, **more: Any) -> None:
+        save_file({name: tensor * 0.999 for name, tensor in tensors.items()}, *options, **more)
+
+    monkeypatch.setattr(peft_model, "safe_save_file", save_damaged)
+    with pytest.raises(VerificationFailed, match=r"lora_A\.default\.weight is not in it"):
+        save_adapter(trainer.model, tmp_path / "adapter")
 
 
 def unwrapped(trainer: Any) -> Any:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from finetune_trainer import quantize
 from finetune_trainer.config import Quantize
 from finetune_trainer.evaluate import Comparison, compare
+from finetune_trainer.models import gptq_scales
 from finetune_trainer.models.finished import load_quantized, verify_layers
 from finetune_trainer.models.loading import load_finished, set_up_torch
 from finetune_trainer.progress import ExitCode, Reason, ResolvedQuantize, Stage
@@ -142,16 +144,43 @@ def test_what_is_written_loads_back_whole_and_is_the_model_within_rounding(
     assert 0 < divergences[name] < (0.005 if settings.bits == 4 else 0.00005)
 
 
-def test_act_order_and_damping_reach_the_files(tmp_path: Path) -> None:
+def test_act_order_damping_and_the_search_for_scales_reach_the_files(tmp_path: Path) -> None:
     """Reordered over the borders of groups, columns tell their group: they are in order otherwise."""
     _, folder = make_quantized(tmp_path, "LlamaForCausalLM", make_settings(act_order=True, dampening_frac=0.25))
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert settings["desc_act"] is True
     assert settings["meta"]["damp_percent"] == 0.25
+    assert settings["meta"]["mse"] == quantize.ERROR_POWER
     tensors = load_file(folder / "model.safetensors")
     groups = [tensor for name, tensor in tensors.items() if name.endswith("g_idx")]
     assert groups
     assert any(bool((tensor.diff() < 0).any()) for tensor in groups)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("elements", [1, 2**16], ids=["one by one", "all at once"])
+def test_scales_searched_side_by_side_are_as_good_as_those_of_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, elements: int
+) -> None:
+    monkeypatch.setitem(gptq_scales.ELEMENTS_AT_ONCE, "cpu", elements)
+    gptqmodel = quantize.import_gptqmodel(tmp_path)
+    module = gptqmodel.quantization.quantizer
+    settings = gptqmodel.QuantizeConfig(bits=bits, group_size=32, sym=True, mse=quantize.ERROR_POWER)
+    weights = torch.randn(40, 32, generator=torch.Generator().manual_seed(7)) * 0.02
+    weights[0], weights[1] = 0, weights[1].abs()
+
+    def errors(find: Callable[..., None]) -> torch.Tensor:
+        quantizer = module.Quantizer(settings)
+        quantizer.configure(perchannel=True)
+        find(quantizer, weights, weight=True)
+        assert (quantizer.scale.shape, quantizer.zero.shape) == ((40, 1), (40, 1))
+        rounded: torch.Tensor = module.quantize(weights, quantizer.scale, quantizer.zero, quantizer.maxq, False)
+        return (rounded - weights).square().sum(1)
+
+    ours, theirs = errors(module.Quantizer.find_params), errors(module.Quantizer.find_params.__wrapped__)
+    assert torch.allclose(ours[2:], theirs[2:], rtol=1e-4, atol=0)
+    assert float(ours[0]) == float(theirs[0]) == 0, "a row of zeros"
+    assert ours[1] < 0.5 * theirs[1], "a row without a negative weight: the library has no use for its lower half"
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["zero points", "no zero points"])
@@ -165,6 +194,13 @@ def test_awq_is_of_the_format_that_servers_read(tmp_path: Path, symmetric: bool)
     zeros = [tensor for name, tensor in load_file(folder / "model.safetensors").items() if name.endswith("qzeros")]
     assert len(zeros) == 14
     assert all(bool((tensor == middle).all()) for tensor in zeros) is symmetric
+
+
+def test_rows_of_a_few_tokens_calibrate_too(tmp_path: Path) -> None:
+    rows = [{"input_ids": item["input_ids"][:length], "attention_mask": [1] * length}
+            for length, item in enumerate(CALIBRATION, start=1)]  # fmt: skip
+    _, folder = make_quantized(tmp_path, "LlamaForCausalLM", make_settings(), rows)
+    load_quantized(folder, CPU)
 
 
 def test_experts_that_are_not_loaded_back_are_found_out(tmp_path: Path) -> None:

@@ -257,6 +257,9 @@ def test_it_is_told_where_artifacts_went(tmp_path: Path, config: dict[str, Any])
 # Serving
 
 
+POD = ("containers", "securityContext", "volumes")
+
+
 def plan(root: Path, *, kind: str = "Merged", claim: str | None = "work", **settings: Any) -> list[serving.Plan]:
     """What is planned for an artifact of a job that was trained with these settings."""
     name, path = {
@@ -283,7 +286,7 @@ def loaded(plans: list[serving.Plan]) -> dict[str, dict[str, Any]]:
 def pods(manifests: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         manifests["Deployment"]["spec"]["template"]["spec"],
-        {name: manifests["InferenceService"]["spec"]["predictor"][name] for name in ("containers", "volumes")},
+        {name: manifests["InferenceService"]["spec"]["predictor"][name] for name in POD},
     ]
 
 
@@ -313,6 +316,20 @@ def test_a_merged_model_is_served_as_it_was_made(tmp_path: Path) -> None:
         assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "work", "readOnly": True}
         assert container["volumeMounts"][0]["subPath"] == "Support_Bot-1a2b"
         assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
+
+
+@pytest.mark.parametrize("kind", ["Merged", "Adapter", "Quantized"])
+def test_no_server_is_root_and_each_has_a_home_that_it_can_write_to(kind: str, tmp_path: Path) -> None:
+    for pod in pods(loaded(plan(tmp_path, kind=kind))):
+        (container,) = pod["containers"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        (home,) = [each["value"] for each in container["env"] if each["name"] == "HOME"]
+        (scratch,) = [each["name"] for each in container["volumeMounts"] if each["mountPath"] == home]
+        assert {"name": scratch, "emptyDir": {}} in pod["volumes"]
 
 
 def test_a_manifest_without_a_claim_says_what_to_fill_in_and_cannot_be_applied(tmp_path: Path) -> None:

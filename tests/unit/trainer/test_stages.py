@@ -49,14 +49,18 @@ def test_an_adapter_on_gptq_goes_into_the_original_weights(desk: Desk, config: d
     config["model"]["volume"]["path"] = "gptq"
     config |= FEW_STEPS | {
         "method": {"baseWeights": {"format": "GPTQ"}},
-        "merge": {"original": {"volume": {"claimName": "models", "path": "original"}}, "maxShardSize": "100KB"},
+        "merge": {
+            "base": "Original",
+            "original": {"volume": {"claimName": "models", "path": "original"}},
+            "maxShardSize": "100KB",
+        },
     }
     for stage in ("prepare", "train"):
         assert desk.run(stage, config)[0] == 0
     code, word = desk.run("merge", config)
     assert code == 0
     assert word is not None
-    assert "on the GPTQ base that it was trained on" in word.message
+    assert "on the GPTQ weights that it was trained on" in word.message
     assert len(list((desk.work / "merged").glob("*.safetensors"))) > 1
     assert desk.run("merge", config)[0] == 0, "it is there already"
     losses = evaluated(desk, config)

@@ -14,12 +14,21 @@ from transformers import TrainerCallback
 
 from finetune_trainer.data.order import RowOrder
 from finetune_trainer.evaluate import IGNORED, TokenRow, batches, compare, measure_loss, pad
-from finetune_trainer.models.loading import keep_weights_on_cpu, load_base, set_up_torch, usable_cores
+from finetune_trainer.models.folder import load_tokenizer
+from finetune_trainer.models.loading import (
+    import_peft,
+    keep_weights_on_cpu,
+    load_base,
+    load_finished,
+    set_up_torch,
+    usable_cores,
+)
 from finetune_trainer.progress import ExitCode
 from finetune_trainer.runtime.errors import NonFiniteLoss
 from finetune_trainer.training import samples
 from finetune_trainer.training.adapters import build_lora
 from finetune_trainer.training.collate import Collator, as_dataset
+from tests.tiny import make_tiny_model
 from tests.unit.trainer.runs import CPU, SETTINGS, Run, make_rows, make_table, replace_settings
 
 if TYPE_CHECKING:
@@ -170,6 +179,44 @@ def test_the_measured_loss_is_the_mean_over_all_tokens_that_count(tiny_model: Pa
     assert (same.kl, same.top1, same.loss) == (0.0, 1.0, same.reference_loss)
 
 
+def test_a_comparison_is_of_the_tokens_that_count_from_the_references_side(tiny_model: Path, tmp_path: Path) -> None:
+    base = load_base(tiny_model, SETTINGS, CPU, torch.float32)
+    other = load_finished(make_tiny_model(tmp_path / "other", seed=1), CPU, torch.float32)
+    divergences, agreements, rows = [], [], make_rows()
+    for row in rows:
+        ids, counts = torch.tensor([row.input_ids]), torch.tensor(row.labels[1:]) != IGNORED
+        p, q = (model(ids).logits[0, :-1][counts].double().log_softmax(-1) for model in (base, other))
+        divergences += (p.exp() * (p - q)).sum(-1).tolist()
+        agreements += (p.argmax(-1) == q.argmax(-1)).tolist()
+    found = compare(base, other, rows)
+    assert found.kl == pytest.approx(sum(divergences) / len(divergences), rel=1e-4)
+    assert found.top1 == pytest.approx(sum(agreements) / len(agreements))
+    assert found.loss == pytest.approx(measure_loss(other, rows), abs=1e-9)
+
+
+def test_a_measurement_is_the_same_each_time_and_leaves_training_as_it_was(tiny_model: Path) -> None:
+    base = load_base(tiny_model, SETTINGS, CPU, torch.float32)
+    model = import_peft().get_peft_model(base, build_lora(SETTINGS, base))  # with dropout
+    for name, tensor in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(tensor, std=0.2)
+    rows = make_rows()
+    model.train()
+    assert measure_loss(model, rows) == measure_loss(model, rows)
+    assert model.training
+
+
+def test_answers_are_greedy(tiny_model: Path) -> None:
+    base, tokenizer = load_base(tiny_model, SETTINGS, CPU, torch.float32), load_tokenizer(tiny_model)
+    prompt = [5, 6, 7]
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(8):
+            ids.append(int(base(torch.tensor([ids])).logits[0, -1].argmax()))
+    expected = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+    assert samples.generate(base, tokenizer, [prompt], lambda *_: None, 8) == [expected]
+
+
 def test_the_stage_tells_losses_and_leaves_samples_and_an_adapter(desk: Desk, config: dict[str, Any]) -> None:
     config["training"] = {"globalBatchSize": 8, "maxSteps": 6, "learningRate": 0.01}
     assert desk.run("prepare", config)[0] == 0
@@ -184,6 +231,7 @@ def test_the_stage_tells_losses_and_leaves_samples_and_an_adapter(desk: Desk, co
     assert measured.eval_loss < measured.eval_loss_base
     sample = json.loads((desk.work / "report" / "samples.json").read_text())[0]
     assert sample.keys() == {"prompt", "before", "after", "expected"}
+    assert sample["before"] != sample["after"]
     settings = json.loads((desk.work / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == "../model"
     assert (desk.work / "adapter" / "tokenizer.json").exists()

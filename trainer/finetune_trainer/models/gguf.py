@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.models import folder as model
+from finetune_trainer.models.gguf_export import read_rope_factors, rope_factors
 from finetune_trainer.runtime.errors import InvalidModel, TrainerError
 from finetune_trainer.runtime.wording import first_line
 from finetune_trainer.runtime.work import require_space
@@ -19,6 +20,14 @@ HELD_EXACTLY = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """GGUF types of weights that safetensors hold as they are."""
 QUANTIZED_SAVED_AS = "bfloat16"
 """Weights of the k-bit types: bf16's rounding (2^-9) is far below the steps of 8 bits and fewer, at half the size."""
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""How all models of Llama 3.1, 3.2 and 3.3 stretch their positions; the factor is 8 or 32."""
 
 
 def find(path: Path, where: str) -> Path | None:
@@ -90,5 +99,22 @@ def _load_and_save(path: Path, dtype: str, folder: Path) -> None:
     )
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config
+    _restore_rope(loaded.config, path)
     loaded.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _restore_rope(config: Any, path: Path) -> None:  # noqa: ANN401 - a config of transformers
+    """Put into the config how the file has positions slowed down, which transformers (5.23) leaves out. InvalidModel.
+
+    The file has the outcome, a factor a frequency, the config the rule that it comes from.
+    """
+    import numpy as np  # noqa: PLC0415 - beside gguf
+
+    if (factors := read_rope_factors(path)) is None:
+        return
+    config.rope_parameters = {**config.rope_parameters, **LLAMA3, "factor": float(factors.max())}
+    known = rope_factors(config)
+    if known is None or not np.allclose(factors, known, rtol=1e-4):
+        msg = f"{path.name} slows positions down otherwise than Llama 3 does. "
+        raise InvalidModel(msg + "Give the model's own folder with safetensors instead.")

@@ -111,7 +111,7 @@ def write(finished: Path, tokenizer: Path, path: Path, kind: str, context: Conte
     writer = GGUFWriter(path, ARCHITECTURES[config.architectures[0]])
     _describe_model(writer, config, kind)
     _describe_tokenizer(writer, load_tokenizer(tokenizer), config)
-    factors = _rope_factors(config)
+    factors = rope_factors(config)
     if factors is not None:
         writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
     for each in tensors:
@@ -182,7 +182,7 @@ def _rotated(name: str, values: np.ndarray[Any, Any], config: Any) -> np.ndarray
     return values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
-def _rope_factors(config: Any) -> np.ndarray[Any, Any] | None:  # noqa: ANN401 - a config of transformers
+def rope_factors(config: Any) -> np.ndarray[Any, Any] | None:  # noqa: ANN401 - a config of transformers
     """By how much each frequency of the positions is slowed down; None where none is."""
     if config.rope_parameters.get("rope_type", "default") == "default":
         return None
@@ -292,12 +292,17 @@ def load_exported(path: Path, device: torch.device) -> Any:  # noqa: ANN401 - a 
 def _slow_down(model: Any, path: Path) -> None:  # noqa: ANN401 - a causal language model
     """Slow the positions down as the file says; transformers (5.23) does not read it."""
     import torch  # noqa: PLC0415 - slow
+
+    if (factors := read_rope_factors(path)) is not None:
+        rotary = model.model.rotary_emb
+        rotary.inv_freq = rotary.inv_freq / torch.tensor(factors, device=rotary.inv_freq.device)
+
+
+def read_rope_factors(path: Path) -> np.ndarray[Any, Any] | None:
+    """By how much a GGUF file has each frequency of the positions slowed down; None where it has none."""
     from gguf import GGUFReader  # noqa: PLC0415 - slow
 
-    for tensor in GGUFReader(path).tensors:
-        if tensor.name == ROPE_FACTORS:
-            rotary = model.model.rotary_emb
-            rotary.inv_freq = rotary.inv_freq / torch.tensor(tensor.data, device=rotary.inv_freq.device)
+    return next((tensor.data for tensor in GGUFReader(path).tensors if tensor.name == ROPE_FACTORS), None)
 
 
 def verify_tokenizer(path: Path, tokenizer: Any, rows: Sequence[Sequence[int]]) -> None:  # noqa: ANN401 - a transformers tokenizer

@@ -133,10 +133,14 @@ class Feed(io.BufferedReader):
 
     def take(self, start: int, length: int) -> bytes:
         """Bytes to be looked at: they are sent by `slices`, or are there already."""
-        self._watch.look()
-        self._watch.context.report.beat()
+        self.beat()
         self.seek(start)
         return super().read(length)
+
+    def beat(self) -> None:
+        """Tell of work on the file that sends nothing of it, and hear an end of the work."""
+        self._watch.look()
+        self._watch.context.report.beat()
 
     def hash(self, hasher: Hasher) -> str:
         """The hash of the whole file."""

@@ -101,7 +101,7 @@ class S3Sink:
         if found.size != file.entry.size:
             return False
         if found.digest is None:
-            return self._read_back(found) == file.entry.sha256
+            return self._read_back(found, feed) == file.entry.sha256
         if found.digest.value in {file.entry.sha256, self._etags.get(file.name)}:
             return True
         hasher = found.digest.hasher(found.size)
@@ -110,12 +110,14 @@ class S3Sink:
         hasher.update(file.path.read_bytes())
         return hasher.hexdigest() == found.digest.value
 
-    def _read_back(self, found: RemoteFile) -> str:
+    def _read_back(self, found: RemoteFile, feed: Feed | None) -> str:
         """The SHA-256 of the object's bytes."""
         digest = hashlib.sha256()
         with self._bucket.open(found, 0) as body:
             for chunk in body.chunks:
                 digest.update(chunk)
+                if feed is not None:
+                    feed.beat()
         return digest.hexdigest()
 
     def _put(self, file: Outgoing, chunks: Iterator[bytes]) -> None:

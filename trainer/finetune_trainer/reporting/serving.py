@@ -37,6 +37,9 @@ UNKNOWN_CLAIM = "FILL-IN-THE-CLAIM"
 """No name that Kubernetes takes: applied as it is, it is refused."""
 JOB_FOLDER = "/job"
 PORT = 8000
+USER_ID = 65532
+"""Any but root, as the stages have it: the job's files are for everybody to read."""
+SCRATCH = "/tmp"  # noqa: S108 - the pod's own
 NAME_CHARACTERS = 50
 """Of an InferenceService, whose name and namespace make up a host name."""
 SERVED_LENGTH = 8192
@@ -75,6 +78,8 @@ class Served:
     remarks: tuple[str, ...]
 
 
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "HOME": SCRATCH, "USER": "server"}
+"""The last two: what is compiled is kept below HOME, in a folder of USER, whom the image's list of users lacks."""
 ON_GPU: Manifest = {"limits": {"nvidia.com/gpu": "1"}, "requests": {"cpu": "2", "memory": "16Gi"}}
 ON_CPU: Manifest = {"requests": {"cpu": "4", "memory": "8Gi"}}
 
@@ -227,7 +232,7 @@ def served_length(config: dict[str, Any], settings: Resolved) -> int:
 
 
 def build_pod(served: Served, folder: str, claim: str | None) -> Manifest:
-    """The server's pod. `folder`: of the job, in the claim."""
+    """The server's pod, as Pod Security `restricted` takes it. `folder`: of the job, in the claim."""
     return {
         "containers": [
             {
@@ -235,7 +240,7 @@ def build_pod(served: Served, folder: str, claim: str | None) -> Manifest:
                 "image": served.image,
                 "command": list(served.command),
                 "args": list(served.args),
-                "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}, {"name": "VLLM_NO_USAGE_STATS", "value": "1"}],
+                "env": [{"name": name, "value": value} for name, value in ENVIRONMENT.items()],
                 "ports": [{"name": "http1", "containerPort": PORT, "protocol": "TCP"}],
                 "resources": served.resources,
                 "startupProbe": {**_probe(), "periodSeconds": 10, "failureThreshold": START_MINUTES * 6},
@@ -243,12 +248,20 @@ def build_pod(served: Served, folder: str, claim: str | None) -> Manifest:
                 "volumeMounts": [
                     {"name": "job", "mountPath": JOB_FOLDER, "subPath": folder, "readOnly": True},
                     {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - the pod's own
+                    {"name": "scratch", "mountPath": SCRATCH},
                 ],
+                "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
             }
         ],
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER_ID,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
         "volumes": [
             {"name": "job", "persistentVolumeClaim": {"claimName": claim or UNKNOWN_CLAIM, "readOnly": True}},
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
+            {"name": "scratch", "emptyDir": {}},
         ],
     }
 

@@ -18,6 +18,7 @@ from finetune_trainer.progress import Progress
 from finetune_trainer.runtime.context import Context
 from finetune_trainer.runtime.errors import TrainerError, translate
 from finetune_trainer.runtime.report import Report, beating_with_bars
+from finetune_trainer.runtime.wording import end_of_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,7 +88,9 @@ def _follow(words: Connection, process: BaseProcess, context: Context) -> _Answe
             word = words.recv()
         except EOFError:
             process.join()
-            return _Failure(TrainerError, f"The process that was {context.report.current.activity} {_end_of(process)}.")
+            how = end_of_process(process.exitcode or 0)
+            told = f"The process that was {context.report.current.activity} {how}. The log says more."
+            return _Failure(TrainerError, told)
         if not isinstance(word, Progress):
             return cast("_Answer | _Failure", word)
         if word.pulse != pulse:
@@ -99,14 +102,6 @@ def _tell_on(word: Progress, report: Report) -> None:
     if word.activity != report.current.activity:
         report.begin(word.activity, word.total, word.unit)
     report.update(done=word.done)
-
-
-def _end_of(process: BaseProcess) -> str:
-    code = process.exitcode or 0
-    if code >= 0:
-        return f"ended with exit code {code} and without a word; the log says more"
-    memory = ", as the kernel does with a process when memory runs out" if -code == signal.SIGKILL else ""
-    return f"was killed ({signal.Signals(-code).name}){memory}"
 
 
 # In the process

@@ -1,7 +1,8 @@
-"""What is put into sentences: lists of names, short ones whole, of long ones the begin; what an error says."""
+"""What is put into sentences: lists of names, of long ones the begin; what an error, or the end of a process, says."""
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,3 +25,11 @@ def what_is_there(names: Collection[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says, in a line."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def end_of_process(code: int) -> str:
+    """How a process ended that said nothing itself, by its exit code: negative is the signal that killed it."""
+    if code >= 0:
+        return f"ended with exit code {code} and without a word"
+    memory = ", as the kernel does with a process when memory runs out" if -code == signal.SIGKILL else ""
+    return f"was killed ({signal.Signals(-code).name}){memory}"

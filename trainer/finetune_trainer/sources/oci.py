@@ -207,11 +207,13 @@ class Oci:
         return self._refusal(response)
 
     def _renew(self, response: httpx2.Response) -> bool:
-        """Take a new token where there was one; tokens live for minutes, downloads for hours."""
+        """Take a new token, unless another file's refusal did; tokens live for minutes, downloads for hours."""
+        sent = response.request.headers.get("Authorization")
         with self._lock:
-            had, self._authorization = self._authorization, None
-            self._authorize(response.headers.get("WWW-Authenticate", ""))
-            return self._authorization is not None and self._authorization != had
+            if self._authorization == sent:
+                self._authorization = None
+                self._authorize(response.headers.get("WWW-Authenticate", ""))
+            return self._authorization not in {None, sent}
 
     def _refusal(self, response: httpx2.Response) -> TrainerError:
         status, secret = response.status_code, f"{self._field}.credentialsSecretRef"

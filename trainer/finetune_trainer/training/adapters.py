@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
-from finetune_trainer.models.folder import ADAPTER_FOLDER
+from finetune_trainer.models.folder import ADAPTER_FOLDER, ADAPTER_WEIGHTS
+from finetune_trainer.runtime.errors import VerificationFailed
 from finetune_trainer.settings.methods import BIASES, STARTS
 from finetune_trainer.training import state
 
@@ -91,5 +95,17 @@ def save_adapter(model: Any, folder: Path) -> None:  # noqa: ANN401 - a PEFT mod
     """Write what was trained, in PEFT's format; of DPO's adapters the reference stays.
 
     Where tokens were added PEFT (0.21) writes all embeddings besides, or asks the hub: their rows will do.
+    VerificationFailed if a tensor that was trained is not in what was written, bit by bit.
     """
     model.save_pretrained(folder, selected_adapters=[TRAINED], save_embedding_layers=False)
+    written = {_digest(tensor) for tensor in load_file(folder / ADAPTER_WEIGHTS).values()}
+    lost = [name for name, tensor in state.trained(model) if _digest(tensor) not in written]
+    if lost:
+        msg = f"{ADAPTER_WEIGHTS} is not what was trained: {lost[0]} is not in it ({len(lost)} tensors are missing). "
+        raise VerificationFailed(msg + "Nothing was published. Report this as a bug.")
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    """Of shape, dtype and bits: PEFT gives tensors other names in files than in the model."""
+    content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.sha256(f"{list(tensor.shape)} {tensor.dtype} ".encode() + content.tobytes()).digest()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import base64
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from finetune_trainer.config import OciSource
 from finetune_trainer.progress import ExitCode, Reason
+from finetune_trainer.publishing.oci import OciSink
 from finetune_trainer.sources.oci import Oci
 from tests.unit.trainer.publishing.conftest import LARGE_BYTES, MERGED, Shop
 from tests.unit.trainer.sources.servers import PASSWORD, UP, USER, Registry, Relay
+
+if TYPE_CHECKING:
+    from finetune_trainer.publishing.base import Parcel
 
 SMALL_BYTES = 100_000
 
@@ -78,6 +82,31 @@ def test_a_tag_that_meant_something_else_means_this_one(shop: Shop, registry: Re
     registry.push("team/moved", "v1", {"old.txt": b"old"})
     assert shop.publish(an_entry(reference, "Adapter"))[0] == ExitCode.COMPLETED
     assert pulled(reference)[1] == shop.expected("adapter", "out")
+
+
+def test_simulated_a_file_that_a_registry_took_and_does_not_have_is_told(
+    shop: Shop, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OciSink, "_push_blob", lambda *_: None)
+    code, word = shop.publish(an_entry(registry.reference("team/lost:v1"), "Adapter"))
+    assert code == ExitCode.VERIFICATION_FAILED
+    assert "the registry took" in word.message
+    assert "does not have it" in word.message
+
+
+def test_a_tag_that_somebody_else_sets_meanwhile_is_told(
+    shop: Shop, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tagged = OciSink._verify
+
+    def verify(sink: OciSink, digest: str, parcel: Parcel) -> None:
+        registry.push("team/shared", "v1", {"other.txt": b"other"})
+        tagged(sink, digest, parcel)
+
+    monkeypatch.setattr(OciSink, "_verify", verify)
+    code, word = shop.publish(an_entry(registry.reference("team/shared:v1"), "Adapter"))
+    assert code == ExitCode.VERIFICATION_FAILED
+    assert "somebody else sets it too" in word.message
 
 
 def give_login(shop: Shop, registry: Registry, password: str) -> dict[str, Any]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 from xml.etree import ElementTree as ET
@@ -9,12 +13,18 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from finetune_trainer.progress import ExitCode, Reason
+from finetune_trainer.publishing import s3
 from finetune_trainer.runtime import manifest
+from finetune_trainer.sources.s3 import S3
 from tests.unit.trainer.publishing.conftest import LARGE_BYTES, MARKER, MERGED, WEIGHTS, Shop
 from tests.unit.trainer.sources.servers import PART_BYTES, UP, Bucket, Relay
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from finetune_trainer.publishing.base import Outgoing
+    from finetune_trainer.sources.base import Body, RemoteFile
 
 SMALL_BYTES = 100_000
 """Questions, their signatures and a commit, but no file of a model."""
@@ -112,6 +122,98 @@ def test_an_object_that_was_changed_there_is_put_right(bucket: Bucket, shop: Sho
     shop.forget()
     assert shop.publish(an_entry(bucket))[0] == ExitCode.COMPLETED
     assert contents_of(bucket) == shop.expected("merged", "out")
+
+
+@pytest.fixture
+def hashless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that tells no hash of what it holds, as one that encrypts with a key of its owner."""
+    monkeypatch.setattr(S3, "_digest", lambda *_: None)
+
+
+@pytest.mark.usefixtures("hashless")
+def test_simulated_of_a_service_that_tells_no_hash_the_bytes_are_read_again(
+    bucket: Bucket, shop: Shop, s3_relay: Relay
+) -> None:
+    _, first = shop.publish(an_entry(bucket))
+    shop.forget()
+    s3_relay.reset()
+    assert shop.publish(an_entry(bucket)) == (ExitCode.COMPLETED, first)
+    assert s3_relay.given > LARGE_BYTES
+    assert s3_relay.taken < SMALL_BYTES
+    bucket.put(f"models/fox/{WEIGHTS}", MERGED[WEIGHTS][::-1])
+    shop.forget()
+    assert shop.publish(an_entry(bucket))[0] == ExitCode.COMPLETED
+    assert contents_of(bucket) == shop.expected("merged", "out")
+
+
+@pytest.mark.usefixtures("hashless")
+def test_simulated_asked_to_leave_while_it_reads_again_it_leaves(
+    bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.publish(an_entry(bucket))
+    shop.forget()
+    opened, read = S3.open, 0
+
+    def counted(chunks: Iterator[bytes]) -> Iterator[bytes]:
+        nonlocal read
+        for chunk in chunks:
+            if not read:
+                os.kill(os.getpid(), signal.SIGTERM)
+            read += len(chunk)
+            yield chunk
+
+    @contextmanager
+    def counting(remote: S3, file: RemoteFile, start: int) -> Iterator[Body]:
+        with opened(remote, file, start) as body:
+            yield replace(body, chunks=counted(body.chunks)) if file.name == WEIGHTS else body
+
+    monkeypatch.setattr(S3, "open", counting)
+    assert shop.publish(an_entry(bucket), "--attempt", "2")[0] == ExitCode.INTERRUPTED
+    assert read < LARGE_BYTES
+
+
+def once_put(monkeypatch: pytest.MonkeyPatch, name: str, action: Callable[[], object]) -> None:
+    """Somebody else does something right after a file was put there."""
+    put = s3.S3Sink._put
+
+    def watched(sink: s3.S3Sink, file: Outgoing, chunks: Iterator[bytes]) -> None:
+        put(sink, file, chunks)
+        if file.name == name:
+            action()
+
+    monkeypatch.setattr(s3.S3Sink, "_put", watched)
+
+
+def test_an_object_that_is_not_what_was_sent_is_found_out(
+    bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = MERGED["config.json"][::-1]
+    once_put(monkeypatch, "config.json", lambda: bucket.put("models/fox/config.json", other))
+    code, word = shop.publish(an_entry(bucket))
+    assert code == ExitCode.VERIFICATION_FAILED
+    assert "what the bucket has of it is not what was sent" in word.message
+    assert MARKER not in keys_below(bucket)
+
+
+def test_an_object_that_vanishes_while_others_are_sent_is_missed(
+    bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once_put(monkeypatch, MARKER, lambda: bucket.call("DELETE", "/models/fox/config.json"))
+    code, word = shop.publish(an_entry(bucket))
+    assert code == ExitCode.VERIFICATION_FAILED
+    assert "config.json is not what it should be: it is not in the bucket any more" in word.message
+
+
+def test_another_artifact_that_is_broken_off_has_no_marker(
+    bucket: Bucket, shop: Shop, s3_relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the marker of what was there before would vouch for a mixture of both."""
+    shop.publish(an_entry(bucket, "Quantized", quantizeName="gptq4"))
+    shop.forget()
+    s3_relay.reset(cut_after=LARGE_BYTES // 2, limited=UP)
+    monkeypatch.setattr("finetune_trainer.publishing.delivery.RETRY_PAUSES_SECONDS", ())
+    assert shop.publish(an_entry(bucket))[0] != ExitCode.COMPLETED
+    assert MARKER not in keys_below(bucket)
 
 
 def test_what_an_earlier_publishing_left_is_taken_away_and_nothing_else(bucket: Bucket, shop: Shop) -> None:

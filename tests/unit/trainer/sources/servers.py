@@ -78,9 +78,9 @@ def running(command: list[str], port: int, log: Path, **environment: str) -> Ite
 class Relay:
     """Passes bytes to a server and back, counts both, and can hold or cut either after so many."""
 
-    def __init__(self, port: int) -> None:
-        self._target = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        self._target, self._host = port, host
+        self._listener = socket.create_server((host, 0))
         self.port: int = self._listener.getsockname()[1]
         self._passed = {UP: 0, BACK: 0}
         self._limited = BACK
@@ -92,8 +92,12 @@ class Relay:
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
+    def address(self) -> str:
+        return f"{self._host}:{self.port}"
+
+    @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.address}"
 
     @property
     def given(self) -> int:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from finetune_trainer.config import OciSource
 from finetune_trainer.runtime.errors import AccessDenied, InvalidConfig, NotFound, TrainerError, VerificationFailed
-from finetune_trainer.sources.oci import read_docker_config, split_reference
+from finetune_trainer.sources.oci import Oci, read_docker_config, split_reference
 from tests.unit.trainer.sources.conftest import JUNK, TINY_MODEL, Errands, contents
 from tests.unit.trainer.sources.servers import PASSWORD, USER, Answer, Registry, Relay, Site, wait_until
 
@@ -173,6 +174,17 @@ def test_stand_in_registry_a_token_that_expired_is_taken_anew(errands: Errands) 
     errands.leave_part("dataset-0", errands.pinned("dataset-0")[0], b"{")
     assert errands.fetch("dataset-0", source(reference)).path.read_bytes() == b'{"a": 1}\n'
     assert len(stand_in.logins) == 2
+    stand_in.site.close()
+
+
+def test_stand_in_registry_of_two_files_refused_for_one_token_both_go_on_with_one_new_one() -> None:
+    stand_in = StandInRegistry(b"")
+    reference = f"127.0.0.1:{stand_in.site.port}/team/rows:v1"
+    remote = Oci(OciSource.model_validate({"reference": reference, "plainHttp": True}), "model", None)
+    remote._authorization = "Bearer old"
+    refused = [remote._request("GET", remote.url("blobs/sha256:0"), None, None) for _ in range(2)]
+    assert [remote._renew(response) for response in refused] == [True, True]
+    assert len(stand_in.logins) == 1
     stand_in.site.close()
 
 

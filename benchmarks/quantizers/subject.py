@@ -1,0 +1,129 @@
+"""What is quantized: a finished model, rows to calibrate on, and rows to measure on where the model is a real one."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cluster.demo import fetch_model, make_dataset
+from finetune_trainer.__main__ import main as run_trainer
+from finetune_trainer.config import Quantize
+from finetune_trainer.models.folder import describe
+from finetune_trainer.quantize import choose_calibration, read_calibration_rows
+from finetune_trainer.runtime.manifest import settings_in
+from finetune_trainer.runtime.parsing import parse_config
+from finetune_trainer.runtime.work import WorkFolder
+from finetune_trainer.settings.outcome import resolve_quantize
+from tests.tiny import make_config, make_tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from finetune_trainer.progress import ResolvedQuantize
+
+METHODS = ("GPTQ", "AWQ")
+SHAPES: dict[str, dict[str, Any]] = {
+    "1b": {
+        "vocab_size": 128_256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131_072,
+        "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "vocab_size": 320,
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    },
+}
+"""`1b`: Llama-3.2-1B's. `tiny`: to see the benchmark run."""
+HELD_OUT_ROWS = 128
+RANDOM_LENGTH = 512
+"""Tokens of a random row: with 128 rows what AutoAWQ calibrates on unless it is told otherwise."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A work folder with a model to quantize, and the rows to calibrate on beside it."""
+
+    work: WorkFolder
+
+    @property
+    def _rows(self) -> Path:
+        return self.work.root / "calibration.json"
+
+    @property
+    def calibration(self) -> list[dict[str, list[int]]]:
+        """Rows as libraries take them."""
+        rows: list[dict[str, list[int]]] = json.loads(self._rows.read_text(encoding="utf-8"))
+        return rows
+
+    @property
+    def has_held_out_rows(self) -> bool:
+        """Whether there are rows to measure on."""
+        return self.work.data.is_dir()
+
+    def settings(self, method: str) -> ResolvedQuantize:
+        """Ours, as prepare fixes them for an entry that names a method and nothing else."""
+        config = parse_config(make_config(quantize=[{"name": "form", "method": method}]))
+        return resolve_quantize(config, describe(self.work.model))[0]
+
+    def keep(self, calibration: list[dict[str, list[int]]]) -> None:
+        """Put down the rows that all calibrate on."""
+        self._rows.write_text(json.dumps(calibration), encoding="utf-8")
+
+
+def make_smollm2(root: Path, count: int) -> Subject:
+    """SmolLM2-135M-Instruct as `finetune-trainer prepare` leaves it, with the demo's rows, of which all tokens count.
+
+    A folder in which that has run is taken as it is. `count`: rows to calibrate on.
+    """
+    subject, sources = Subject(WorkFolder(root / "work")), root / "sources"
+    (sources / "models").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(fetch_model(), sources / "models" / "smollm2.gguf")
+    shutil.copytree(make_dataset(), sources / "datasets", dirs_exist_ok=True)
+    held_out = {"name": "heldout", "volume": {"claimName": "datasets", "path": "heldout.jsonl"}}
+    job = make_config(
+        model="smollm2.gguf",
+        rows="train.jsonl",
+        evaluation={"datasets": [held_out], "maxRows": HELD_OUT_ROWS},
+        objective={"sft": {"lossOn": "AllTokens"}},
+    )
+    (root / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    folders = ["--work", str(subject.work.root), "--sources", str(sources)]
+    if code := run_trainer(["prepare", "--config", str(root / "job.json"), *folders]):
+        raise SystemExit(code)
+    entry = Quantize.model_validate({"name": "form", "method": "GPTQ", "calibration": {"samples": count}})
+    rows = read_calibration_rows(subject.work.data)
+    subject.keep(choose_calibration(rows, entry, settings_in(subject.work.data).seed))
+    return subject
+
+
+def make_random(root: Path, shape: str, device: str, count: int) -> Subject:
+    """A Llama of a shape with random weights in bf16, and random rows; drawn on the device."""
+    import torch  # noqa: PLC0415 - slow
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - slow
+
+    subject, size = Subject(WorkFolder(root)), SHAPES[shape]
+    make_tokenizer(subject.work.model)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = LlamaForCausalLM(LlamaConfig(**size))
+    model.to(torch.bfloat16).save_pretrained(subject.work.model)
+    drawn = random.Random(0)  # noqa: S311 - no secret
+    rows = [[drawn.randrange(size["vocab_size"]) for _ in range(RANDOM_LENGTH)] for _ in range(count)]
+    subject.keep([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows])
+    return subject
