@@ -59,7 +59,7 @@ class Progress:
 
     def _bar(self) -> str:
         filled = BAR_WIDTH * self.done // max(self.total, 1)
-        return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {self.done}/{self.total}{self._time_left()}"
+        return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}]{self._count(self.done)}{self._time_left()}"
 
     def _time_left(self) -> str:
         if not self.done:
@@ -68,7 +68,11 @@ class Progress:
         return f", about {left:.0f} s left"
 
     def _head(self, *, running: bool = False) -> str:
-        return f"{self.title} {self.done + running}/{self.total}:"
+        return f"{self.title}{self._count(self.done + running)}:"
+
+    def _count(self, done: int) -> str:
+        """How many of how many; of a single step that says nothing."""
+        return f" {done}/{self.total}" if self.total > 1 else ""
 
     def _line(self, text: str) -> None:
         self.stream.write(("\r\033[K" if self.stream.isatty() else "") + text + "\n")

@@ -56,11 +56,11 @@ def size(size_bytes: int) -> str:
 
 
 def share(done: int, total: int, unit: str = STEPS) -> str | None:
-    """Done of total: 128/300 (42%); of bytes, which nobody counts, 42%. None where the total is not known."""
+    """Done of total: 128/300 (42%), 48 MiB/269 MiB (17%). None where the total is not known."""
     if total <= 0:
         return None
-    percent = f"{100 * done // total}%"
-    return percent if unit == BYTES else f"{done}/{total} ({percent})"
+    counted = f"{size(done)}/{size(total)}" if unit == BYTES else f"{done}/{total}"
+    return f"{counted} ({100 * done // total}%)"
 
 
 def duration(seconds: float | None) -> str | None:

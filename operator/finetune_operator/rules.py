@@ -7,6 +7,7 @@ where `[]` goes into a list.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from finetune_operator.api import (
@@ -22,12 +23,17 @@ from finetune_trainer.config import (
     COMMIT_PATTERN,
     FORMATS,
     NAME_PATTERN,
+    NO_BRANCH,
+    OCI_REPOSITORY,
+    REGION_PATTERN,
+    SHARD_SIZE_PATTERN,
     SMOOTHED_LOSSES,
     SOURCE_FIELDS,
     TARGET_FIELDS,
     WITHOUT_BETAS,
     BaseFormat,
     DatasetFormat,
+    Merge,
     MethodType,
     PublishedArtifact,
     QuantizeMethod,
@@ -52,6 +58,11 @@ def exactly_one(fields: tuple[str, ...], what: str) -> Rule:
 def not_both(one: str, other: str, where: str) -> Rule:
     """Alternatives, of which none is needed."""
     return Rule(f"!(has(self.{one}) && has(self.{other}))", f"{where}: {one} and {other} are alternatives, set one")
+
+
+def formed(field: str, pattern: str, message: str) -> Rule:
+    """The text of a field, if it is set, has this form; what the schema says of a pattern is the pattern."""
+    return Rule(f"!has(self.{field}) || self.{field}.matches(r'{pattern}')", message)
 
 
 def one_of(values: tuple[str, ...]) -> str:
@@ -94,18 +105,59 @@ SOURCES = {
 TARGETS = "output.publish.[]"
 """Path of everything that is sent."""
 
+PORT = r"([1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
+SERVICE = (
+    formed(
+        "endpoint",
+        rf"^https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:{PORT})?(/[^?#@\s]*)?$",
+        "endpoint: write https://host:port, with a port up to 65535, without user and password, '?' and '#'",
+    ),
+    formed("region", REGION_PATTERN, "region: letters, digits, dots and dashes only, e.g. eu-central-1"),
+)
 OF_ITS_KIND: dict[str, tuple[Rule, ...]] = {
     "volume": (
         Rule("!self.path.split('/').exists(part, part == '..')", "path: no part may be '..'"),
         Rule("!self.path.startsWith('/')", "path: relative to the claim, without a slash before it"),
     ),
-    "s3": (Rule("self.uri.matches('^s3://[^/]+/.+$')", "uri: write s3://bucket/key, or s3://bucket/prefix/"),),
+    "s3": (
+        Rule("self.uri.matches('^s3://[^/]+/.+$')", "uri: write s3://bucket/key, or s3://bucket/prefix/"),
+        *SERVICE,
+    ),
     "oci": (
         Rule("!self.reference.contains('://')", "reference: write registry/repository:tag, without https:// before it"),
     ),
 }
 """Of one kind of source, wherever it stands."""
 
+OF_TARGETS: dict[str, tuple[Rule, ...]] = {
+    "huggingFace": (
+        Rule(
+            r"self.repo.matches(r'^\w([\w.-]*\w)?/\w([\w.-]*\w)?$') && !self.repo.matches(r'--|\.\.|\.git$')",
+            "repo: write owner/name, neither of which begins or ends with a dot or a dash, without '--' and '..'",
+        ),
+        Rule(
+            f"!self.revision.matches(r'{NO_BRANCH.pattern}')",
+            "revision: write the name of a branch, which is no commit and has no '..', '//' or '/.' in it",
+        ),
+    ),
+    "s3": (
+        formed(
+            "uri",
+            r"^s3://[a-z0-9-]+(\.[a-z0-9-]+)*(/\.*[^./?#][^/?#]*)+/?$",
+            "uri: write s3://bucket/prefix, without '?', '#', empty parts, '.' and '..', in the bucket's name as well",
+        ),
+        *SERVICE,
+    ),
+    "oci": (
+        formed(
+            "reference",
+            rf"^[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*(:{PORT})?/{OCI_REPOSITORY.pattern}(:.*)?$",
+            "reference: write registry/repository:tag, without https:// before it, without empty parts, '.' and '..', "
+            "with a port up to 65535",
+        ),
+    ),
+}
+"""Of one kind of place to publish to."""
 
 SPLIT = Rule(
     "!has(self.files) || !(has(self.config) || has(self.split))", "files are in place of config and split: set either"
@@ -117,9 +169,9 @@ HUBS = ("huggingFace", "modelScope")
 def _sources() -> dict[str, tuple[Rule, ...]]:
     unions = {path: (exactly_one(SOURCE_FIELDS, name),) for path, name in SOURCES.items()}
     kinds = {f"{path}.{kind}": rules for path in SOURCES for kind, rules in OF_ITS_KIND.items()}
-    kinds |= {f"{TARGETS}.{kind}": OF_ITS_KIND[kind] for kind in TARGET_FIELDS if kind in OF_ITS_KIND}
+    kinds |= {f"{TARGETS}.{kind}": OF_TARGETS[kind] for kind in TARGET_FIELDS}
     splits = {f"{path}.{hub}": (SPLIT,) for path in DATASETS for hub in HUBS}
-    return unions | kinds | splits
+    return _joined(unions, kinds, splits)
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -151,16 +203,18 @@ def of_method(fields: tuple[str, ...], *methods: QuantizeMethod) -> Rule:
     )
 
 
-def apart(kind: str, *fields: str, at: str | None = None) -> Rule:
-    """No two places of this kind are the same: in these fields, and in one that may be unset."""
-    same = " && ".join(f"other.{kind}.{field} == one.{kind}.{field}" for field in fields)
-    if at is not None:
-        one, other = (f"{who}.{kind}.{at}" for who in ("one", "other"))
-        same += f" && has({other}) == has({one}) && (!has({one}) || {other} == {one})"
+def apart(kind: str, *parts: str) -> Rule:
+    """No two places of this kind are the same: `parts` are CEL of a place, `{0}`, equal where it is the same place."""
+    same = " && ".join(f"{part.format(f'other.{kind}')} == {part.format(f'one.{kind}')}" for part in parts)
     return Rule(
         f"self.all(one, !has(one.{kind}) || self.filter(other, has(other.{kind}) && {same}).size() == 1)",
         f"output.publish: each entry needs a place of its own, two have the same {kind}",
     )
+
+
+def with_slash(text: str) -> str:
+    """An address that ends with one slash, whether it is written with it or not."""
+    return f"({text} + ({text}.endsWith('/') ? '' : '/'))"
 
 
 def pinned(hub: str) -> str:
@@ -176,6 +230,7 @@ SPECIAL_TOKENS = Rule(
     " && !has(self.promptTemplate))",
     "datasets: specialTokens is for format Text without a promptTemplate: drop it",
 )
+MERGE_FIELDS = tuple(f"self.{field.alias or name}" for name, field in Merge.model_fields.items() if name != "policy")
 INTERVAL = not_both("everySteps", "everyPercent", "training")
 
 BLOCKS: dict[str, tuple[Rule, ...]] = {
@@ -257,6 +312,15 @@ BLOCKS: dict[str, tuple[Rule, ...]] = {
     ),
     "merge": (
         Rule(
+            f"self.?policy.orValue('Auto') != 'Never' || !({' || '.join(f'has({field})' for field in MERGE_FIELDS)})",
+            "merge.policy Never merges nothing: drop the other fields of merge, or leave policy unset",
+        ),
+        formed(
+            "maxShardSize",
+            SHARD_SIZE_PATTERN,
+            "merge.maxShardSize: write a size above zero in KB, MB or GB, e.g. 5GB or 2048MB",
+        ),
+        Rule(
             "!has(self.original) || self.?base.orValue('Auto') != 'Dequantized'",
             "merge.original is for base Original: drop it, or set merge.base to Original",
         ),
@@ -275,9 +339,9 @@ BLOCKS: dict[str, tuple[Rule, ...]] = {
         of_method(("ggufType",), QuantizeMethod.GGUF),
     ),
     "output.publish": (
-        apart("huggingFace", "repo", "revision"),
-        apart("s3", "uri", at="endpoint"),
-        apart("oci", "reference"),
+        apart("huggingFace", "{0}.repo", "{0}.revision"),
+        apart("s3", with_slash("{0}.uri"), f"(has({{0}}.endpoint) ? {with_slash('{0}.endpoint')} : '')"),
+        apart("oci", "({0}.reference + ({0}.reference.matches(':[^/]+$') ? '' : ':latest'))"),
     ),
     TARGETS: (
         exactly_one(TARGET_FIELDS, "output.publish"),
@@ -372,6 +436,13 @@ WHOLE: tuple[Rule, ...] = (
         "self.?quantize.orValue([]).size() == 0 || self.?merge.?policy.orValue('Auto') != 'Never'",
         "quantize needs the merged model: leave merge.policy unset or drop quantize",
     ),
+    Rule(
+        "!self.?merge.?maxKLDivergence.hasValue() || self.?merge.?base.orValue('Auto') != 'Original'"
+        f" || !({METHOD} == '{MethodType.QLORA}'"
+        f" || self.?method.?baseWeights.?format.orValue('') == '{BaseFormat.INT8}')",
+        "merge.maxKLDivergence says nothing of base Original of a quantized base: set merge.maxLossIncrease, "
+        "or leave merge.base unset",
+    ),
     published(
         PublishedArtifact.ADAPTER,
         f"({TRAINS_ADAPTER})",
@@ -402,7 +473,7 @@ WHOLE: tuple[Rule, ...] = (
 """What blocks mean together."""
 
 
-def _joined(*parts: dict[str, tuple[Rule, ...]]) -> dict[str, tuple[Rule, ...]]:
+def _joined(*parts: Mapping[str, tuple[Rule, ...]]) -> dict[str, tuple[Rule, ...]]:
     paths = dict.fromkeys(path for part in parts for path in part)
     return {path: tuple(rule for part in parts for rule in part.get(path, ())) for path in paths}
 

@@ -20,7 +20,7 @@ from finetune_operator.api import (
 from finetune_operator.consent import objection
 from finetune_operator.facts import Conflict, Facts, Gang, Refusal, StageJob, after
 from finetune_operator.failures import Failure, decisive, failure, obstacle, refusal_of, refused, waiting
-from finetune_operator.figures import live_training, share, with_measured
+from finetune_operator.figures import BYTES, live_training, share, with_measured
 from finetune_operator.journal import (
     SLACK_SECONDS,
     Entry,
@@ -264,12 +264,15 @@ def _observe_progress(facts: Facts, journal: Journal, step: Step, gang: Gang) ->
 def _progress(facts: Facts, journal: Journal, step: Step, live: AttemptStatus) -> str | None:
     """The live stage's own count: as just told, or as told before of this same attempt.
 
-    What a training reads and proves between its steps is no progress of it.
+    What a training reads and proves before and between its steps is no progress of it.
     """
     told = facts.progress
     if told is not None and (told.stage, told.attempt) == (step.stage, live.number):
-        steps = journal.training.progress if step.stage is Stage.TRAIN and journal.training else None
-        return steps or share(told.done, told.total, told.unit)
+        counted = share(told.done, told.total, told.unit)
+        if step.stage is not Stage.TRAIN:
+            return counted
+        steps = journal.training.progress if journal.training else None
+        return steps or (None if told.unit == BYTES else counted)
     before = (facts.job.status.attempts or (None,))[-1]
     same = before is not None and (before.stage, before.number) == (live.stage, live.number)
     return facts.job.status.progress if same else None

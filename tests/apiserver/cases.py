@@ -22,7 +22,8 @@ SHARED = {"volume": {"create": {"accessModes": ["ReadWriteMany"]}}}
 DPO = {"type": "DPO"}
 AWQ = {"name": "q", "method": "AWQ"}
 GPTQ = {"name": "q", "method": "GPTQ"}
-BUCKET = {"s3": {"uri": "s3://models/fox", "credentialsSecretRef": {"name": "s3"}}}
+S3 = {"uri": "s3://models/fox", "credentialsSecretRef": {"name": "s3"}}
+BUCKET = {"s3": S3}
 REPOSITORY = {"huggingFace": {"repo": "acme/fox", "tokenSecretRef": {"name": "hub", "key": "token"}}}
 TAG = {"oci": {"reference": "registry.test:5000/acme/fox:v1"}}
 ADAPTER = {"name": "out", "artifact": "Adapter"}
@@ -132,6 +133,19 @@ FINE: dict[str, JSON] = {
         QUANTIZED | TAG | {"name": "c"},
         QUANTIZED | {"name": "d", "s3": BUCKET["s3"] | {"endpoint": "https://minio.test"}},
         quantize=[AWQ],
+    ),
+    "places in every spelling that works": published(
+        ADAPTER | REPOSITORY | {"name": "a"},
+        MERGED | TAG | {"name": "b"},
+        MERGED | {"name": "c", "oci": {"reference": "localhost:65535/acme/fox__a/b-1.0"}},
+        MERGED | {"name": "d", "oci": {"reference": "localhost:65535/acme/fox__a/b-1.0:v2"}},
+        MERGED | {"name": "e", "s3": S3 | {"uri": "s3://my.models-1/a b/..x/v1.0/", "region": "eu-central-1"}},
+        MERGED | {"name": "f", "s3": S3 | {"endpoint": "http://minio.storage.svc:9000/"}},
+        MERGED | {"name": "g", "s3": S3 | {"endpoint": "https://files.test/storage/v1/s3"}},
+        MERGED | {"name": "h", "s3": S3 | {"endpoint": "http://[::1]:65535"}},
+    ),
+    "a divergence from an original that was trained on": spec(
+        method={"type": "LoRA"}, merge={"base": "Original", "maxKLDivergence": 0.01, "maxShardSize": "2048MB"}
     ),
     "two branches of one repository": published(
         ADAPTER | REPOSITORY,
@@ -478,8 +492,31 @@ BAD: dict[str, tuple[JSON, str]] = {
         spec(merge={"base": "Dequantized", "maxLossIncrease": 0.01}),
         "merge.maxLossIncrease is for base Original: drop it, or set merge.base to Original",
     ),
+    "a gate of divergence for other weights than were trained on": (
+        spec(merge={"base": "Original", "maxKLDivergence": 0.01}),
+        "merge.maxKLDivergence says nothing of base Original of a quantized base: set merge.maxLossIncrease",
+    ),
+    "a gate of divergence for the original of 8-bit weights": (
+        spec(
+            method={"type": "LoRA", "baseWeights": {"format": "Int8"}},
+            merge={"base": "Original", "maxKLDivergence": 0.01},
+        ),
+        "merge.maxKLDivergence says nothing of base Original of a quantized base: set merge.maxLossIncrease",
+    ),
+    "a gate of what is not merged": (
+        spec(merge={"policy": "Never", "maxKLDivergence": 0.01}),
+        "merge.policy Never merges nothing: drop the other fields of merge, or leave policy unset",
+    ),
+    "the shards of what is not merged": (
+        spec(merge={"policy": "Never", "maxShardSize": "5GB"}),
+        "merge.policy Never merges nothing: drop the other fields of merge, or leave policy unset",
+    ),
+    "shards of nothing": (spec(merge={"maxShardSize": "0GB"}), "merge.maxShardSize: write a size above zero"),
     "a gate of divergence below zero": (spec(merge={"maxKLDivergence": -0.1}), "spec.merge.maxKLDivergence"),
-    "shards of a size that is none": (spec(merge={"maxShardSize": "2 GB"}), "spec.merge.maxShardSize"),
+    "shards of a size that is none": (
+        spec(merge={"maxShardSize": "2 GB"}),
+        "merge.maxShardSize: write a size above zero",
+    ),
     "quantize without merge": (
         spec(merge={"policy": "Never"}, quantize=[{"name": "q", "method": "GPTQ"}]),
         "quantize needs the merged model: leave merge.policy unset or drop quantize",
@@ -557,12 +594,26 @@ BAD: dict[str, tuple[JSON, str]] = {
         published(ADAPTER | BUCKET, MERGED | BUCKET | {"name": "too"}),
         "output.publish: each entry needs a place of its own, two have the same s3",
     ),
+    "two things below one prefix, once with a slash behind it": (
+        published(
+            ADAPTER | {"s3": S3 | {"endpoint": "https://minio.test/"}},
+            MERGED | {"name": "too", "s3": S3 | {"uri": "s3://models/fox/", "endpoint": "https://minio.test"}},
+        ),
+        "output.publish: each entry needs a place of its own, two have the same s3",
+    ),
     "two things on one branch": (
         published(ADAPTER | REPOSITORY, MERGED | REPOSITORY | {"name": "too"}),
         "output.publish: each entry needs a place of its own, two have the same huggingFace",
     ),
     "two things under one tag": (
         published(ADAPTER | TAG, MERGED | TAG | {"name": "too"}),
+        "output.publish: each entry needs a place of its own, two have the same oci",
+    ),
+    "two things under one tag, once unsaid": (
+        published(
+            ADAPTER | {"oci": {"reference": "registry.test:5000/acme/fox"}},
+            MERGED | {"name": "too", "oci": {"reference": "registry.test:5000/acme/fox:latest"}},
+        ),
         "output.publish: each entry needs a place of its own, two have the same oci",
     ),
     "a hub without a token": (
@@ -575,7 +626,7 @@ BAD: dict[str, tuple[JSON, str]] = {
     ),
     "a whole bucket to publish to": (
         published(ADAPTER | {"s3": BUCKET["s3"] | {"uri": "s3://models"}}),
-        "uri: write s3://bucket/key, or s3://bucket/prefix/",
+        "uri: write s3://bucket/prefix, without",
     ),
     "a registry by its address": (
         published(ADAPTER | {"oci": {"reference": "https://registry.test/acme/fox:v1"}}),
@@ -634,4 +685,41 @@ BAD: dict[str, tuple[JSON, str]] = {
         spec(tracking={"mlflow": {"uri": "mlflow:5000"}}),
         "spec.tracking.mlflow.uri",
     ),
+}
+
+MISSPELT: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
+    ("s3", "uri"): (
+        "uri: write s3://bucket/prefix, without '?', '#', empty parts, '.' and '..', in the bucket's name as well",
+        (
+            *("s3://models/../fox", "s3://models/fox/.", "s3://models//fox", "s3://models/fox//", "s3://models/"),
+            *("s3://mo..dels/fox", "s3://models/fox?versionId=1", "s3://models/fox#1"),
+        ),
+    ),
+    ("s3", "endpoint"): (
+        "endpoint: write https://host:port, with a port up to 65535, without user and password, '?' and '#'",
+        ("http://???", "http://u:p@store", "http://store:65536", "http://store:0", "http://store/?x", "http://store#x"),
+    ),
+    ("s3", "region"): ("region: letters, digits, dots and dashes only", ("us east 1", "us-east-1/x")),
+    ("oci", "reference"): (
+        "https:// before it, without empty parts, '.' and '..', with a port up to 65535",
+        (
+            *("registry.test/../fox", "registry.test/./fox:v1", "registry.test//fox", "registry.test/fox/"),
+            "registry.test:99999/acme/fox:v1",
+        ),
+    ),
+    ("huggingFace", "repo"): (
+        "repo: write owner/name, neither of which begins or ends with a dot or a dash, without '--' and '..'",
+        ("../..", "acme/-fox", "acme./fox", "acme/a..b", "fox"),
+    ),
+    ("huggingFace", "revision"): (
+        "revision: write the name of a branch, which is no commit and has no '..', '//' or '/.' in it",
+        (COMMIT, "a..b", "v1//a", "main/"),
+    ),
+}
+"""By kind of place and field: what is said, and of what."""
+
+BAD |= {
+    f"{field} {text}": (published(ADAPTER | {kind: (BUCKET | TAG | REPOSITORY)[kind] | {field: text}}), message)
+    for (kind, field), (message, texts) in MISSPELT.items()
+    for text in texts
 }

@@ -75,7 +75,8 @@ def test_a_pod_asked_of_played_pods_passes_pod_security_and_holds_no_token(space
     space.submit("demo", SPEC)
     pod = players.pod_of(space, players.next_job(space, "demo", "prepare", 1))  # admitted under `restricted`
     assert pod["spec"]["automountServiceAccountToken"] is False
-    assert [volume["name"] for volume in pod["spec"]["volumes"]] == ["work", "config", "tmp", "source-0", "source-1"]
+    volumes = [volume["name"] for volume in pod["spec"]["volumes"]]
+    assert volumes == ["work", "config", "tmp", "source-0", "source-1", "secret-publish-0"]
 
 
 # --- progress --------------------------------------------------------------------------------------------------------

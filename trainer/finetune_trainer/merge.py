@@ -158,11 +158,11 @@ def merge(merging: Merging, folder: Path, aside: Path) -> Result:
     measured = found.measured()
     if merging.is_measured:
         measured = measured.model_copy(update=_of_both(losses))
-    return _result(_message(found, base, losses, merging) + remark, measured)
+    return _result(_message(found, base, losses, merging) + remark, base, measured)
 
 
-def _result(message: str, measured: Measured | None) -> Result:
-    return Result(message=message, artifact=Made(name="merged", type="Merged", measured=measured))
+def _result(message: str, base: MergeBase, measured: Measured | None) -> Result:
+    return Result(message=message, artifact=Made(name="merged", type="Merged", measured=measured, base=base.value))
 
 
 def _of_both(losses: Mapping[MergeBase, float]) -> dict[str, float]:
@@ -202,7 +202,7 @@ def merge_unmeasured(merging: Merging, folder: Path) -> Result:
     write_merged(merging, base, folder)
     merging.context.report.begin("loading the merged model back")
     load_finished(folder, torch.device("cpu"), getattr(torch, DTYPES[settings.dtype]))
-    return _result(told, None)
+    return _result(told, base, None)
 
 
 # Which weights

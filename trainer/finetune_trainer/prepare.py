@@ -17,6 +17,7 @@ from finetune_trainer.data import pack, tokenized, tokens
 from finetune_trainer.data.render import Renderer
 from finetune_trainer.fetch import fetch_models, reusable, revision
 from finetune_trainer.models.folder import describe, load_tokenizer
+from finetune_trainer.publishing import check_credentials
 from finetune_trainer.runtime import manifest
 from finetune_trainer.runtime.manifest import Manifest, Result
 from finetune_trainer.runtime.memory import gib
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 def run(config: JobConfig, context: Context) -> Manifest:
     """Prepare the job; the manifest of `data/`."""
+    check_credentials(config, context)
     datasets, revisions = _open_datasets(config, context)
     firsts = ingest.first_rows(datasets, config)
     fetched, model_folder, original = fetch_models(config, context), context.work.model, context.work.original

@@ -38,7 +38,7 @@ from finetune_trainer.models.loading import load_finished, set_up_torch, working
 from finetune_trainer.progress import Measured
 from finetune_trainer.runtime.apart import call_apart
 from finetune_trainer.runtime.errors import GateFailed, InvalidConfig, VerificationFailed, translate
-from finetune_trainer.runtime.manifest import Made, Manifest, Result
+from finetune_trainer.runtime.manifest import CalibrationFacts, Made, Manifest, Result
 from finetune_trainer.training import samples
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ NOT_SHIPPED = ("quant_log.csv",)
 ERROR_POWER = 2.0
 """GPTQ takes the scale of each group that has the least sum of errors to this power, of 80 that it tries; by itself
 gptqmodel (7.6) takes the one that the largest weight just fits in."""
+AWQ_BLOCK_TOKENS, AWQ_BLOCKS = 512, 128
+"""What AWQ looks at most: as much as its authors take (https://github.com/mit-han-lab/llm-awq)."""
 NEW_TOKENS = 24
 COMPARED_TEXTS = 32
 """Held-out rows that two tokenizers must cut alike."""
@@ -71,14 +73,17 @@ def run(config: JobConfig, context: Context) -> Manifest:
     entry, settings = _settings(config, context)
 
     def build(folder: Path) -> Result:
+        facts = None
         if settings.gguf_type is not None:
             export(folder, settings.gguf_type, context)
         else:
-            calibration = choose_calibration(read_calibration_rows(context.work.data), entry, context.resolved.seed)
+            rows, seed = read_calibration_rows(context.work.data), context.resolved.seed
+            calibration = choose_calibration(rows, entry, seed)
+            facts = describe_calibration(calibration, rows, entry, seed)
             write_with_companions(folder, settings, calibration, context)
         found = call_apart(partial(measure, folder=folder), context)
         log.info("it writes: %s", found.answer)
-        return judge(entry, settings, found.comparison)
+        return judge(entry, settings, found.comparison, facts)
 
     return context.publish(build)
 
@@ -130,14 +135,41 @@ def _split(ids: list[int], lengths: list[int]) -> Iterator[list[int]]:
 
 
 def choose_calibration(rows: list[list[int]], entry: Quantize, seed: int) -> list[dict[str, list[int]]]:
-    """Rows of the training set, whole or their beginnings: never the held-out ones.
-
-    Plain dicts of lists: gptqmodel refuses a BatchEncoding (7.6).
-    """
-    wanted = entry.calibration or Calibration()
-    count, length = wanted.samples or DEFAULT_SAMPLES, wanted.max_length or DEFAULT_MAX_LENGTH
+    """Rows of the training set, whole or their beginnings: never the held-out ones."""
+    count, length = _calibration_limits(entry)
     chosen = random.Random(seed).sample(rows, min(count, len(rows)))  # noqa: S311 - a choice, no secret
-    return [{"input_ids": row[:length], "attention_mask": [1] * len(row[:length])} for row in chosen]
+    return [_whole(row[:length]) for row in chosen]
+
+
+def _whole(tokens: list[int]) -> dict[str, list[int]]:
+    """Tokens that all count, as a plain dict of lists: gptqmodel refuses a BatchEncoding (7.6)."""
+    return {"input_ids": tokens, "attention_mask": [1] * len(tokens)}
+
+
+def describe_calibration(
+    chosen: list[dict[str, list[int]]], rows: list[list[int]], entry: Quantize, seed: int
+) -> CalibrationFacts:
+    """What there is to say of the rows that were chosen."""
+    _, length = _calibration_limits(entry)
+    tokens = sum(len(row["input_ids"]) for row in chosen)
+    return CalibrationFacts(rows=len(chosen), of_rows=len(rows), seed=seed, max_length=length, tokens=tokens)
+
+
+def _calibration_limits(entry: Quantize) -> tuple[int, int]:
+    """How many rows at most, and of how many tokens at most."""
+    wanted = entry.calibration or Calibration()
+    return wanted.samples or DEFAULT_SAMPLES, wanted.max_length or DEFAULT_MAX_LENGTH
+
+
+def in_blocks(rows: list[dict[str, list[int]]], limit: int) -> list[dict[str, list[int]]]:
+    """The rows one after another, cut in blocks of one length of at most `limit` tokens, for AWQ; a rest is dropped.
+
+    Of rows of several lengths gptqmodel (7.6) would look at the last one alone.
+    """
+    tokens = [token for row in rows for token in row["input_ids"]]
+    length = min(AWQ_BLOCK_TOKENS, limit, len(tokens))
+    starts = range(0, len(tokens) - length + 1, length)[:AWQ_BLOCKS]
+    return [_whole(tokens[start : start + length]) for start in starts]
 
 
 def write_quantized(
@@ -157,7 +189,10 @@ def write_quantized(
         gptqmodel = import_gptqmodel(Path(aside))
         device = working_device(0)
         model = gptqmodel.GPTQModel.load(str(finished), build_settings(gptqmodel, settings, device, aside))
-        layers = int(model.model.config.get_text_config().num_hidden_layers)
+        shape = model.model.config.get_text_config()
+        layers = int(shape.num_hidden_layers)
+        if settings.method == QuantizeMethod.AWQ:
+            calibration = in_blocks(calibration, getattr(shape, "max_position_embeddings", AWQ_BLOCK_TOKENS))
         context.report.begin(f"quantizing to {settings.bits} bits on {len(calibration)} rows", layers, "layers")
         model.layer_callback = LayerCallback(context)
         model.prepare_dataset = partial(model.prepare_dataset, calibration_data_min_length=0)
@@ -296,14 +331,17 @@ def measure(context: Context, folder: Path) -> Found:
     return Found(answer, compare(finished, quantized, rows, context.polled))
 
 
-def judge(entry: Quantize, settings: ResolvedQuantize, found: Comparison | None) -> Result:
+def judge(
+    entry: Quantize, settings: ResolvedQuantize, found: Comparison | None, calibration: CalibrationFacts | None = None
+) -> Result:
     """What there is to say of the form. VerificationFailed if it computes no numbers, GateFailed beyond its gate."""
     what = _described(settings)
     if found is None:
         if entry.max_perplexity_increase_percent is not None:
             msg = f"quantize '{entry.name}' has a gate (maxPerplexityIncreasePercent), and no row was held out. "
             raise GateFailed(msg + "Hold rows out (evaluation), or drop the gate.")
-        return Result(message=f"{what}; nothing was held out to compare on.", artifact=_made(entry.name, None))
+        told = f"{what}; nothing was held out to compare on."
+        return Result(message=told, artifact=_made(entry.name, None, calibration))
     if not (math.isfinite(found.loss) and math.isfinite(found.kl)):
         msg = f"{what}: the model computes no numbers (loss {found.loss}). Use another method, or report this as a bug."
         raise VerificationFailed(msg)
@@ -314,7 +352,7 @@ def judge(entry: Quantize, settings: ResolvedQuantize, found: Comparison | None)
         f"{100 * (measured.top1_agreement or 0.0):.1f}%)."
     )
     _enforce_gate(entry, measured, message)
-    return Result(message=message, artifact=_made(entry.name, measured))
+    return Result(message=message, artifact=_made(entry.name, measured, calibration))
 
 
 def _described(settings: ResolvedQuantize) -> str:
@@ -335,8 +373,8 @@ def _enforce_gate(entry: Quantize, measured: Measured, message: str) -> None:
     raise GateFailed(msg)
 
 
-def _made(name: str, measured: Measured | None) -> Made:
-    return Made(name=name, type="Quantized", measured=measured)
+def _made(name: str, measured: Measured | None, calibration: CalibrationFacts | None) -> Made:
+    return Made(name=name, type="Quantized", measured=measured, calibration=calibration)
 
 
 def _write_answer(model: Any, rows: Sequence[TokenRow], context: Context) -> str:  # noqa: ANN401 - a causal language model

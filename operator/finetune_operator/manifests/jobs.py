@@ -11,7 +11,13 @@ from finetune_operator.manifests.volumes import TMP, build_volumes
 from finetune_operator.names import Step
 from finetune_operator.queueing import QUEUE_LABEL, build_queue_labels
 from finetune_operator.settings import Settings
-from finetune_trainer.config import CLAIM_VARIABLE, REMOTE_CODE_VARIABLE, RENDEZVOUS_PORT, RENDEZVOUS_VARIABLE
+from finetune_trainer.config import (
+    CLAIM_VARIABLE,
+    JOB_VARIABLE,
+    REMOTE_CODE_VARIABLE,
+    RENDEZVOUS_PORT,
+    RENDEZVOUS_VARIABLE,
+)
 from finetune_trainer.progress import PROGRESS_PORT, Stage
 
 USER = 65532
@@ -122,7 +128,7 @@ def _ports(step: Step) -> list[JSON]:
 
 def _environment(job: FineTuneJob, step: Step, attempt: int, settings: Settings) -> dict[str, str]:
     """The administrator's endpoint and proxies where the network is reached; the hub only to fetch and to publish."""
-    own = {"HOME": TMP, CLAIM_VARIABLE: names.claim(job)}
+    own = {"HOME": TMP, JOB_VARIABLE: f"{job.namespace}/{job.name}", CLAIM_VARIABLE: names.claim(job)}
     if step.stage not in AT_REPOSITORIES:
         own["HF_HUB_OFFLINE"] = "1"
     if settings.allow_remote_code:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from finetune_operator import names
 from finetune_operator.api import JSON, FineTuneJob, Spec
@@ -15,6 +15,7 @@ from finetune_trainer.config import (
     HuggingFaceSource,
     ModelScopeSource,
     OciSource,
+    Publish,
     S3Source,
     SecretKeyRef,
     SecretRef,
@@ -31,7 +32,11 @@ Mounted = tuple[JSON, JSON]
 
 
 def build_volumes(job: FineTuneJob, step: Step) -> tuple[list[JSON], list[JSON]]:
-    """Volumes and their mounts. Secrets are seen where they are used: by prepare, train (trackers), each publish."""
+    """Volumes and their mounts. Secrets are seen where they are used: by prepare, train (trackers), each publish.
+
+    Prepare sees those of publishing too: the kubelet, and prepare itself, tell what is missing before a GPU is held,
+    and the operator needs no right to read Secrets.
+    """
     pairs = [
         _claim("work", names.claim(job), names.WORK, read_only=False),
         (
@@ -42,11 +47,12 @@ def build_volumes(job: FineTuneJob, step: Step) -> tuple[list[JSON], list[JSON]]
     ]
     if step.stage is Stage.PREPARE:
         pairs += [*_source_claims(job), *_source_secrets(job.valid_spec)]
+        pairs += _target_secrets(job.valid_spec.destinations_seen_early())
     if step.stage is Stage.TRAIN:
         memory = {"name": "shm", "emptyDir": {"medium": "Memory"}}
         pairs += [(memory, {"name": "shm", "mountPath": SHARED_MEMORY}), *_tracker_secrets(job.valid_spec)]
     if step.stage is Stage.PUBLISH:
-        pairs += _target_secret(job.valid_spec, step)
+        pairs += _target_secrets(each for each in job.valid_spec.destinations() if each[2].name == step.entry)
     volumes, mounts = zip(*pairs, strict=True)
     merged = {volume["name"]: volume for volume in volumes}
     return list(merged.values()), list(mounts)
@@ -79,11 +85,10 @@ def _source_secrets(spec: Spec) -> Iterator[Mounted]:
             yield from _secret(slot, _secret_of(source.kind), TOKEN_FILE)
 
 
-def _target_secret(spec: Spec, step: Step) -> Iterator[Mounted]:
-    """That of the one place that the stage sends to."""
-    for slot, _, entry in spec.destinations():
-        if entry.name == step.entry:
-            yield from _secret(slot, _secret_of(entry.kind), TOKEN_FILE)
+def _target_secrets(destinations: Iterable[tuple[str, str, Publish]]) -> Iterator[Mounted]:
+    """Of each place its own, in the folder of its slot."""
+    for slot, _, entry in destinations:
+        yield from _secret(slot, _secret_of(entry.kind), TOKEN_FILE)
 
 
 def _secret_of(place: HuggingFaceSource | ModelScopeSource | S3Source | OciSource) -> SecretKeyRef | SecretRef | None:

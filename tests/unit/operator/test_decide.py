@@ -131,11 +131,16 @@ def test_a_deleted_job_resource_is_left_alone() -> None:
 # --- progress --------------------------------------------------------------------------------------------------------
 
 
-def training(cluster: Cluster, **told: float) -> Status:
+def begin_training(cluster: Cluster) -> None:
+    """Prepare is done, and the pod of train runs."""
     cluster.settle()
     cluster.say()
     cluster.settle()
     cluster.run_pod()
+
+
+def training(cluster: Cluster, **told: float) -> Status:
+    begin_training(cluster)
     cluster.progress = Progress(stage=Stage.TRAIN, attempt=1, activity="training", done=128, total=300, **told)
     return cluster.settle().status
 
@@ -186,12 +191,12 @@ def test_the_count_of_one_stage_is_never_told_of_the_next() -> None:
     cluster.run_pod()
     counted = {"activity": "copying the model", "done": 114, "total": 254, "unit": "bytes"}
     cluster.progress = Progress(stage=Stage.PREPARE, attempt=1, **counted)
-    assert cluster.settle().status.progress == "44%"
+    assert cluster.settle().status.progress == "114 B/254 B (44%)"
     cluster.progress = None
     cluster.say()
     cluster.lose_status = True
     cluster.step()
-    assert (cluster.live, cluster.status["progress"]) == ("demo-train-1", "44%")
+    assert (cluster.live, cluster.status["progress"]) == ("demo-train-1", "114 B/254 B (44%)")
     assert cluster.settle().status.progress is None
     cluster.run_pod()
     assert cluster.settle().status.progress is None
@@ -225,15 +230,15 @@ def test_a_training_that_is_run_again_keeps_its_progress_until_it_counts_on() ->
     assert cluster.settle().status.progress == "120/300 (40%)"
 
 
-def test_before_the_first_step_of_a_training_the_progress_is_that_of_what_it_does() -> None:
+def test_before_the_first_step_of_a_training_what_it_measures_is_progress_and_what_it_verifies_is_none() -> None:
     cluster = Cluster()
-    cluster.settle()
-    cluster.say()
-    cluster.settle()
-    cluster.run_pod()
-    told = {"activity": "verifying data/", "done": 114, "total": 254, "unit": "bytes"}
+    begin_training(cluster)
+    told = {"activity": "verifying data/", "done": 254, "total": 254, "unit": "bytes"}
     cluster.progress = Progress(stage=Stage.TRAIN, attempt=1, **told)
-    assert cluster.settle().status.progress == "44%"
+    assert cluster.settle().status.progress is None
+    told = {"activity": "measuring the base model", "done": 3, "total": 4, "unit": "rows"}
+    cluster.progress = Progress(stage=Stage.TRAIN, attempt=1, **told)
+    assert cluster.settle().status.progress == "3/4 (75%)"
 
 
 def test_after_the_end_the_progress_is_that_of_the_training() -> None:
@@ -242,8 +247,8 @@ def test_after_the_end_the_progress_is_that_of_the_training() -> None:
         cluster.settle()
         cluster.run_pod()
         stage = Stage(cluster.live.split("-")[1])
-        cluster.progress = Progress(stage=stage, attempt=1, activity="x", done=7, total=7, unit="bytes")
-        assert cluster.settle().status.progress == "100%"
+        cluster.progress = Progress(stage=stage, attempt=1, activity="x", done=7, total=7, unit="rows")
+        assert cluster.settle().status.progress == "7/7 (100%)"
         cluster.say()
     status = cluster.settle().status
     assert (status.phase, status.progress) == ("Succeeded", "40/40 (100%)")
@@ -251,10 +256,7 @@ def test_after_the_end_the_progress_is_that_of_the_training() -> None:
 
 def test_a_training_that_nobody_listened_to_is_told_in_full_by_its_last_word() -> None:
     cluster = Cluster()
-    cluster.settle()
-    cluster.say()
-    cluster.settle()
-    cluster.run_pod()
+    begin_training(cluster)
     last = {"activity": "checking what was written", "done": 9, "total": 9, "unit": "bytes"}
     figures = {"resumed_from_step": 20, "tokens_per_second": 1234.5, "peak_memory_bytes": 2**30}
     cluster.say(progress=Progress(stage=Stage.TRAIN, attempt=1, **last, **figures))

@@ -50,8 +50,8 @@ def test_a_share_of_an_unknown_total_is_not_told() -> None:
     assert (share(1, 0), share(128, 300)) == (None, "128/300 (42%)")
 
 
-def test_of_bytes_only_the_percentage_is_told() -> None:
-    assert (share(114, 254, "bytes"), share(0, 0, "bytes")) == ("44%", None)
+def test_a_share_of_bytes_is_told_in_sizes_for_people() -> None:
+    assert (share(48 * 2**20, 269 * 2**20, "bytes"), share(0, 0, "bytes")) == ("48 MiB/269 MiB (17%)", None)
     assert share(3, 4, "rows") == "3/4 (75%)"
 
 

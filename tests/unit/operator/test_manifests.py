@@ -12,7 +12,7 @@ from finetune_operator.manifests import build_claim, build_config_map, build_ser
 from finetune_operator.names import Step, line
 from finetune_operator.queueing import PRIORITY_LABEL, QUEUE_LABEL
 from finetune_operator.settings import Resources
-from finetune_trainer.config import CLAIM_VARIABLE, REMOTE_CODE_VARIABLE, RENDEZVOUS_VARIABLE
+from finetune_trainer.config import CLAIM_VARIABLE, JOB_VARIABLE, REMOTE_CODE_VARIABLE, RENDEZVOUS_VARIABLE
 from tests.unit.operator.builders import BUCKET, GANG, SETTINGS, SPEC, WHOLE, a_job
 
 KEYS = ("prepare", "train", "merge", "quantize-0", "publish-0")
@@ -124,6 +124,7 @@ def test_only_prepare_sees_sources() -> None:
         "/tmp": "tmp",  # noqa: S108
         "/sources/models": "source-0",
         "/sources/datasets": "source-1",
+        "/secrets/publish-0": "secret-publish-0",
     }
     assert mounts("train").keys() == {"/work", "/etc/finetune", "/tmp", "/dev/shm"}  # noqa: S108
 
@@ -131,7 +132,7 @@ def test_only_prepare_sees_sources() -> None:
 def test_every_source_has_its_secret_in_the_folder_of_its_slot() -> None:
     token = {"secretName": "hf", "items": [{"key": "hub-token", "path": "token"}]}
     whole = {"secretName": "store"}
-    assert secrets("prepare", MANY_SOURCES) == {
+    assert secrets("prepare", MANY_SOURCES | {"output": {"publish": []}}) == {
         "/secrets/model": token,
         "/secrets/adapter": whole,
         "/secrets/original": token,
@@ -141,19 +142,36 @@ def test_every_source_has_its_secret_in_the_folder_of_its_slot() -> None:
     assert not any(secrets(key, MANY_SOURCES) for key in ("train", "merge", "quantize-0"))
 
 
+EVERYWHERE = SPEC | {
+    "output": {
+        "publish": [
+            {"name": "hub", "artifact": "Merged", "huggingFace": {"repo": "a/b", "tokenSecretRef": TOKEN}},
+            {"name": "open", "artifact": "Merged", "oci": {"reference": "registry.test/models/demo:1"}},
+            {"name": "bucket", "artifact": "Adapter"} | BUCKET,
+        ]
+    }
+}
+
+
 def test_every_publish_stage_has_the_secret_of_its_own_place_in_the_folder_of_its_slot() -> None:
-    entries = [
-        {"name": "hub", "artifact": "Merged", "huggingFace": {"repo": "a/b", "tokenSecretRef": TOKEN}},
-        {"name": "open", "artifact": "Merged", "oci": {"reference": "registry.test/models/demo:1"}},
-        {"name": "bucket", "artifact": "Adapter"} | BUCKET,
-    ]
-    spec = MANY_SOURCES | {"output": {"publish": entries}}
+    spec = MANY_SOURCES | {"output": EVERYWHERE["output"]}
     assert secrets("publish-0", spec) == {
         "/secrets/publish-0": {"secretName": "hf", "items": [{"key": "hub-token", "path": "token"}]}
     }
     assert secrets("publish-1", spec) == {}
     assert secrets("publish-2", spec) == {"/secrets/publish-2": {"secretName": "store"}}
-    assert not any("publish" in path for key in KEYS[:-1] for path in secrets(key, spec))
+    assert not any("publish" in path for key in ("train", "merge", "quantize-0") for path in secrets(key, spec))
+
+
+def test_a_secret_of_publishing_that_is_missing_keeps_prepare_from_starting() -> None:
+    of_stages = secrets("publish-0", EVERYWHERE) | secrets("publish-2", EVERYWHERE)
+    assert secrets("prepare", EVERYWHERE) == of_stages
+    assert not any("optional" in secret for secret in of_stages.values())
+
+
+def test_code_that_a_model_brings_does_not_see_what_may_write_elsewhere() -> None:
+    model = {"huggingFace": {"repo": "a/b", "revision": "0" * 40}, "trustRemoteCode": True}
+    assert secrets("prepare", EVERYWHERE | {"model": model}) == {}
 
 
 def test_only_train_sees_the_secrets_of_trackers() -> None:
@@ -162,8 +180,8 @@ def test_only_train_sees_the_secrets_of_trackers() -> None:
         "/secrets/wandb": {"secretName": "wandb", "items": [{"key": "api", "path": "key"}]},
         "/secrets/mlflow": {"secretName": "mlflow"},
     }
-    assert not any(secrets(key, tracked) for key in ("prepare", "merge", "quantize-0"))
-    assert secrets("publish-0", tracked).keys() == {"/secrets/publish-0"}
+    assert not any(secrets(key, tracked) for key in ("merge", "quantize-0"))
+    assert secrets("prepare", tracked).keys() == secrets("publish-0", tracked).keys() == {"/secrets/publish-0"}
 
 
 @pytest.mark.parametrize(
@@ -185,7 +203,8 @@ def test_the_network_is_reached_to_fetch_to_publish_and_to_track(tracking: JSON 
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_every_stage_is_told_the_claim_that_it_works_in(key: str) -> None:
+def test_every_stage_is_told_its_job_and_the_claim_that_it_works_in(key: str) -> None:
+    assert environment(key)[JOB_VARIABLE] == "default/demo"
     assert environment(key)[CLAIM_VARIABLE] == "demo-0123abcd"
     assert (
         environment(key, SPEC | {"output": {"volume": {"existing": {"claimName": "mine"}}}})[CLAIM_VARIABLE] == "mine"
@@ -201,7 +220,7 @@ def test_every_stage_is_told_whether_a_models_code_may_run(allowed: bool) -> Non
 def test_a_claim_used_twice_is_one_volume() -> None:
     both = {"volume": {"claimName": "one", "path": "x"}}
     spec = SPEC | {"model": both, "datasets": [both], "output": {"volume": {"existing": {"claimName": "one"}}}}
-    assert [v["name"] for v in pod("prepare", spec)["volumes"]] == ["work", "config", "tmp"]
+    assert [v["name"] for v in pod("prepare", spec)["volumes"]] == ["work", "config", "tmp", "secret-publish-0"]
     assert mounts("prepare", spec)["/sources/one"] == mounts("prepare", spec)["/work"] == "work"
     names_of_mounts = [m for m in container("prepare", spec)["volumeMounts"] if m["mountPath"] == "/sources/one"]
     assert names_of_mounts[0]["readOnly"]

@@ -29,7 +29,19 @@ from finetune_operator.facts import Facts, Refusal, after, parse_pods
 from finetune_operator.journal import Journal, alive
 from finetune_operator.status import Decision, Start, Stop, decide
 from finetune_trainer.progress import ExitCode, Progress, Reason, Stage
-from tests.unit.operator.builders import GANG, RUNNING, UID, WHOLE, Cluster, condition, container, ended, position, word
+from tests.unit.operator.builders import (
+    GANG,
+    RUNNING,
+    SPEC,
+    UID,
+    WHOLE,
+    Cluster,
+    condition,
+    container,
+    ended,
+    position,
+    word,
+)
 
 GRACE_SECONDS = 120
 LONGEST_BACKOFF_SECONDS = 150
@@ -70,10 +82,11 @@ REFUSALS = (
     Refusal("Job", "demo-x", 500, "failed calling webhook"),
     Refusal("Job", "demo-x", 422, "makes no sense"),
 )
-LIMITS: tuple[JSON, ...] = (
-    {},
-    {"activeDeadlineSeconds": 300, "startDeadlineSeconds": 300, "stallTimeoutSeconds": 60},
-    {"ttlSecondsAfterFinished": 100, "stopAfter": "Prepare"},
+IN_TIME = {"activeDeadlineSeconds": 300, "startDeadlineSeconds": 300, "stallTimeoutSeconds": 60}
+TO_BE_DELETED = {"ttlSecondsAfterFinished": 100}
+JOBS: tuple[JSON, ...] = (
+    *(spec | {"runPolicy": policy} for spec in (WHOLE, GANG) for policy in ({}, IN_TIME, TO_BE_DELETED)),
+    *(spec | {"runPolicy": TO_BE_DELETED | {"stopAfter": "Prepare"}} for spec in (SPEC, GANG)),
 )
 SECONDS = (1, 9, 31, 155, 301, 4000)
 
@@ -294,9 +307,9 @@ class Histories(RuleBasedStateMachine):
     world: World
     terminal: JSON | None = None
 
-    @initialize(spec=st.sampled_from([WHOLE, GANG]), retries=st.integers(0, 3), limits=st.sampled_from(LIMITS))
-    def begin(self, spec: JSON, retries: int, limits: JSON) -> None:
-        self.world = World(spec=spec | {"runPolicy": {"maxRetries": retries, **limits}})
+    @initialize(spec=st.sampled_from(JOBS), retries=st.integers(0, 3))
+    def begin(self, spec: JSON, retries: int) -> None:
+        self.world = World(spec=spec | {"runPolicy": {"maxRetries": retries, **spec["runPolicy"]}})
 
     # --- the operator
 

@@ -220,6 +220,19 @@ def test_a_log_gets_a_line_each_half_minute(caplog: pytest.LogCaptureFixture, mo
     ]
 
 
+def test_the_time_left_does_not_grow_while_nothing_more_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are polled at each of their tokens."""
+    now = [0.0]
+    monkeypatch.setattr("finetune_trainer.runtime.report.time.monotonic", lambda: now[0])
+    report, told = Report(Stage.TRAIN, 1, bar=False), []
+    report.begin("writing answers before training", 4, "answers")
+    for done, second in ((0, 5.0), (1, 10.0), (1, 13.0), (1, 19.0), (2, 20.0)):
+        now[0] = second
+        report.update(done=done)
+        told.append(report.current.eta_seconds)
+    assert told == [None, 30.0, 30.0, 30.0, 20.0]
+
+
 LONG = {
     "prepare": ("copying", "proving model/"),
     "train": (

@@ -124,12 +124,6 @@ def quantize(**entry: Any) -> dict[str, Any]:
             id="nothing to widen",
         ),
         pytest.param(
-            {"merge": {"base": "Original", "maxKLDivergence": 0.01}},
-            {},
-            r"merge.maxKLDivergence is for the weights that were trained on.*held in NF4.*Set merge.maxLossIncrease",
-            id="a gate for other weights",
-        ),
-        pytest.param(
             quantize(groupSize=128), {}, r"groupSize 128 .*576, 1536 columns\). Use 64 or 32", id="group size"
         ),
         pytest.param(

@@ -15,12 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from finetune_trainer import fetch
+from finetune_trainer.config import REMOTE_CODE_VARIABLE
 from finetune_trainer.data import tokenized
 from finetune_trainer.models.folder import load_tokenizer
 from finetune_trainer.progress import ExitCode, Reason, exit_code
 from finetune_trainer.runtime import manifest, work
 from tests.tiny import make_config, make_instructions, make_jsonl, make_tiny_model, make_tokenizer
 from tests.unit.trainer.conftest import Desk
+
+NOWHERE = "http://127.0.0.1:9"
+"""Where nobody answers."""
 
 
 def rows_of(desk: Desk, split: str) -> set[tuple[int, ...]]:
@@ -252,6 +256,69 @@ def test_a_mistake_in_a_first_row_is_told_before_the_model_is_fetched(desk: Desk
     make_jsonl(desk.datasets / "rows.jsonl", [{"instruction": "q", "answer": "a"}])
     assert desk.run("prepare", config)[0] == ExitCode.INVALID_DATASET
     assert visible(desk.work) == []
+
+
+# Where it is going to be published
+
+HUB = {"huggingFace": {"repo": "acme/fox", "tokenSecretRef": {"name": "hub", "key": "token"}}}
+BUCKET = {"s3": {"uri": "s3://models/fox", "endpoint": NOWHERE, "credentialsSecretRef": {"name": "s3"}}}
+TAG = {"oci": {"reference": "127.0.0.1:9/fox:v1", "credentialsSecretRef": {"name": "registry"}}}
+KEYS = {"AWS_ACCESS_KEY_ID": "fox", "AWS_SECRET_ACCESS_KEY": "s3cr3t\n"}
+LOGIN = '{"auths": {"127.0.0.1:9": {"username": "fox", "password": "s3cr3t"}}}'
+
+
+def publishing(desk: Desk, config: dict[str, Any], place: dict[str, Any], secret: dict[str, str]) -> dict[str, Any]:
+    """The config with a place to publish to, second in the list, and what is in its Secret."""
+    folder = desk.root / "secrets" / "publish-1"
+    folder.mkdir(parents=True)
+    for name, text in secret.items():
+        (folder / name).write_text(text)
+    entries = [{"name": "open", "artifact": "Adapter", "oci": {"reference": "127.0.0.1:9/open:v1"}}]
+    return {**config, "output": {"publish": [*entries, {"name": "out", "artifact": "Adapter", **place}]}}
+
+
+@pytest.mark.parametrize(
+    ("place", "secret", "reason", "words"),
+    [
+        (HUB, {}, Reason.NOT_FOUND, "huggingFace.tokenSecretRef: the secret is empty or not mounted"),
+        (HUB, {"token": " \n"}, Reason.NOT_FOUND, "huggingFace.tokenSecretRef: the secret is empty"),
+        (HUB, {"token": "hf\nhf"}, Reason.INVALID_CONFIG, "huggingFace.tokenSecretRef: token is not one line"),
+        (BUCKET, {}, Reason.NOT_FOUND, "s3.credentialsSecretRef: the secret is empty or not mounted"),
+        (BUCKET, {"AWS_ACCESS_KEY_ID": "a"}, Reason.INVALID_CONFIG, "the Secret has no AWS_SECRET_ACCESS_KEY"),
+        (TAG, {".dockerconfigjson": "fox"}, Reason.INVALID_CONFIG, ".dockerconfigjson is not of that form"),
+        (TAG, {".dockerconfigjson": LOGIN.replace(":9", ":8")}, Reason.INVALID_CONFIG, "is for 127.0.0.1:8, not"),
+    ],
+)
+def test_credentials_to_publish_with_that_cannot_be_are_told_before_anything_is_fetched(
+    desk: Desk, config: dict[str, Any], place: dict[str, Any], secret: dict[str, str], reason: Reason, words: str
+) -> None:
+    code, word = desk.run("prepare", publishing(desk, config, place, secret))
+    assert word is not None
+    assert (word.reason, code) == (reason, exit_code(reason))
+    assert word.message.startswith("output.publish[1].")
+    assert words in word.message
+    assert visible(desk.work) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "secret"), [(HUB, {"token": "hf_fox"}), (BUCKET, KEYS), (TAG, {".dockerconfigjson": LOGIN})]
+)
+def test_of_the_places_to_publish_to_nobody_is_asked(
+    desk: Desk, config: dict[str, Any], place: dict[str, Any], secret: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    code, word = desk.run("prepare", publishing(desk, config, place, secret))
+    assert code == ExitCode.COMPLETED, word
+
+
+def test_where_code_that_the_model_brings_may_run_no_credentials_to_publish_with_are_looked_for(
+    desk: Desk, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor mounted: tests/unit/operator/test_manifests.py."""
+    monkeypatch.setenv(REMOTE_CODE_VARIABLE, "1")
+    trusting = config | {"model": config["model"] | {"trustRemoteCode": True}}
+    code, word = desk.run("prepare", publishing(desk, trusting, BUCKET, {}))
+    assert code == ExitCode.COMPLETED, word
 
 
 # Models

@@ -8,6 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from finetune_trainer.config import HuggingFaceTarget, OciTarget, Output, Publish, S3Target
+from finetune_trainer.runtime.errors import InvalidConfig
+from finetune_trainer.runtime.parsing import parse_config
 
 HUB = {"huggingFace": {"repo": "acme/fox", "tokenSecretRef": {"name": "hub", "key": "token"}}}
 S3 = {"s3": {"uri": "s3://models/fox", "credentialsSecretRef": {"name": "s3"}}}
@@ -33,6 +35,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a hub without a token": (ADAPTER | {"huggingFace": {"repo": "acme/fox"}}, "tokenSecretRef"),
     "a bucket without keys": (ADAPTER | {"s3": {"uri": "s3://models/fox"}}, "credentialsSecretRef"),
     "a whole bucket": (ADAPTER | {"s3": S3["s3"] | {"uri": "s3://models/"}}, "uri"),
+    "a whole bucket, said twice": (ADAPTER | {"s3": S3["s3"] | {"uri": "s3://models//"}}, "It must be s3://"),
+    "a prefix with an empty part": (ADAPTER | {"s3": S3["s3"] | {"uri": "s3://models/a//b"}}, "It must be s3://"),
+    "a prefix that leads out": (ADAPTER | {"s3": S3["s3"] | {"uri": "s3://models/a/../b"}}, "It must be s3://"),
+    "a bucket that cannot be": (ADAPTER | {"s3": S3["s3"] | {"uri": "s3://mo..dels/a"}}, "It must be s3://"),
+    "a service without a host": (ADAPTER | {"s3": S3["s3"] | {"endpoint": "https://:9000"}}, "It must be http"),
+    "a service at no port": (ADAPTER | {"s3": S3["s3"] | {"endpoint": "http://store:90000"}}, "It must be http"),
+    "a service with a question": (ADAPTER | {"s3": S3["s3"] | {"endpoint": "http://store/?a=b"}}, "It must be http"),
+    "a service at half an address": (ADAPTER | {"s3": S3["s3"] | {"endpoint": "http://[::1"}}, "It must be http"),
+    "a password in an address": (ADAPTER | {"s3": S3["s3"] | {"endpoint": "http://u:p@store"}}, "belong in a Secret"),
+    "a repository of nobody": (ADAPTER | {"huggingFace": HUB["huggingFace"] | {"repo": "fox"}}, "owner/name"),
+    "a repository that cannot be": (
+        ADAPTER | {"huggingFace": HUB["huggingFace"] | {"repo": "acme/f..x"}},
+        "owner/name",
+    ),
+    "a commit": (ADAPTER | {"huggingFace": HUB["huggingFace"] | {"revision": "a" * 40}}, "name of a branch"),
+    "a branch that cannot be": (
+        ADAPTER | {"huggingFace": HUB["huggingFace"] | {"revision": "a//b"}},
+        "name of a branch",
+    ),
+    "a registry at no port": (ADAPTER | {"oci": {"reference": "registry.example:0/fox"}}, "It must be http"),
+    "an artifact that leads out": (ADAPTER | {"oci": {"reference": "registry.example/a/../fox"}}, "registries allow"),
     "a digest, which cannot be chosen": (
         ADAPTER | {"oci": {"reference": "registry.example/fox@sha256:" + "0" * 64}},
         "reference",
@@ -49,6 +72,35 @@ def test_an_entry_that_cannot_be_is_refused_with_its_field(case: str) -> None:
     entry, word = REFUSED[case]
     with pytest.raises(ValidationError, match=word):
         Publish.model_validate(entry)
+
+
+FINE: list[dict[str, Any]] = [
+    {"s3": S3["s3"] | {"uri": "s3://models/team-a/fox.v1/", "endpoint": "http://minio_1.store.svc:9000/below"}},
+    {"s3": S3["s3"] | {"endpoint": "https://[fd00::1]:9000"}},
+    {"huggingFace": HUB["huggingFace"] | {"repo": "Acme-1/fox_v1.2-chat", "revision": "runs/v1.2"}},
+    {"oci": {"reference": "localhost:5000/a-b__c/fox.v1:latest"}},
+    {"oci": {"reference": "registry/fox"}},
+]
+
+
+@pytest.mark.parametrize("place", FINE)
+def test_every_address_that_can_be_is_taken(place: dict[str, Any]) -> None:
+    Publish.model_validate(ADAPTER | place)
+
+
+@pytest.mark.parametrize("endpoint", ["http://fox:s3cr3t@store", "ftp://fox:s3cr3t@store", "http://fox:s3 cr3t/@store"])
+def test_a_password_in_an_address_is_not_repeated(endpoint: str) -> None:
+    place = {"s3": S3["s3"] | {"endpoint": endpoint}}
+    job = {
+        "model": {"huggingFace": {"repo": "acme/base"}},
+        "datasets": [{"huggingFace": {"repo": "acme/rows"}}],
+        "output": {"publish": [ADAPTER | place]},
+    }
+    with pytest.raises(InvalidConfig) as caught:
+        parse_config(job)
+    said = str(caught.value)
+    assert said.startswith('output.publish[0].s3.endpoint cannot be "...@store"')
+    assert "cr3t" not in said
 
 
 TWICE: dict[str, tuple[list[dict[str, Any]], str]] = {

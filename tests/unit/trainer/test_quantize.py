@@ -32,7 +32,7 @@ from finetune_trainer.runtime.work import WorkFolder
 from finetune_trainer.settings.outcome import QUANTIZABLE
 from tests.tiny import make_config, make_instructions, make_jsonl, make_tokenizer
 from tests.unit.trainer.conftest import Desk
-from tests.unit.trainer.runs import CPU, make_rows
+from tests.unit.trainer.runs import CPU, make_rows, same_bits
 
 ENTRY = {"name": "small", "method": "GPTQ", "groupSize": 32, "calibration": {"samples": 8, "maxLength": 48}}
 SIZE = {
@@ -196,6 +196,28 @@ def test_awq_is_of_the_format_that_servers_read(tmp_path: Path, symmetric: bool)
     assert all(bool((tensor == middle).all()) for tensor in zeros) is symmetric
 
 
+def test_awq_looks_at_every_row_however_long(tmp_path: Path) -> None:
+    """By itself the library takes the last one alone where they are of several lengths."""
+
+    rows = [item["input_ids"][:length] for item, length in zip(CALIBRATION, (48, 40, 30, 20), strict=False)]
+
+    def weights(name: str, *rows: list[int]) -> dict[str, torch.Tensor]:
+        calibration = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
+        _, folder = make_quantized(tmp_path / name, "LlamaForCausalLM", make_settings("AWQ"), calibration)
+        return load_file(folder / "model.safetensors")
+
+    assert not same_bits(weights("some", *rows), weights("others", *(row[::-1] for row in rows[:3]), rows[3]))
+
+
+def test_blocks_of_one_length_have_all_tokens_in_order_but_a_rest() -> None:
+    rows = [{"input_ids": list(range(start, start + 30))} for start in (0, 30, 60)]
+    assert [row["input_ids"] for row in quantize.in_blocks(rows, 40)] == [list(range(40)), list(range(40, 80))]
+    assert [len(row["attention_mask"]) for row in quantize.in_blocks(rows, 1000)] == [90]
+    many = [{"input_ids": [7] * 100_000}]
+    assert {len(row["input_ids"]) for row in quantize.in_blocks(many, 4096)} == {quantize.AWQ_BLOCK_TOKENS}
+    assert len(quantize.in_blocks(many, 4096)) == quantize.AWQ_BLOCKS
+
+
 def test_rows_of_a_few_tokens_calibrate_too(tmp_path: Path) -> None:
     rows = [{"input_ids": item["input_ids"][:length], "attention_mask": [1] * length}
             for length, item in enumerate(CALIBRATION, start=1)]  # fmt: skip
@@ -245,6 +267,8 @@ def test_a_quantized_model_loads_and_writes_in_a_bare_pod(
     folder = desk.work / "quantized" / name
     manifest = json.loads((folder / "manifest.json").read_text())
     measured = manifest["result"]["artifact"]["measured"]
+    calibration = manifest["result"]["artifact"]["calibration"]
+    assert (calibration["rows"], calibration["ofRows"], calibration["maxLength"]) == (8, 32, 48)
     assert measured["klDivergence"] > 0
     assert measured["top1Agreement"] > 0.5
     assert measured["perplexityIncreasePercent"] <= 1.0
@@ -370,6 +394,8 @@ def test_calibration_rows_are_plain_seeded_and_cut() -> None:
     assert [len(item["input_ids"]) for item in chosen] == [48] * 8
     assert all(type(item) is dict and item["attention_mask"] == [1] * 48 for item in chosen)
     assert len(quantize.choose_calibration(rows[:3], entry, seed=1)) == len(rows[:3])
+    told = quantize.describe_calibration(chosen, rows, entry, seed=1)
+    assert (told.rows, told.of_rows, told.seed, told.max_length, told.tokens) == (8, 20, 1, 48, 8 * 48)
 
 
 @pytest.mark.parametrize("lengths", [None, [[2, 3], [4]]], ids=["a row a sequence", "packed"])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from finetune_trainer.config import CLAIM_VARIABLE, JobConfig
+from finetune_trainer.config import CLAIM_VARIABLE, JOB_VARIABLE, JobConfig
 from finetune_trainer.progress import DataFacts, DatasetFacts, Measured, Published, ResolvedLora, Stage, TrainFacts
 from finetune_trainer.reporting import serving
 from finetune_trainer.reporting.charts import Series, line_chart, round_ticks
@@ -20,6 +20,7 @@ from finetune_trainer.reporting.collect import collect, read_history, read_runs,
 from finetune_trainer.reporting.html import Html, escape, tag
 from finetune_trainer.reporting.page import build_page
 from finetune_trainer.reporting.record import (
+    Gate,
     History,
     JobReport,
     Machine,
@@ -27,12 +28,13 @@ from finetune_trainer.reporting.record import (
     Origin,
     Part,
     PreviewRow,
+    PublishedPlace,
     Sample,
     Serving,
     StageRun,
 )
 from finetune_trainer.runtime import manifest
-from finetune_trainer.runtime.manifest import Result, Target
+from finetune_trainer.runtime.manifest import CalibrationFacts, Made, Result, Target
 from finetune_trainer.runtime.work import WorkFolder
 from tests.unit.trainer.runs import LINEAR, SETTINGS, replace_settings
 
@@ -70,6 +72,7 @@ def make_report(text: str = "plain") -> JobReport:
         measured=measured,
         files=9,
         made_from={"model": "sha256:3"},
+        calibration=CalibrationFacts(rows=256, of_rows=1414, seed=42, max_length=1024, tokens=9876),
     )
     lines = tuple(
         {"step": step, "loss": 3 / step, "learning_rate": 1e-4, "tokens_per_second": 100.0 * step} for step in (1, 2, 4)
@@ -77,6 +80,7 @@ def make_report(text: str = "plain") -> JobReport:
     counts = {"train_rows": 90, "eval_rows": 10, "dropped_rows": 1, "truncated_rows": 0, "train_tokens": 5000}
     return JobReport(
         job=text,
+        resource=f"team-a/{text}",
         written_at=NOW,
         stages=(run,),
         origins=(Origin(field="model", kind="huggingFace", place=text, revision=text),),
@@ -94,7 +98,15 @@ def make_report(text: str = "plain") -> JobReport:
         training=TrainFacts(steps=8, epochs=1.0, trainable_parameters=10, total_parameters=100),
         history=History(training=lines, measured=({"step": 4, "eval_loss": 1.5},), lines=4),
         artifacts=(artifact,),
-        published=(Published(name=text, artifact=text, uri=text, digest="sha256:5", size_bytes=9),),
+        gates=(
+            Gate(artifact=text, field="merge.maxKLDivergence", limit=0.002, measured=1e-4, passed=True),
+            Gate(artifact=text, field="quantize[0].maxPerplexityIncreasePercent", limit=5.0),
+        ),
+        published=(
+            PublishedPlace(
+                name=text, artifact=text, uri=text, digest="sha256:5", size_bytes=9, endpoint="//minio.test:9000"
+            ),
+        ),
         samples=(Sample(prompt=text, before=text, after=text, expected=text),),
         preview=(PreviewRow(tokens=9, loss_tokens=4, parts=(Part(text=text, learned=True),), rejected=()),),
         serving=(Serving(artifact=text, server="vLLM", refusal=text),),
@@ -153,6 +165,25 @@ def test_the_page_tells_losses_figures_and_lineage() -> None:
     texts = " ".join(Elements(build_page(make_report())).texts)
     for told in ("1.5000", "2.0000 before training", "99.00%", "61.5 s", "257.5 MiB", "sha256:3", "Learning rate"):
         assert told in texts, told
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        pytest.param("team-a/plain", id="namespace and name of the job"),
+        pytest.param(
+            "Held-out loss of plain 1.5000 2.0000 before training, on 10 held-out rows", id="whose loss, on what"
+        ),
+        pytest.param("plain merge.maxKLDivergence passed 0.0001 0.002", id="a gate with figure and limit"),
+        pytest.param("plain quantize[0].maxPerplexityIncreasePercent not judged 5", id="a gate of what is not there"),
+        pytest.param("plain drawn from 1,414 training rows with seed 42 256 1,024 9,876", id="calibration"),
+        pytest.param("plain //minio.test:9000 9 bytes", id="the service of a bucket"),
+        pytest.param("rows sha256:0", id="the digest of the rows"),
+        pytest.param("data sha256:4 rows (sha256:0)", id="the digest of data, which has them"),
+    ],
+)
+def test_the_page_says(told: str) -> None:
+    assert told in " ".join(Elements(build_page(make_report())).texts)
 
 
 def test_an_empty_job_has_a_page() -> None:
@@ -241,9 +272,9 @@ def test_files_of_an_older_trainer_are_left_out(tmp_path: Path, config: dict[str
 
 
 def test_it_is_told_where_artifacts_went(tmp_path: Path, config: dict[str, Any]) -> None:
-    secret = {"credentialsSecretRef": {"name": "s3"}}
+    service = {"endpoint": "https://minio.test/", "credentialsSecretRef": {"name": "s3"}}
     entries = [
-        {"name": name, "artifact": "Merged", "s3": {"uri": f"s3://models/{name}", **secret}}
+        {"name": name, "artifact": "Merged", "s3": {"uri": f"s3://models/{name}", **service}}
         for name in ("here", "later")
     ]
     config["output"] = {"publish": entries}
@@ -251,7 +282,61 @@ def test_it_is_told_where_artifacts_went(tmp_path: Path, config: dict[str, Any])
     went = Published(name="here", artifact="merged", uri="s3://models/here", digest="sha256:5", size_bytes=9)
     target = Target(Stage.PUBLISH, work.published("here"), "published/here", "sha256:0")
     manifest.publish(target, 1, lambda _: Result(message="Published.", published=went))
-    assert collect(JobConfig.model_validate(config), work, (), NOW).published == (went,)
+    (told,) = collect(JobConfig.model_validate(config), work, (), NOW).published
+    assert told == PublishedPlace(**dict(went), endpoint="https://minio.test")
+
+
+FIGURES = Measured(kl_divergence=0.01, loss_increase=-0.2)
+
+
+@pytest.mark.parametrize(
+    ("held", "base", "gates"),
+    [
+        pytest.param(
+            "NF4", "Dequantized", {"maxKLDivergence": (0.01, False), "maxLossIncrease": (None, None)}, id="own"
+        ),
+        pytest.param("NF4", "Original", {"maxKLDivergence": (None, None), "maxLossIncrease": (-0.2, True)}, id="other"),
+        pytest.param(
+            "BF16", "Original", {"maxKLDivergence": (0.01, False), "maxLossIncrease": (-0.2, True)}, id="both"
+        ),
+        pytest.param("NF4", None, {"maxKLDivergence": (None, None), "maxLossIncrease": (None, None)}, id="not merged"),
+    ],
+)
+def test_a_gate_has_the_figure_of_the_weights_that_it_is_for(
+    held: str, base: str | None, gates: dict[str, Any], tmp_path: Path, config: dict[str, Any]
+) -> None:
+    config["merge"] = {"maxKLDivergence": 0.009, "maxLossIncrease": 0.1}
+    work, settings = WorkFolder(tmp_path), replace_settings(SETTINGS, base_format=held)
+    data = Target(Stage.PREPARE, work.data, "data", "sha256:0")
+    manifest.publish(data, 1, lambda _: Result(message="Prepared.", resolved=settings))
+    if base is not None:
+        made = Made(name="merged", type="Merged", measured=FIGURES, base=base)
+        target = Target(Stage.MERGE, work.merged, "merged", "sha256:0")
+        manifest.publish(target, 1, lambda _: Result(message="Merged.", artifact=made))
+    found = collect(JobConfig.model_validate(config), work, (), NOW).gates
+    assert {each.field: (each.measured, each.passed) for each in found} == {
+        f"merge.{name}": told for name, told in gates.items()
+    }
+
+
+def test_a_gate_of_a_quantized_form_is_told_with_the_rows_that_the_form_was_calibrated_on(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    config["quantize"] = [
+        {"name": name, "method": "GPTQ", "maxPerplexityIncreasePercent": 5} for name in ("small", "later")
+    ]
+    facts = CalibrationFacts(rows=8, of_rows=32, seed=42, max_length=64, tokens=400)
+    measured = Measured(perplexity_increase_percent=1.5)
+    made = Made(name="small", type="Quantized", measured=measured, calibration=facts)
+    work = WorkFolder(tmp_path)
+    target = Target(Stage.QUANTIZE, work.quantized("small"), "quantized/small", "sha256:0")
+    manifest.publish(target, 1, lambda _: Result(message="Quantized.", artifact=made))
+    found = collect(JobConfig.model_validate(config), work, (), NOW)
+    assert [(each.artifact, each.field, each.limit, each.measured, each.passed) for each in found.gates] == [
+        ("small", "quantize[0].maxPerplexityIncreasePercent", 5.0, 1.5, True),
+        ("later", "quantize[1].maxPerplexityIncreasePercent", 5.0, None, None),
+    ]
+    assert [each.calibration for each in found.artifacts] == [facts]
 
 
 # Serving
@@ -437,10 +522,12 @@ def job(config: dict[str, Any]) -> dict[str, Any]:
 
 def test_each_stage_adds_what_it_knows(desk: Desk, job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CLAIM_VARIABLE, "the-claim")
+    monkeypatch.setenv(JOB_VARIABLE, "team-a/support-bot")
     folder = desk.work / "report"
     assert desk.run("prepare", job)[0] == 0
     first = read(desk)
     assert [run.stage for run in first.stages] == ["prepare"]
+    assert (first.resource, first.job) == ("team-a/support-bot", desk.work.name)
     assert first.settings is not None
     assert first.data is not None
     assert first.data.train_rows == 32
@@ -470,6 +557,7 @@ def test_each_stage_adds_what_it_knows(desk: Desk, job: dict[str, Any], monkeypa
     assert merged.measured is not None
     assert merged.measured.kl_divergence is not None
     assert merged.made_from["adapter"] == adapter.digest
+    assert f"Merged into the {(merged.base or '').lower()} weights" in third.stages[-1].message
     assert {each.file for each in third.serving if each.artifact == "merged"} == {
         "serve/merged-vllm.yaml",
         "serve/merged-kserve.yaml",

@@ -20,7 +20,7 @@ from finetune_trainer.config import MLflow, Tracking, Wandb
 from finetune_trainer.progress import Stage
 from finetune_trainer.runtime import manifest
 from finetune_trainer.runtime.context import Context
-from finetune_trainer.runtime.errors import Interrupted
+from finetune_trainer.runtime.errors import Interrupted, InvalidConfig
 from finetune_trainer.runtime.report import Report
 from finetune_trainer.runtime.work import WorkFolder
 from finetune_trainer.training.tracking import LINES_NAME, Follower, LinesFile, following, run_id
@@ -380,6 +380,11 @@ def test_mlflows_credentials_come_from_files(context: Context, monkeypatch: pyte
     token.parent.mkdir(parents=True)
     token.write_text("secret\n")
     assert read_mlflow_credentials(context.secrets) == {"MLFLOW_TRACKING_TOKEN": "secret"}
+    token.write_text("sec\nret")
+    with pytest.raises(
+        InvalidConfig, match=r"tracking\.mlflow\.credentialsSecretRef: MLFLOW_TRACKING_TOKEN is not one"
+    ):
+        read_mlflow_credentials(context.secrets)
 
 
 # None of them

@@ -36,6 +36,7 @@ from finetune_trainer.config.data import ROWS_LIMIT, ColumnName, Columns, Datase
 from finetune_trainer.config.environment import (
     CLAIM_VARIABLE,
     DRILL_OUT_OF_MEMORY_VARIABLE,
+    JOB_VARIABLE,
     NODE_RANK_VARIABLE,
     REMOTE_CODE_VARIABLE,
     RENDEZVOUS_PORT,
@@ -77,6 +78,7 @@ from finetune_trainer.config.model import (
     TokenText,
 )
 from finetune_trainer.config.outcome import (
+    SHARD_SIZE_PATTERN,
     Calibration,
     GgufType,
     Merge,
@@ -88,6 +90,8 @@ from finetune_trainer.config.outcome import (
 )
 from finetune_trainer.config.pod import Pod
 from finetune_trainer.config.publish import (
+    NO_BRANCH,
+    OCI_REPOSITORY,
     TARGET_FIELDS,
     HuggingFaceTarget,
     OciTarget,
@@ -100,6 +104,7 @@ from finetune_trainer.config.sources import (
     COMMIT_PATTERN,
     DEFAULT_REGION,
     DOCKER_CONFIG_FILE,
+    REGION_PATTERN,
     S3_CREDENTIALS,
     SOURCE_FIELDS,
     TOKEN_FILE,
@@ -151,10 +156,14 @@ __all__ = [
     "FLOATING",
     "FORMATS",
     "FOUR_BIT",
+    "JOB_VARIABLE",
     "MLFLOW_CREDENTIALS",
     "MLFLOW_SLOT",
     "NAME_PATTERN",
     "NODE_RANK_VARIABLE",
+    "NO_BRANCH",
+    "OCI_REPOSITORY",
+    "REGION_PATTERN",
     "RELATIVE_PATH_PATTERN",
     "REMOTE_CODE_VARIABLE",
     "RENDEZVOUS_PORT",
@@ -163,6 +172,7 @@ __all__ = [
     "ROWS_LIMIT",
     "S3_CREDENTIALS",
     "SEED_LIMIT",
+    "SHARD_SIZE_PATTERN",
     "SMOOTHED_LOSSES",
     "SORTING_LOSSES",
     "SOURCE_FIELDS",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, get_args
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
@@ -15,6 +17,9 @@ SUBDOMAIN_PATTERN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 """A DNS subdomain: what Kubernetes allows as a name of most things."""
 
 RELATIVE_PATH_PATTERN = r"^[^/\x00].*$"
+
+HOST = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?|[0-9a-f:.]*:[0-9a-f:.]*", re.ASCII)
+"""A name, or an address of IPv4 or IPv6."""
 
 STEPS_LIMIT = 100_000_000
 SEED_LIMIT = 2**32 - 1
@@ -57,7 +62,25 @@ ClaimName = Annotated[
 ShortName = Annotated[str, Field(min_length=1, max_length=40, pattern=NAME_PATTERN)]
 RelativePath = Annotated[str, Field(min_length=1, max_length=1024, pattern=RELATIVE_PATH_PATTERN)]
 SecretName = Annotated[str, Field(min_length=1, max_length=253, pattern=SUBDOMAIN_PATTERN)]
-Url = Annotated[str, Field(min_length=8, max_length=1024, pattern=r"^https?://[^\s]+$")]
+
+
+def refuse_unreachable(url: str) -> str:
+    """The URL of a service, if it can be one. It is not repeated where it is refused: it may have a password in it."""
+    if "@" in url:
+        raise PydanticCustomError("address", "Names and passwords belong in a Secret, not in an address")
+    try:
+        parts = urlsplit(url)
+        known = parts.port != 0 and HOST.fullmatch(parts.hostname or "") is not None
+    except ValueError:  # of a port that is no number, of brackets that hold no IPv6 address
+        known = False
+    if not known or parts.query or parts.fragment:
+        raise PydanticCustomError("address", "It must be http(s)://host, maybe with :port (1 to 65535) and /path")
+    return url
+
+
+Url = Annotated[
+    str, Field(min_length=8, max_length=1024, pattern=r"^https?://[^\s]+$"), AfterValidator(refuse_unreachable)
+]
 
 
 class SecretKeyRef(Model):

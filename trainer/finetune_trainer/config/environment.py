@@ -20,6 +20,9 @@ DRILL_OUT_OF_MEMORY_VARIABLE = "FINETUNE_DRILL_OUT_OF_MEMORY"
 """A fire drill: `step=3,micro-batch=2` has train run out of GPU memory from step 3 on, unless the micro-batch is at
 most 2 (0: never); with `,checkpointing=Full` behind it, nor while gradient checkpointing is Full. Unset: no drill."""
 
+JOB_VARIABLE = "FINETUNE_JOB"
+"""`namespace/name` of the FineTuneJob, for the report. Unset, as on a workstation: it has the work folder's name."""
+
 CLAIM_VARIABLE = "FINETUNE_CLAIM"
 """Name of the claim that the work folder lies in, for the serving manifests of the report; the folder's path in the
 claim is its own name. Unset, as on a workstation: they have a value to fill in."""

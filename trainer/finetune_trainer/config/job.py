@@ -17,7 +17,7 @@ from finetune_trainer.config.method import (
     ObjectiveType,
 )
 from finetune_trainer.config.model import BaseModelSource
-from finetune_trainer.config.outcome import Merge, MergePolicy, Quantize
+from finetune_trainer.config.outcome import Merge, MergeBase, MergePolicy, Quantize
 from finetune_trainer.config.pod import Pod
 from finetune_trainer.config.publish import Output, Publish, PublishedArtifact
 from finetune_trainer.config.tracking import Tracking
@@ -127,6 +127,15 @@ class JobConfig(Model):
         return self
 
     @model_validator(mode="after")
+    def _divergence_is_from_what_was_trained(self) -> Self:
+        weights, merge = self.method.base_weights if self.method else None, self.merge or Merge()
+        quantized = self.method_type is MethodType.QLORA or (weights and weights.format is BaseFormat.INT8)
+        if quantized and merge.base is MergeBase.ORIGINAL and merge.max_kl_divergence is not None:
+            msg = "merge.maxKLDivergence says nothing of base Original of a quantized base: set merge.maxLossIncrease"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
     def _what_is_published_is_made(self) -> Self:
         made = {entry.name for entry in self.quantize or ()}
         for _, field, entry in self.destinations():
@@ -207,6 +216,13 @@ class JobConfig(Model):
         """Every place that artifacts go to: a slot (folder of its secrets), its field, the entry."""
         for index, entry in enumerate((self.output.publish if self.output else None) or ()):
             yield f"publish-{index}", f"output.publish[{index}]", entry
+
+    def destinations_seen_early(self) -> Iterator[tuple[str, str, Publish]]:
+        """Those whose credentials prepare is given, to refuse what is missing before a GPU is held.
+
+        None where code that the model brings runs beside them: that must not see what may write elsewhere.
+        """
+        return iter(()) if self.model.trust_remote_code else self.destinations()
 
     def sources(self) -> Iterator[tuple[str, str, Source]]:
         """Everything that prepare fetches: a slot (folder of its secrets and downloads), its field, the source."""

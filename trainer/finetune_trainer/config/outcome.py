@@ -36,6 +36,9 @@ class MergeDtype(StrEnum):
     FP32 = "FP32"
 
 
+SHARD_SIZE_PATTERN = r"^0*[1-9][0-9]*(KB|MB|GB)$"
+
+
 class Merge(Model):
     """The adapter merged into the base: the model that was trained, in one piece."""
 
@@ -57,7 +60,7 @@ class Merge(Model):
     max_shard_size: str | None = Field(
         default=None,
         max_length=20,
-        pattern=r"^[0-9]+(KB|MB|GB)$",
+        pattern=SHARD_SIZE_PATTERN,
         description="Largest file of the saved weights, e.g. 2048MB. Default 5GB.",
     )
     max_kl_divergence: float | None = Field(
@@ -76,6 +79,15 @@ class Merge(Model):
         description="Gate for base Original: fails the job where the merged model's held-out loss is higher than the "
         "trained one's by more, nats a token. Default none: told, fails nothing.",
     )
+
+    @model_validator(mode="after")
+    def _settings_of_a_merge(self) -> Self:
+        if self.policy is MergePolicy.NEVER and (
+            idle := self.model_dump(by_alias=True, exclude={"policy"}, exclude_none=True)
+        ):
+            msg = f"merge.policy Never merges nothing: drop {', '.join(idle)}, or leave policy unset"
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _original_is_merged_into(self) -> Self:

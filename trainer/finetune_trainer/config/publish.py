@@ -2,16 +2,52 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from enum import StrEnum
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from finetune_trainer.config.base import Model, SecretKeyRef, SecretRef, ShortName
-from finetune_trainer.config.sources import HuggingFaceSource, OciSource, S3Source
+from finetune_trainer.config.base import Model, SecretKeyRef, SecretRef, ShortName, refuse_unreachable
+from finetune_trainer.config.sources import COMMIT_PATTERN, HuggingFaceSource, OciSource, S3Source
 
 TARGET_FIELDS = ("huggingFace", "s3", "oci")
+HUB_REPO = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+"""What the hub lets be made (`huggingface_hub.utils.validate_repo_id`), with an owner."""
+NO_BRANCH = re.compile(rf"//|\.\.|/\.|(/|\.|\.lock)$|{COMMIT_PATTERN}")
+"""What git does not take as the name of a branch (`git check-ref-format`), or reads as a commit."""
+OCI_PART = r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*"
+OCI_REPOSITORY = re.compile(rf"{OCI_PART}(?:/{OCI_PART})*")
+"""Of https://github.com/opencontainers/distribution-spec, "Pulling manifests"."""
+
+
+def _refuse_odd_repository(repo: str) -> str:
+    if HUB_REPO.fullmatch(repo) is None:
+        raise PydanticCustomError("repository", "It must be owner/name, as the hub allows them")
+    return repo
+
+
+def _refuse_odd_branch(revision: str) -> str:
+    if NO_BRANCH.search(revision):
+        raise PydanticCustomError("branch", "It must be the name of a branch, and no commit")
+    return revision
+
+
+def _refuse_odd_prefix(uri: str) -> str:
+    bucket, *prefix = uri.removeprefix("s3://").removesuffix("/").split("/")
+    if not prefix or {"", ".", ".."} & set(prefix) or ".." in bucket or not uri.isprintable():
+        raise PydanticCustomError("prefix", "It must be s3://bucket/prefix, no part of it empty, '.' or '..'")
+    return uri
+
+
+def _refuse_odd_reference(reference: str) -> str:
+    registry, _, rest = reference.partition("/")
+    refuse_unreachable(f"https://{registry}")
+    if OCI_REPOSITORY.fullmatch(rest.partition(":")[0]) is None:
+        raise PydanticCustomError("reference", "It must be registry/repository:tag, as registries allow them")
+    return reference
 
 
 class PublishedArtifact(StrEnum):
@@ -25,7 +61,10 @@ class PublishedArtifact(StrEnum):
 class HuggingFaceTarget(HuggingFaceSource):
     """A model repository of the Hugging Face hub; made if it is not there."""
 
-    revision: str = Field(
+    repo: Annotated[str, AfterValidator(_refuse_odd_repository)] = Field(
+        min_length=1, max_length=200, pattern=r"^[\w.-]+(/[\w.-]+)?$", description="Owner and name."
+    )
+    revision: Annotated[str, AfterValidator(_refuse_odd_branch)] = Field(
         default="main",
         min_length=1,
         max_length=200,
@@ -41,9 +80,9 @@ class HuggingFaceTarget(HuggingFaceSource):
 class S3Target(S3Source):
     """A prefix in a bucket that speaks the S3 protocol."""
 
-    uri: str = Field(
+    uri: Annotated[str, AfterValidator(_refuse_odd_prefix)] = Field(
         max_length=1024,
-        pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/.+$",
+        pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[^?#]+$",
         description="s3://bucket/prefix: the files go below it, manifest.json last.",
     )
     credentials_secret_ref: SecretRef = Field(
@@ -55,7 +94,7 @@ class S3Target(S3Source):
 class OciTarget(OciSource):
     """A tag in a repository of an OCI registry."""
 
-    reference: str = Field(
+    reference: Annotated[str, AfterValidator(_refuse_odd_reference)] = Field(
         max_length=512,
         pattern=r"^[A-Za-z0-9.-]+(:[0-9]+)?/[a-z0-9._/-]+(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?$",
         description="registry/repository:tag. Default tag latest.",

@@ -16,6 +16,7 @@ S3_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOK
 """Keys of the Secret with S3 credentials, and files below the source's folder of secrets. The last is optional."""
 
 DEFAULT_REGION = "us-east-1"
+REGION_PATTERN = r"^[A-Za-z0-9._-]+$"
 SOURCE_FIELDS = ("huggingFace", "modelScope", "volume", "s3", "oci")
 COMMIT_PATTERN = r"^[0-9a-f]{40}$"
 
@@ -60,7 +61,13 @@ class S3Source(Model):
         description="s3://bucket/key of one object, or of all objects below a prefix.",
     )
     endpoint: Url | None = Field(default=None, description="Address of the service. Default: AWS.")
-    region: str | None = Field(default=None, min_length=1, max_length=60, description="Region. Default us-east-1.")
+    region: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=60,
+        pattern=REGION_PATTERN,
+        description="Region. Default us-east-1.",
+    )
     credentials_secret_ref: SecretRef | None = Field(
         default=None,
         description="Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if used, AWS_SESSION_TOKEN. "

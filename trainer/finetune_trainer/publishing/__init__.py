@@ -14,9 +14,15 @@ from finetune_trainer.config import HuggingFaceTarget, OciTarget, S3Target
 from finetune_trainer.sources import read_keys, read_login, read_token
 
 if TYPE_CHECKING:
-    from finetune_trainer.config import Publish
+    from finetune_trainer.config import JobConfig, Publish
     from finetune_trainer.publishing.base import Sink
     from finetune_trainer.runtime.context import Context
+
+
+def check_credentials(config: JobConfig, context: Context) -> None:
+    """See, without asking anybody, that every place's credentials are there. AccessDenied, InvalidConfig, NotFound."""
+    for slot, field, entry in config.destinations_seen_early():
+        build_sink(slot, field, entry, context)
 
 
 def build_sink(slot: str, field: str, entry: Publish, context: Context) -> Sink:

@@ -14,7 +14,7 @@ from finetune_trainer.runtime.errors import Interrupted
 from finetune_trainer.runtime.manifest import MANIFEST_NAME, FileEntry, Manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from finetune_trainer.runtime.context import Context
@@ -167,19 +167,14 @@ class Feed(io.BufferedReader):
         self.reach(self._size)
 
 
-def left_behind(remote: Remote, there: Mapping[str, RemoteFile], parcel: Parcel) -> list[str]:
-    """Files there that an earlier publishing left, by its own manifest, and that are not in this one."""
+def accounted_for(remote: Remote, there: Mapping[str, RemoteFile]) -> set[str]:
+    """Files there that an earlier publishing's manifest names, with the manifest; none if it is somebody else's."""
     if (marker := there.get(MANIFEST_NAME)) is None:
-        return []
+        return set()
     with remote.open(marker, 0) as body:
         data = b"".join(body.chunks)
     try:
         earlier = {entry.path for entry in Manifest.model_validate_json(data).files}
-    except ValidationError:  # somebody else's manifest.json
-        return []
-    return sorted((earlier & there.keys()) - {each.name for each in parcel.everything})
-
-
-def strangers(there: Collection[str], parcel: Parcel) -> list[str]:
-    """Files there that are not of the parcel."""
-    return sorted(set(there) - {each.name for each in parcel.everything})
+    except ValidationError:
+        return set()
+    return (earlier | {MANIFEST_NAME}) & there.keys()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from finetune_trainer.publishing.base import Feed, Watch
 from finetune_trainer.runtime.errors import Unavailable
+from finetune_trainer.sources.base import Changed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,14 +74,14 @@ def _send(sink: Sink, file: Outgoing, watch: Watch) -> None:
 
 
 def _tried(action: Callable[[], T], watch: Watch, reached: Callable[[], int] = lambda: 0) -> T:
-    """Do it, again and again while the other side breaks off: for ever where it gets further, else a few times."""
+    """Do it, again while the other side breaks off or changes: for ever where it gets further, else a few times."""
     pauses = iter(RETRY_PAUSES_SECONDS)
     while True:
         watch.look()
         before = reached()
         try:
             return action()
-        except Unavailable as error:
+        except (Unavailable, Changed) as error:
             if reached() > before:
                 pauses = iter(RETRY_PAUSES_SECONDS)
             if (pause := next(pauses, None)) is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from finetune_trainer.publishing.base import left_behind
+from finetune_trainer.publishing.base import accounted_for
 from finetune_trainer.runtime.errors import AccessDenied, NotFound, VerificationFailed
 from finetune_trainer.sources.base import Algorithm
 from finetune_trainer.sources.hub import Hub
@@ -51,7 +51,8 @@ class HubSink:
             self._make()
             self._look()
         self._refuse_public()
-        self._leaving = left_behind(self._hub, self._there, parcel)
+        names = {file.name for file in parcel.everything}
+        self._leaving = sorted(accounted_for(self._hub, self._there) - names)
 
     def has(self, file: Outgoing, feed: Feed) -> bool:  # noqa: ARG002 - what is hashed is small
         """By the SHA-256 of what is in LFS, and git's own hash of what is not."""

@@ -3,6 +3,10 @@
 A large file goes in parts, so that a connection, or an attempt, that breaks off costs one part
 (https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html). A part that is there is known by its MD5, a
 whole object by what the service says of it: its SHA-256, its ETag, or, where that is no hash, its bytes read again.
+
+S3 has no lock, so nothing keeps two publishings from one prefix. Each looks after every object that it put whether the
+other's marker has come, and after its marker whether every object is still the one that it proved: one of both finds
+out, and no marker stays that vouches for a mixture.
 """
 
 from __future__ import annotations
@@ -13,15 +17,15 @@ import logging
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
-from finetune_trainer.publishing.base import left_behind, strangers
-from finetune_trainer.runtime.errors import TrainerError, Unavailable, VerificationFailed
+from finetune_trainer.publishing.base import accounted_for
+from finetune_trainer.runtime.errors import InvalidConfig, TrainerError, Unavailable, VerificationFailed
 from finetune_trainer.runtime.manifest import MANIFEST_NAME
 from finetune_trainer.runtime.wording import first_of
 from finetune_trainer.sources.base import Changed, RemoteFile
 from finetune_trainer.sources.s3 import S3, error_code, parse
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import httpx2
 
@@ -34,6 +38,8 @@ log = logging.getLogger(__name__)
 PART_BYTES = 64 << 20
 PARTS_LIMIT = 10_000
 """S3's own."""
+MARK = {"x-amz-meta-published-by": "finetune-operator"}
+"""On every object that is sent: a publishing that was broken off leaves no manifest to account for them."""
 
 
 def part_bytes(size: int) -> int:
@@ -50,38 +56,55 @@ class S3Sink:
         self.where = self._bucket.where
         self._etags: dict[str, str] = {}
         """What the objects that were sent in parts must have, by their parts' MD5."""
+        self._proven: dict[str, str] = {}
+        """What the objects had when they were proven, by the names of their files."""
+        self._marker: Outgoing
+        """This publishing's own."""
 
     def prepare(self, parcel: Parcel) -> None:
-        """Take away what an earlier publishing left; its marker too, unless it is the same one."""
+        """Take away what an earlier publishing left; its marker too, unless it is the same one. InvalidConfig."""
+        self._marker = parcel.marker
         there = {file.name: file for file in self._bucket.below()}
-        for name in left_behind(self._bucket, there, parcel):
+        ours, names = accounted_for(self._bucket, there), {file.name for file in parcel.everything}
+        self._refuse_taken(file for file in parcel.everything if file.name in there.keys() - ours)
+        for name in sorted(ours - names):
             self._delete(there.pop(name).address)
-        if MANIFEST_NAME in there and not self._is_proven(there[MANIFEST_NAME], parcel.marker, None):
+        if MANIFEST_NAME in there and not self._is_proven(parcel.marker, None):
             self._delete(there[MANIFEST_NAME].address)
-        if others := strangers(there, parcel):
+        if others := sorted(there.keys() - names):
             log.warning("%s has other objects, which stay as they are: %s", self.where, first_of(others))
 
     def has(self, file: Outgoing, feed: Feed) -> bool:
         """By the SHA-256 or the ETag of the object."""
-        return self._is_proven(self._remote(file), file, feed)
+        return self._is_proven(file, feed)
 
     def send(self, file: Outgoing, feed: Feed) -> None:
-        """In one piece, or in parts."""
+        """In one piece, or in parts, and never beside another publishing's marker."""
+        self._give_way()
         if file.entry.size > PART_BYTES:
             self._send_parts(file, feed)
         else:
             self._put(file, feed.chunks())
         if not self.has(file, feed):
-            raise self._broken(file, "what the bucket has of it is not what was sent")
+            raise self._not_ours(file)
+        try:
+            self._give_way()
+        except VerificationFailed:
+            self._delete(self._remote(self._marker).address)  # it came while this was sent: of a mixture now
+            raise
 
     def commit(self, parcel: Parcel) -> str:
-        """Put the marker, and look whether every file is there."""
-        if not self._is_proven(self._remote(parcel.marker), parcel.marker, None):
+        """Put the marker if every object is what was proven, and look whether that is so still."""
+        self._refuse_overwritten(parcel.files)
+        if not self._is_proven(parcel.marker, None):
             self._put(parcel.marker, iter([parcel.marker.path.read_bytes()]))
-        there = {file.name: file.size for file in self._bucket.below()}
-        for file in parcel.everything:
-            if there.get(file.name) != file.entry.size:
-                raise self._broken(file, "it is not in the bucket any more")
+            self._is_proven(parcel.marker, None)
+        self._refuse_overwritten([parcel.marker])
+        try:
+            self._refuse_overwritten(parcel.files)
+        except VerificationFailed:
+            self._delete(self._remote(parcel.marker).address)
+            raise
         return self._uri
 
     # Objects
@@ -92,12 +115,22 @@ class S3Sink:
     def _remote(self, file: Outgoing) -> RemoteFile:
         return RemoteFile(name=file.name, size=file.entry.size, address=self._bucket.root + file.name)
 
-    def _is_proven(self, remote: RemoteFile, file: Outgoing, feed: Feed | None) -> bool:
+    def _is_proven(self, file: Outgoing, feed: Feed | None) -> bool:
         """Whether the object is there and has the file's bytes. `feed`: to hash the file by; small ones need none."""
-        try:
-            found = self._bucket.described(remote)
-        except Changed:
+        found = self._found(file)
+        if found is None or not self._has_bytes(found, file, feed):
             return False
+        self._proven[file.name] = found.version
+        return True
+
+    def _found(self, file: Outgoing) -> RemoteFile | None:
+        """The object, if it is there."""
+        try:
+            return self._bucket.described(self._remote(file))
+        except Changed:
+            return None
+
+    def _has_bytes(self, found: RemoteFile, file: Outgoing, feed: Feed | None) -> bool:
         if found.size != file.entry.size:
             return False
         if found.digest is None:
@@ -123,7 +156,7 @@ class S3Sink:
     def _put(self, file: Outgoing, chunks: Iterator[bytes]) -> None:
         """An object in one piece, of which the service checks the SHA-256."""
         checksum = base64.b64encode(bytes.fromhex(file.entry.sha256)).decode()
-        headers = _of_body(file.entry.size, file.entry.sha256) | {"x-amz-checksum-sha256": checksum}
+        headers = _of_body(file.entry.size, file.entry.sha256) | {"x-amz-checksum-sha256": checksum} | MARK
         self._bucket.ask("PUT", self._url(file), headers, self._upload_refusal, chunks)
 
     def _delete(self, key: str) -> None:
@@ -145,7 +178,9 @@ class S3Sink:
             feed.reach(start + len(part))
         if whole.hexdigest() != file.entry.sha256:
             self._abort(file, upload)
-            raise self._broken(file, "it was changed while it was sent")
+            msg = f"{self.where}: {file.name} was changed while it was sent. Run publish again."
+            raise VerificationFailed(msg)
+        self._give_way()
         self._complete(file, upload, [there[number] for number in range(1, len(etags) + 1)])
         self._etags[file.name] = _etag_of_parts(etags)
         for left in self._open_uploads(file):
@@ -170,7 +205,7 @@ class S3Sink:
         return [upload for _, upload in sorted(found, reverse=True)]
 
     def _begin(self, file: Outgoing) -> str:
-        tree = parse(self._bucket.ask("POST", self._url(file, {"uploads": ""})).content, self.where)
+        tree = parse(self._bucket.ask("POST", self._url(file, {"uploads": ""}), MARK).content, self.where)
         if not (upload := tree.findtext("{*}UploadId")):
             msg = f"{self.where}: the service names no upload. Correct the endpoint."
             raise TrainerError(msg)
@@ -205,19 +240,46 @@ class S3Sink:
 
     # Refusals
 
+    def _refuse_taken(self, files: Iterable[Outgoing]) -> None:
+        """InvalidConfig if objects are in the way that no publishing has put there."""
+        ((mark, publisher),) = MARK.items()
+        heads = {file.name: self._bucket.ask("HEAD", self._url(file)).headers for file in files}
+        if taken := [name for name, head in heads.items() if head.get(mark) != publisher]:
+            msg = f"{self.where} has files of somebody else's that would be overwritten: {first_of(taken)}. "
+            raise InvalidConfig(msg + "Give the entry a prefix of its own, or take them away.")
+
+    def _give_way(self) -> None:
+        """VerificationFailed if another publishing's marker is there."""
+        found = self._found(self._marker)
+        if found is not None and not self._has_bytes(found, self._marker, None):
+            raise self._not_ours(self._marker)
+
+    def _refuse_overwritten(self, files: Iterable[Outgoing]) -> None:
+        """VerificationFailed if an object is not the one any more that was proven."""
+        for file in files:
+            found = self._found(file)
+            if found is None or found.version != self._proven.get(file.name):
+                raise self._not_ours(file)
+
+    def _not_ours(self, file: Outgoing) -> VerificationFailed:
+        return VerificationFailed(
+            f"{self.where}: {file.name} there is not, or no longer, the one of this publishing: somebody else "
+            "publishes to this place too. Give each entry of each job a prefix of its own; then run publish again."
+        )
+
     def _upload_refusal(self, response: httpx2.Response) -> TrainerError:
         code = error_code(response)[0]
         if code in {"NoSuchUpload", "InvalidPart", "RequestTimeout"}:
-            return Unavailable(f"{self.where}: an upload is not there any more ({code}). It is worth another try.")
+            return Unavailable(
+                f"{self.where}: an upload broke off ({code}): it was too slow, or somebody else publishes to this "
+                "place too. It is worth another try."
+            )
         if code in {"XAmzContentSHA256Mismatch", "BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch"}:
             return VerificationFailed(
                 f"{self.where}: what came there is not what the manifest says ({code}). Run publish again; if it stays "
                 "so, the files of the artifact were changed."
             )
         return self._bucket.refusal(response)
-
-    def _broken(self, file: Outgoing, how: str) -> VerificationFailed:
-        return VerificationFailed(f"{self.where}: {file.name} is not what it should be: {how}. Run publish again.")
 
 
 def _of_body(size: int, sha256: str) -> dict[str, str]:

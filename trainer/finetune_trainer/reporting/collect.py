@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import ValidationError
 
 from finetune_trainer.config import (
+    FLOATING,
     SOURCE_FIELDS,
     HuggingFaceSource,
+    Merge,
+    MergeBase,
     Model,
     ModelScopeSource,
     OciSource,
     S3Source,
+    S3Target,
     VolumeSource,
 )
 from finetune_trainer.data.tokenized import PREVIEW_NAME
@@ -26,12 +30,14 @@ from finetune_trainer.ingest import named_datasets
 from finetune_trainer.progress import Stage
 from finetune_trainer.reporting.record import (
     REPORT_NAME,
+    Gate,
     History,
     JobReport,
     MadeArtifact,
     Origin,
     Part,
     PreviewRow,
+    PublishedPlace,
     Sample,
     StageRun,
 )
@@ -43,12 +49,12 @@ from finetune_trainer.training.samples import SAMPLES_NAME
 from finetune_trainer.training.tracking import LINES_NAME
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from datetime import datetime
     from pathlib import Path
 
     from finetune_trainer.config import JobConfig, Source
-    from finetune_trainer.progress import Published, Resolved
+    from finetune_trainer.progress import Resolved
     from finetune_trainer.runtime.manifest import Manifest
     from finetune_trainer.runtime.work import WorkFolder
 
@@ -68,6 +74,7 @@ def collect(config: JobConfig, work: WorkFolder, runs: Sequence[StageRun], now: 
     data = _manifest_in(work.data)
     settings = None if data is None else data.result.resolved
     made = [(path, found) for path in _paths(config) if (found := _manifest_in(work.root / path)) is not None]
+    artifacts = tuple(artifact for path, found in made if (artifact := _artifact(path, found)) is not None)
     return JobReport(
         job=work.root.name,
         written_at=now,
@@ -80,7 +87,8 @@ def collect(config: JobConfig, work: WorkFolder, runs: Sequence[StageRun], now: 
         data_digest=None if data is None else data.digest,
         training=next((found.result.training for _, found in made if found.result.training is not None), None),
         history=read_history(work.report / LINES_NAME),
-        artifacts=tuple(artifact for path, found in made if (artifact := _artifact(path, found)) is not None),
+        artifacts=artifacts,
+        gates=tuple(_gates(config, settings, {each.name: each for each in artifacts})),
         published=tuple(_published(config, work)),
         samples=_read_samples(work.report / SAMPLES_NAME),
         preview=_read_preview(work.report / PREVIEW_NAME),
@@ -125,15 +133,48 @@ def _artifact(path: str, found: Manifest) -> MadeArtifact | None:
     told = manifest.artifact_of(found, path)
     if told is None:
         return None
-    return MadeArtifact(**dict(told), files=len(found.files), made_from=found.inputs)
+    made = found.result.artifact
+    return MadeArtifact(
+        **dict(told),
+        files=len(found.files),
+        made_from=found.inputs,
+        base=made.base if made else None,
+        calibration=made.calibration if made else None,
+    )
 
 
-def _published(config: JobConfig, work: WorkFolder) -> Iterator[Published]:
+def _published(config: JobConfig, work: WorkFolder) -> Iterator[PublishedPlace]:
     """Where artifacts went."""
     for _, _, entry in config.destinations():
         found = _manifest_in(work.published(entry.name))
-        if found is not None and found.result.published is not None:
-            yield found.result.published
+        if found is not None and (told := found.result.published) is not None:
+            endpoint = entry.kind.address if isinstance(entry.kind, S3Target) else None
+            yield PublishedPlace(**dict(told), endpoint=endpoint)
+
+
+# Gates
+
+
+def _gates(config: JobConfig, settings: Resolved | None, made: Mapping[str, MadeArtifact]) -> Iterator[Gate]:
+    """Every gate of the job, with the figure that it is for."""
+    merge, merged = config.merge or Merge(), made.get("merged")
+    base = merged.base if merged is not None else None
+    trained = MergeBase.ORIGINAL if settings is not None and settings.base_format in FLOATING else MergeBase.DEQUANTIZED
+    if (limit := merge.max_kl_divergence) is not None:
+        yield _gate("merged", "merge.maxKLDivergence", limit, merged if base == trained else None, "kl_divergence")
+    if (limit := merge.max_loss_increase) is not None:
+        asked = merged if base == MergeBase.ORIGINAL else None
+        yield _gate("merged", "merge.maxLossIncrease", limit, asked, "loss_increase")
+    for index, entry in enumerate(config.quantize or ()):
+        if (limit := entry.max_perplexity_increase_percent) is not None:
+            field = f"quantize[{index}].maxPerplexityIncreasePercent"
+            yield _gate(entry.name, field, limit, made.get(entry.name), "perplexity_increase_percent")
+
+
+def _gate(name: str, field: str, limit: float, asked: MadeArtifact | None, figure: str) -> Gate:
+    measured = getattr(asked.measured, figure) if asked is not None and asked.measured is not None else None
+    passed = None if measured is None else measured <= limit
+    return Gate(artifact=name, field=field, limit=limit, measured=measured, passed=passed)
 
 
 # Sources

@@ -18,10 +18,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from datetime import datetime
 
-    from finetune_trainer.config import Model
-    from finetune_trainer.progress import DataFacts, Published
+    from finetune_trainer.progress import DataFacts, Resolved
     from finetune_trainer.reporting.charts import Point
-    from finetune_trainer.reporting.record import History, JobReport, MadeArtifact, Part, PreviewRow, Sample
+    from finetune_trainer.reporting.record import (
+        Gate,
+        History,
+        JobReport,
+        MadeArtifact,
+        Part,
+        PreviewRow,
+        PublishedPlace,
+        Sample,
+    )
 
 PAGE_NAME = "index.html"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -47,9 +55,15 @@ def build_page(report: JobReport) -> str:
         _section(
             "Artifacts",
             _artifacts(report.artifacts),
-            "Measured on the held-out rows. Losses and KL divergences "
+            f"Measured on {_held_out(report)}. Losses and KL divergences "
             "are nats a token; an artifact is compared with what it was made from.",
         ),
+        _section(
+            "Gates",
+            _gates(report.gates),
+            "A gate judges its artifact when that is made; one of the merge judges those weights alone that it is for.",
+        ),
+        _section("Calibration", _calibration(report.artifacts), "The rows that a quantizer looked at."),
         _section("Published", _published(report.published), "Compared with what is there."),
         _section("Training", _charts(report)),
         _section("GPU memory", _memory(report), "Of one GPU. Not all parts are held at the worst moment of a step."),
@@ -57,7 +71,12 @@ def build_page(report: JobReport) -> str:
         _section("Data", _data(report.data)),
         _section("Rows as trained on", _preview(report.preview), "Marked: what counts in the loss."),
         _section("Serving", _serving(report)),
-        _section("Lineage", _lineage(report)),
+        _section(
+            "Lineage",
+            _lineage(report),
+            "A digest is that of the folder's manifest, which names every file with its own; that of rows is of the "
+            "tokenized rows alone, which lie in data with the tokenizer and the settings.",
+        ),
         _section("Settings", _settings(report)),
         _section("Stages", _stages(report)),
     ]
@@ -67,7 +86,7 @@ def build_page(report: JobReport) -> str:
         tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"{report.job}: fine-tuning report"),
+        tag("title", f"{_name(report)}: fine-tuning report"),
         tag("style", Html(STYLE)),
     )
     body = tag("body", _header(report), tag("main", *sections))
@@ -89,10 +108,20 @@ def _header(report: JobReport) -> Html:
     last = report.stages[-1:]
     told = (tag("p", run.message) for run in last)
     when = f"After {last[0].stage}, " if last else ""
+    folder = f", folder {report.job}" if report.resource else ""
     tiles = tag("div", *(_tile(*each) for each in _headlines(report)), class_="tiles")
     return tag(
-        "header", tag("h1", report.job), tag("p", f"{when}{_time(report.written_at)}", class_="note"), *told, tiles
+        "header",
+        tag("h1", _name(report)),
+        tag("p", f"{when}{_time(report.written_at)}{folder}", class_="note"),
+        *told,
+        tiles,
     )
+
+
+def _name(report: JobReport) -> str:
+    """The FineTuneJob, or the folder of a job that runs without one."""
+    return report.resource or report.job
 
 
 def _tile(name: str, value: str, note: str) -> Html:
@@ -101,7 +130,7 @@ def _tile(name: str, value: str, note: str) -> Html:
 
 def _headlines(report: JobReport) -> Iterator[tuple[str, str, str]]:
     """What everybody looks for first: name, value, and what it is compared with."""
-    settings, trained = report.settings, _trained(report)
+    settings, artifact = report.settings, _trained(report)
     if settings is not None:
         yield "Model", f"{settings.parameters:,}", f"parameters, {settings.architecture}"
         yield "Method", settings.method, f"{settings.objective}, base in {settings.base_format}"
@@ -109,14 +138,19 @@ def _headlines(report: JobReport) -> Iterator[tuple[str, str, str]]:
         yield "Rows", f"{report.data.train_rows:,}", f"to train on, {report.data.eval_rows:,} held out"
     if report.training is not None:
         yield "Steps", f"{report.training.steps:,}", f"{report.training.epochs:.6g} epochs"
-    if trained is not None and trained.eval_loss is not None:
-        before = "" if trained.eval_loss_base is None else f"{trained.eval_loss_base:.4f} before training"
-        yield "Held-out loss", f"{trained.eval_loss:.4f}", before
+    if artifact is not None and (measured := artifact.measured) is not None and measured.eval_loss is not None:
+        before = f"{measured.eval_loss_base:.4f} before training, on {_held_out(report)}"
+        yield f"Held-out loss of {artifact.name}", f"{measured.eval_loss:.4f}", before
 
 
-def _trained(report: JobReport) -> Measured | None:
-    """What was measured of the weights that training left."""
-    return next((each.measured for each in report.artifacts if each.measured and each.measured.eval_loss_base), None)
+def _trained(report: JobReport) -> MadeArtifact | None:
+    """The weights that training left, as they were measured: compared with those before it."""
+    return next((each for each in report.artifacts if each.measured and each.measured.eval_loss_base), None)
+
+
+def _held_out(report: JobReport) -> str:
+    rows = "the" if report.data is None else f"{report.data.eval_rows:,}"
+    return f"{rows} held-out rows"
 
 
 # Artifacts
@@ -149,11 +183,45 @@ def _figure(artifact: MadeArtifact, name: str) -> str:
     return f"{value:+.2f}%" if name.endswith("_percent") else _plain(value)
 
 
-def _published(entries: Sequence[Published]) -> Html:
+def _gates(gates: Sequence[Gate]) -> Html:
+    if not gates:
+        return Html("")
+    verdicts = {True: "passed", False: "failed", None: "not judged"}
+    rows = (
+        [
+            each.artifact,
+            each.field,
+            verdicts[each.passed],
+            "" if each.measured is None else _plain(each.measured),
+            _plain(each.limit),
+        ]
+        for each in gates
+    )
+    return table(["Artifact", "Gate", "Verdict", "Measured", "At most"], rows, numbers=3)
+
+
+def _calibration(artifacts: Sequence[MadeArtifact]) -> Html:
+    rows = [
+        [each.name, f"drawn from {facts.of_rows:,} training rows with seed {facts.seed}"]
+        + [_grouped(figure) for figure in (facts.rows, facts.max_length, facts.tokens)]
+        for each in artifacts
+        if (facts := each.calibration) is not None
+    ]
+    return (
+        table(["Artifact", "Which rows", "Rows", "Tokens a row at most", "Tokens"], rows, numbers=2)
+        if rows
+        else Html("")
+    )
+
+
+def _published(entries: Sequence[PublishedPlace]) -> Html:
     if not entries:
         return Html("")
-    rows = ([each.name, each.artifact, each.uri, _bytes(each.size_bytes), _digest(each.digest)] for each in entries)
-    return table(["Entry", "Artifact", "Place", "Size", "Digest of its manifest"], rows, numbers=3)
+    rows = (
+        [each.name, each.artifact, each.uri, each.endpoint or "", _bytes(each.size_bytes), _digest(each.digest)]
+        for each in entries
+    )
+    return table(["Entry", "Artifact", "Place", "Service", "Size", "Digest of its manifest"], rows, numbers=4)
 
 
 # Training
@@ -164,8 +232,9 @@ def _charts(report: JobReport) -> Html:
     if history is None:
         return Html("")
     few = len(history.measured) <= FEW_POINTS
-    base = (trained.eval_loss_base,) if (trained := _trained(report)) else ()
-    start = tuple((0.0, loss) for loss in base if loss is not None)
+    trained = _trained(report)
+    base = trained.measured.eval_loss_base if trained and trained.measured else None
+    start = () if base is None else ((0.0, base),)
     losses = [
         Series("training", _points(history.training, "loss")),
         Series("held out", start + _points(history.measured, "eval_loss"), marked=few),
@@ -310,28 +379,35 @@ def _lineage(report: JobReport) -> Html:
     ]
     return Html(
         table(["Source", "Kind", "Place", "Commit or digest"], sources)
-        + table(["What", "Digest of its manifest", "Made from"], _chain(report))
+        + table(["What", "Digest", "Made from"], _chain(report))
     )
 
 
 def _chain(report: JobReport) -> Iterator[list[str]]:
     """What was made from what, from the base model on."""
-    if report.settings is not None:
-        yield ["model", tag("code", report.settings.model_digest), ""]
+    settings = report.settings
+    if settings is not None:
+        yield ["model", tag("code", settings.model_digest), ""]
+        yield ["rows", tag("code", settings.data_digest), ""]
     if report.data_digest is not None:
-        yield ["data", tag("code", report.data_digest), ""]
+        rows = {} if settings is None else {"rows": settings.data_digest}
+        yield ["data", tag("code", report.data_digest), _above(rows)]
     for each in report.artifacts:
-        above = ", ".join(f"{name} ({digest[:SHORT_DIGEST]})" for name, digest in sorted(each.made_from.items()))
-        yield [each.name, tag("code", each.digest), above]
+        yield [each.name, tag("code", each.digest), _above(each.made_from)]
+
+
+def _above(digests: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({digest[:SHORT_DIGEST]})" for name, digest in sorted(digests.items()))
 
 
 def _settings(report: JobReport) -> Html:
     return Html("") if report.settings is None else pairs(_flat(report.settings))
 
 
-def _flat(record: Model) -> Iterator[tuple[str, str]]:
-    """Every setting by the name it has in the resource, blocks joined by dots."""
-    for name, value in record.model_dump(mode="json", by_alias=True, exclude_none=True).items():
+def _flat(record: Resolved) -> Iterator[tuple[str, str]]:
+    """Every setting by the name it has in the resource, blocks joined by dots; digests are lineage."""
+    lineage = {"model_digest", "data_digest"}
+    for name, value in record.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=lineage).items():
         yield from _flattened(name, value)
 
 

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from finetune_trainer.config import Model
 from finetune_trainer.progress import Artifact, DataFacts, Estimate, Published, Resolved, Stage, TrainFacts
+from finetune_trainer.runtime.manifest import CalibrationFacts
 from finetune_trainer.training.memory import StepMemory
 
 REPORT_VERSION = 1
@@ -57,6 +58,27 @@ class MadeArtifact(Artifact):
 
     files: int
     made_from: dict[str, str] = Field(description="Digests of the manifests of what it was made from.")
+    base: str | None = Field(default=None, description="merged: the weights merged into, Dequantized or Original.")
+    calibration: CalibrationFacts | None = Field(default=None, description="GPTQ, AWQ: the rows that were looked at.")
+
+
+class Gate(Model):
+    """What the job asks of a figure."""
+
+    artifact: str
+    field: str = Field(description="In the spec, e.g. merge.maxKLDivergence.")
+    limit: float = Field(description="The largest figure that passes.")
+    measured: float | None = Field(
+        default=None,
+        description="Unset: the artifact is not there, or is merged into weights that the gate is not for.",
+    )
+    passed: bool | None = Field(default=None, description="Set with the figure.")
+
+
+class PublishedPlace(Published):
+    """A published artifact with where it is asked for."""
+
+    endpoint: str | None = Field(default=None, description="s3: URL of the service.")
 
 
 class History(Model):
@@ -106,6 +128,7 @@ class JobReport(Model):
 
     version: int = REPORT_VERSION
     job: str = Field(description="Name of the work folder.")
+    resource: str | None = Field(default=None, description="namespace/name of the FineTuneJob, in a cluster.")
     written_at: datetime
     stages: tuple[StageRun, ...] = Field(description="In their order.")
     origins: tuple[Origin, ...]
@@ -113,11 +136,15 @@ class JobReport(Model):
     data: DataFacts | None = None
     estimate: Estimate | None = Field(default=None, description="What a GPU was expected to hold.")
     memory: StepMemory | None = Field(default=None, description="What the first steps took of it.")
-    data_digest: str | None = Field(default=None, description="SHA-256 of the manifest of data/.")
+    data_digest: str | None = Field(
+        default=None,
+        description="SHA-256 of the manifest of data/: rows, tokenizer and settings. Of the rows alone: settings.",
+    )
     training: TrainFacts | None = None
     history: History | None = None
     artifacts: tuple[MadeArtifact, ...] = ()
-    published: tuple[Published, ...] = ()
+    gates: tuple[Gate, ...] = ()
+    published: tuple[PublishedPlace, ...] = ()
     samples: tuple[Sample, ...] = ()
     preview: tuple[PreviewRow, ...] = ()
     serving: tuple[Serving, ...] = ()

@@ -10,7 +10,7 @@ import os
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from finetune_trainer.config import CLAIM_VARIABLE
+from finetune_trainer.config import CLAIM_VARIABLE, JOB_VARIABLE
 from finetune_trainer.reporting import machine
 from finetune_trainer.reporting.collect import collect, read_runs, with_run
 from finetune_trainer.reporting.page import PAGE_NAME, build_page
@@ -58,7 +58,8 @@ def _write(config: JobConfig, context: Context, run: StageRun) -> None:
     folder = context.work.report
     report = collect(config, context.work, with_run(read_runs(folder), run), datetime.now(UTC))
     plans = plan_serving(report, context.work.root, os.environ.get(CLAIM_VARIABLE))
-    report = report.model_copy(update={"serving": tuple(plan.told for plan in plans)})
+    serving = tuple(plan.told for plan in plans)
+    report = report.model_copy(update={"resource": os.environ.get(JOB_VARIABLE), "serving": serving})
     _write_serving(folder / SERVE_FOLDER, {plan.name: plan.text for plan in plans if plan.text is not None})
     write_report(folder / PAGE_NAME, build_page(report))
     write_report(folder / REPORT_NAME, report.model_dump_json(by_alias=True, exclude_none=True, indent=1) + "\n")

@@ -52,12 +52,24 @@ class FileEntry(Model):
     sha256: str
 
 
+class CalibrationFacts(Model):
+    """The rows that a quantizer looked at: of the training set, never held-out ones."""
+
+    rows: int = Field(description="How many.")
+    of_rows: int = Field(description="All training rows, from which they were drawn at random.")
+    seed: int = Field(description="Of the draw: the same rows for the same data.")
+    max_length: int = Field(description="Tokens at which longer rows were cut.")
+    tokens: int = Field(description="In all.")
+
+
 class Made(Model):
     """What a stage says of its artifact; size and digest are added when it is told."""
 
     name: str = Field(description="adapter, merged, or the name of the quantized form.")
     type: str = Field(description="Adapter, Merged or Quantized.")
     measured: Measured | None = None
+    base: str | None = Field(default=None, description="merged: the weights merged into, Dequantized or Original.")
+    calibration: CalibrationFacts | None = Field(default=None, description="GPTQ, AWQ.")
 
 
 class Result(Model):

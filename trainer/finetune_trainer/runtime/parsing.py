@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import types
 import typing
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,7 @@ def _follows(problem: ErrorDetails, problems: Sequence[ErrorDetails]) -> bool:
 
 def _sentence(problem: ErrorDetails) -> str:
     where, text = _path(problem["loc"]), problem["msg"].removeprefix("Value error, ")
-    given = json.dumps(problem["input"], default=str, ensure_ascii=False)
+    given = _shown(problem["input"])
     match problem["type"]:
         case "extra_forbidden":
             return _unknown_field(problem["loc"], where)
@@ -81,6 +82,13 @@ def _sentence(problem: ErrorDetails) -> str:
             return f"The config must be a JSON object with model, datasets, ...; it is {given[:60]}."
         case _:
             return f"{where} cannot be {given[:80]}: {text[0].lower() + text[1:]}."
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    """As it was given; of an address not what stands before the host, which may be a password."""
+    if isinstance(value, str):
+        value = re.sub(r".*@", "...@", value, flags=re.DOTALL)
+    return json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _unknown_field(loc: Sequence[str | int], where: str) -> str:

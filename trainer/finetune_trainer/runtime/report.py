@@ -61,9 +61,10 @@ class Report:
     def update(self, **changes: Any) -> None:  # noqa: ANN401 - fields of Progress
         """Change fields of the Progress, by their Python names. `eta_seconds` is worked out unless it is given."""
         with self._lock:
+            before = self._progress.done
             self._change(**changes)
             if "done" in changes and "eta_seconds" not in changes:
-                self._change(eta_seconds=self._eta())
+                self._change(eta_seconds=self._eta(before))
             self._draw()
 
     def advance(self, count: int = 1) -> None:
@@ -118,9 +119,14 @@ class Report:
         self._pulse += 1
         self._progress = Progress.model_validate({**self._progress.model_dump(), **changes})
 
-    def _eta(self) -> float | None:
-        """Seconds left, at the mean rate since the activity began."""
+    def _eta(self, done_before: int) -> float | None:
+        """Seconds left, at the mean rate since the activity began; what was told before as long as no more is done.
+
+        By that rate it would only grow meanwhile. `done_before`: when it was told.
+        """
         elapsed, progress = time.monotonic() - self._began, self._progress
+        if progress.done == done_before:
+            return progress.eta_seconds
         if elapsed < ETA_AFTER_SECONDS or not 0 < progress.done <= progress.total:
             return None
         return round(elapsed / progress.done * (progress.total - progress.done), 1)

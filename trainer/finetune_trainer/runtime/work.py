@@ -131,7 +131,7 @@ def write_report(path: Path, text: str) -> None:
 
 
 def read_secret(secrets: Path, slot: str, name: str) -> str | None:
-    """The text of `<secrets>/<slot>/<name>`, without the line's end; None if there is no such file or it is empty.
+    """The text of `<secrets>/<slot>/<name>`, without white space around it; None if there is none.
 
     AccessDenied, InvalidConfig (no text).
     """
@@ -146,6 +146,18 @@ def read_secret(secrets: Path, slot: str, name: str) -> str | None:
     except UnicodeDecodeError as error:
         msg = f"The secret {path} is not text: put the token or key, as it is, into the Secret."
         raise InvalidConfig(msg) from error
+
+
+def read_credential(secrets: Path, slot: str, name: str, field: str) -> str | None:
+    """The token, key or password in `<secrets>/<slot>/<name>`, fit for a header; None as of `read_secret`.
+
+    InvalidConfig, which does not repeat it, besides what `read_secret` raises.
+    """
+    text = read_secret(secrets, slot, name)
+    if text is not None and not (text.isascii() and text.isprintable()):
+        msg = f"{field}: {name} is not one line of ASCII, as tokens and keys are. Put it alone, as it is, "
+        raise InvalidConfig(msg + "into the Secret.")
+    return text
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:

@@ -86,12 +86,6 @@ def resolve_merge(config: JobConfig) -> ResolvedMerge | None:
             "or set merge.policy to Never."
         )
         raise InvalidConfig(msg)
-    if base is MergeBase.ORIGINAL and held not in FLOATING and asked.max_kl_divergence is not None:
-        msg = (
-            f"merge.maxKLDivergence is for the weights that were trained on: the original ones of a base that is held "
-            f"in {held} are others. Set merge.maxLossIncrease, or leave merge.base unset."
-        )
-        raise InvalidConfig(msg)
     return ResolvedMerge(
         base=base.value,
         dtype=or_default(asked.dtype, MergeDtype.BF16).value,

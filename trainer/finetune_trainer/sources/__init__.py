@@ -27,7 +27,7 @@ from finetune_trainer.config import (
     VolumeSource,
 )
 from finetune_trainer.runtime.errors import NotFound
-from finetune_trainer.runtime.work import read_secret, resolve_volume
+from finetune_trainer.runtime.work import read_credential, read_secret, resolve_volume
 from finetune_trainer.sources import choose, splits
 from finetune_trainer.sources.base import Changed
 from finetune_trainer.sources.download import check_names, discard, download_files, read_pin, write_pin
@@ -114,8 +114,8 @@ def build_remote(slot: str, field: str, source: Source, context: Context) -> Rem
 
 
 def read_token(slot: str, field: str, hub: HuggingFaceSource | ModelScopeSource, context: Context) -> str | None:
-    """The token for a hub. NotFound if there is none and there should be."""
-    token = read_secret(context.secrets, slot, TOKEN_FILE)
+    """The token for a hub. InvalidConfig; NotFound if there is none and there should be."""
+    token = read_credential(context.secrets, slot, TOKEN_FILE, f"{field}.tokenSecretRef")
     _require(token, hub.token_secret_ref, f"{field}.tokenSecretRef")
     return token
 
@@ -124,9 +124,10 @@ def read_keys(slot: str, field: str, bucket: S3Source, context: Context) -> Cred
     """The keys for a bucket. InvalidConfig; NotFound if there are none and there should be."""
     from finetune_trainer.sources.s3 import read_credentials  # noqa: PLC0415 - its client is slow to load
 
-    keys = {name: read_secret(context.secrets, slot, name) for name in S3_CREDENTIALS}
+    where = f"{field}.credentialsSecretRef"
+    keys = {name: read_credential(context.secrets, slot, name, where) for name in S3_CREDENTIALS}
     credentials = read_credentials(keys, bucket.region, field)
-    _require(credentials, bucket.credentials_secret_ref, f"{field}.credentialsSecretRef")
+    _require(credentials, bucket.credentials_secret_ref, where)
     return credentials
 
 
@@ -142,7 +143,7 @@ def read_login(slot: str, field: str, artifact: OciSource, context: Context) -> 
 def _require(found: object, reference: object, field: str) -> None:
     """NotFound if the config names a secret and there is nothing of it."""
     if found is None and reference is not None:
-        msg = f"{field}: the secret is empty or not mounted. Give the Secret the keys that the source needs; "
+        msg = f"{field}: the secret is empty or not mounted. Give the Secret the keys that are needed; "
         raise NotFound(msg + "on a workstation, put each into a file below --secrets.")
 
 

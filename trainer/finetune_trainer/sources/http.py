@@ -61,6 +61,9 @@ def reaching(where: str, endpoint: str, remedy: str) -> Iterator[None]:
     """Tell a server that cannot be reached, or broke off, from every other trouble."""
     try:
         yield
+    except httpx2.LocalProtocolError as error:  # its text may be a header of the request: a token, a signature
+        msg = f"{where}: what is asked of {endpoint} cannot be sent ({type(error).__name__}). {remedy}"
+        raise Unavailable(msg) from None
     except (httpx2.TransportError, httpx2.TooManyRedirects, TimeoutError) as error:
         msg = f"{where}: {endpoint} cannot be reached ({type(error).__name__}: {error}). {remedy}"
         raise Unavailable(msg) from error

@@ -255,13 +255,13 @@ def read_docker_config(text: str, reference: str, field: str) -> tuple[str, str]
             msg = f"{field}.credentialsSecretRef: the Secret is for {others}, not {registry}. "
             raise InvalidConfig(msg + "Make one with `kubectl create secret docker-registry` for this registry.")
         if "auth" in entry:
-            user, _, password = base64.b64decode(entry["auth"], validate=True).decode().partition(":")
+            user, _, password = base64.b64decode(entry["auth"].strip(), validate=True).decode().partition(":")
         else:
             user, password = entry["username"], entry["password"]
     except (ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
         msg = f"{field}.credentialsSecretRef: .dockerconfigjson is not of that form ({type(error).__name__}: {error}). "
         raise InvalidConfig(msg + "Make the Secret with `kubectl create secret docker-registry`.") from error
-    return user, password
+    return user.strip(), password.strip()
 
 
 def _annotation(layer: dict[str, Any], name: str) -> str:

@@ -33,6 +33,7 @@ from finetune_trainer.runtime import fence, manifest
 from finetune_trainer.runtime.distributed import leads
 from finetune_trainer.runtime.errors import Interrupted
 from finetune_trainer.runtime.wording import first_line
+from finetune_trainer.runtime.work import read_credential
 from finetune_trainer.training.course import EVAL_LOSS, Line
 
 if TYPE_CHECKING:
@@ -292,8 +293,8 @@ class WandbRun:
         import wandb as client  # noqa: PLC0415 - only for who asks for it
 
         self._client, self._wandb, self._context, self._settings = client, wandb, context, settings
-        key = context.secrets / WANDB_SLOT / WANDB_KEY_FILE
-        self._run = self._offline() if not key.is_file() else self._online(key.read_text(encoding="utf-8").strip())
+        key = read_credential(context.secrets, WANDB_SLOT, WANDB_KEY_FILE, "tracking.wandb.apiKeySecretRef")
+        self._run = self._offline() if key is None else self._online(key)
         self._first = self._run.starting_step
 
     def _online(self, key: str) -> Any:  # noqa: ANN401 - a wandb run
@@ -396,8 +397,9 @@ class MLflowRun:
 
 def read_mlflow_credentials(secrets: Path) -> dict[str, str]:
     """The server's credentials, by the variables in which its client looks for them."""
-    paths = {name: secrets / MLFLOW_SLOT / name for name in MLFLOW_CREDENTIALS}
-    return {name: path.read_text(encoding="utf-8").strip() for name, path in paths.items() if path.is_file()}
+    field = "tracking.mlflow.credentialsSecretRef"
+    found = {name: read_credential(secrets, MLFLOW_SLOT, name, field) for name in MLFLOW_CREDENTIALS}
+    return {name: text for name, text in found.items() if text is not None}
 
 
 def _figures(line: Line) -> Line:

@@ -121,7 +121,7 @@ class Shop:
         return {**self.files[path], **licence, **ours}
 
 
-def stock(root: Path) -> dict[str, Mapping[str, bytes]]:
+def stock(root: Path, merged: Mapping[str, bytes] = MERGED) -> dict[str, Mapping[str, bytes]]:
     """Artifacts with manifests as the stages write them, in a work folder; their files."""
     config, work = JobConfig.model_validate(make_job()), WorkFolder(root)
     settings = SETTINGS.model_copy(
@@ -141,7 +141,7 @@ def stock(root: Path) -> dict[str, Mapping[str, bytes]]:
         Measured(eval_loss=1.5, eval_loss_base=2.5, perplexity=4.4817),
         Measured(eval_loss=1.501, kl_divergence=1e-4),
     )
-    quantized = {**MERGED, WEIGHTS: random_bytes(100_000, 4)}
+    quantized = {**merged, WEIGHTS: random_bytes(100_000, 4)}
     put(stages.model_target(config, work), base, Result(message="The base."))
     put(
         stages.build_target(Stage.PREPARE, config, work),
@@ -153,9 +153,9 @@ def stock(root: Path) -> dict[str, Mapping[str, bytes]]:
         ADAPTER,
         Result(message="Trained.", training=TRAINED, artifact=Made(name="adapter", type="Adapter", measured=before)),
     )
-    put(stages.build_target(Stage.MERGE, config, work), MERGED, result_of("merged", "Merged", after))
+    put(stages.build_target(Stage.MERGE, config, work), merged, result_of("merged", "Merged", after))
     put(stages.build_target(Stage.QUANTIZE, config, work, "gptq4"), quantized, result_of("gptq4", "Quantized", after))
-    return {"adapter": ADAPTER, "merged": MERGED, "quantized/gptq4": quantized}
+    return {"adapter": ADAPTER, "merged": merged, "quantized/gptq4": quantized}
 
 
 def result_of(name: str, kind: str, measured: Measured) -> Result:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from finetune_trainer.progress import ExitCode
+from tests.unit.trainer.conftest import Desk
 from tests.unit.trainer.publishing import test_oci, test_s3
-from tests.unit.trainer.publishing.conftest import MERGED, Shop, make_job
+from tests.unit.trainer.publishing.conftest import MARKER, MERGED, Shop, make_job, stock
 from tests.unit.trainer.sources.servers import PART_BYTES, UP, Bucket, Registry, Relay, wait_until
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[4]
 TOTAL_BYTES = sum(map(len, MERGED.values()))
+MIRRORED = {name: body[::-1] if name.endswith(".safetensors") else body for name, body in MERGED.items()}
 SMALL_BYTES = 100_000
 CHILD = """\
 import sys
@@ -77,6 +81,16 @@ class Trial:
             return self.shop.publish(self.entry, "--attempt", attempt)[0]
 
     def _killed(self, attempt: str) -> int:
+        with self.child(attempt) as child:
+            wait_until(lambda: self.relay.holding.is_set() or child.poll() is not None)
+            child.kill()
+            code = child.wait()
+        self.relay.reset()
+        return code
+
+    @contextmanager
+    def child(self, attempt: str) -> Iterator[subprocess.Popen[bytes]]:
+        """The attempt in a process of its own, which is not left behind."""
         desk = self.shop.desk
         (desk.root / "job.json").write_text(json.dumps(make_job(self.entry)))
         folders = [
@@ -89,12 +103,12 @@ class Trial:
         ]
         command = [sys.executable, "-c", CHILD, str(PART_BYTES), "publish", *folders, "--attempt", attempt]
         path = f"{ROOT}:{ROOT / 'trainer'}"
-        child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL)
-        wait_until(lambda: self.relay.holding.is_set() or child.poll() is not None)
-        child.kill()
-        code = child.wait()
-        self.relay.reset()
-        return code
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
 
     @contextmanager
     def _when_held(self, action: Callable[[], object]) -> Iterator[None]:
@@ -141,9 +155,63 @@ def test_broken_off_at_random_bytes_a_registry_ends_with_all_of_it_once(
         start_over(shop)
 
 
+@pytest.mark.chaos
+@pytest.mark.timeout(0)
+def test_two_jobs_that_publish_to_one_prefix_at_once_leave_the_whole_of_one_or_no_manifest(
+    bucket: Bucket, shop: Shop, s3_port: int, s3_relay: Relay, rng: random.Random, full_trials: bool
+) -> None:
+    """Files of equal names and sizes, other bytes. One is held at a random byte while the other sends as many."""
+    rival, aside = (
+        Shop(Desk(shop.desk.root / "rival"), stock(shop.desk.root / "rival" / "work", MIRRORED)),
+        Relay(s3_port),
+    )
+    shutil.copytree(shop.desk.root / "secrets", rival.desk.root / "secrets")
+    for number in range(40 if full_trials else 6):
+        key, held, sent = f"shared-{number}", rng.randint(1, TOTAL_BYTES), rng.randint(1, TOTAL_BYTES)
+        s3_relay.reset(hold_after=held, limited=UP)
+        aside.reset()
+        with ThreadPoolExecutor(2) as pool:
+            jobs = [pool.submit(shop.publish, test_s3.an_entry(bucket, key=key))]
+            wait_until(s3_relay.holding.is_set)
+            jobs.append(pool.submit(rival.publish, test_s3.an_entry(Bucket(aside.url, bucket.name), key=key)))
+            wait_until(lambda sent=sent, jobs=jobs: aside.taken >= sent or jobs[1].done())  # type: ignore[misc]
+            s3_relay.reset()
+            ends = [job.result() for job in jobs]
+        told = (held, sent, [(code, word.message) for code, word in ends])
+        there = test_s3.contents_of(bucket, f"{key}/")
+        whole = [
+            each.expected("merged", "out") for each, (code, _) in zip((shop, rival), ends, strict=True) if not code
+        ]
+        assert there in whole or (MARKER not in there and len(whole) < len(ends)), told
+        lost = [
+            word for code, word in ends if code not in {ExitCode.COMPLETED, ExitCode.UNKNOWN}
+        ]  # that is tried again
+        assert all("somebody else publishes" in word.message for word in lost), told
+        start_over(shop)
+        start_over(rival)
+    aside.close()
+
+
+def test_an_attempt_that_comes_back_from_the_dead_while_the_next_one_publishes_changes_nothing(
+    bucket: Bucket, shop: Shop, s3_relay: Relay
+) -> None:
+    trial = Trial(shop, s3_relay, test_s3.an_entry(bucket), random.Random(0))
+    s3_relay.reset(hold_after=PART_BYTES * 3 // 2, limited=UP)
+    with trial.child("1") as dead:
+        wait_until(s3_relay.holding.is_set)
+        dead.send_signal(signal.SIGSTOP)
+        s3_relay.reset()
+        code, word = shop.publish(trial.entry, "--attempt", "2")
+        assert code == ExitCode.COMPLETED, word.message
+        dead.send_signal(signal.SIGCONT)
+        assert dead.wait() == ExitCode.INTERRUPTED
+    assert test_s3.contents_of(bucket) == shop.expected("merged", "out")
+    assert test_s3.open_uploads(bucket) == 0
+
+
 def start_over(shop: Shop) -> None:
     """As if nothing had been published and no attempt had been made."""
-    shop.forget()
+    shutil.rmtree(shop.work.published("out"), ignore_errors=True)
     (shop.work.root / ".live-attempt").unlink()
 
 

@@ -124,6 +124,13 @@ def test_a_closed_registry_is_written_with_the_secret(shop: Shop, closed_registr
     assert pulled(reference, (USER, PASSWORD))[1] == shop.expected("adapter", "out")
 
 
+def test_white_space_around_a_password_is_not_part_of_it(shop: Shop, closed_registry: Registry) -> None:
+    reference = closed_registry.reference("team/spaced:v1")
+    secret = give_login(shop, closed_registry, f"{PASSWORD}\n")
+    code, word = shop.publish(an_entry(reference, "Adapter", **secret))
+    assert code == ExitCode.COMPLETED, word.message
+
+
 @pytest.mark.parametrize("known", [True, False], ids=["wrong password", "no secret"])
 def test_a_closed_registry_names_the_secret(shop: Shop, closed_registry: Registry, known: bool) -> None:
     secret = give_login(shop, closed_registry, "wrong") if known else {}

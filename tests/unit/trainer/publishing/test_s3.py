@@ -13,11 +13,12 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from finetune_trainer.progress import ExitCode, Reason
-from finetune_trainer.publishing import s3
+from finetune_trainer.publishing import delivery, s3
 from finetune_trainer.runtime import manifest
+from finetune_trainer.runtime.errors import Interrupted
 from finetune_trainer.sources.s3 import S3
-from tests.unit.trainer.publishing.conftest import LARGE_BYTES, MARKER, MERGED, WEIGHTS, Shop
-from tests.unit.trainer.sources.servers import PART_BYTES, UP, Bucket, Relay
+from tests.unit.trainer.publishing.conftest import CARD, LARGE_BYTES, MARKER, MERGED, WEIGHTS, Shop
+from tests.unit.trainer.sources.servers import PART_BYTES, PASSWORD, UP, USER, Bucket, Relay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -191,7 +192,7 @@ def test_an_object_that_is_not_what_was_sent_is_found_out(
     once_put(monkeypatch, "config.json", lambda: bucket.put("models/fox/config.json", other))
     code, word = shop.publish(an_entry(bucket))
     assert code == ExitCode.VERIFICATION_FAILED
-    assert "what the bucket has of it is not what was sent" in word.message
+    assert "config.json there is not, or no longer, the one of this publishing" in word.message
     assert MARKER not in keys_below(bucket)
 
 
@@ -201,7 +202,122 @@ def test_an_object_that_vanishes_while_others_are_sent_is_missed(
     once_put(monkeypatch, MARKER, lambda: bucket.call("DELETE", "/models/fox/config.json"))
     code, word = shop.publish(an_entry(bucket))
     assert code == ExitCode.VERIFICATION_FAILED
-    assert "config.json is not what it should be: it is not in the bucket any more" in word.message
+    assert "config.json there is not, or no longer, the one of this publishing: somebody else publishes" in word.message
+    assert MARKER not in keys_below(bucket)
+
+
+def around_sending(
+    monkeypatch: pytest.MonkeyPatch,
+    before: Callable[[], object] = lambda: None,
+    after: Callable[[], object] = lambda: None,
+) -> None:
+    """Somebody else does something before any file is sent, or once all are."""
+    send_all = delivery._send_all
+
+    def watched(*given: Any) -> None:
+        before()
+        send_all(*given)
+        after()
+
+    monkeypatch.setattr(delivery, "_send_all", watched)
+
+
+def test_a_manifest_that_is_taken_away_while_it_is_read_is_none(
+    bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.publish(an_entry(bucket))
+    shop.forget()
+    below = S3.below
+
+    def listed(remote: S3) -> list[RemoteFile]:
+        there = below(remote)
+        bucket.call("DELETE", f"/models/fox/{MARKER}")
+        return there
+
+    monkeypatch.setattr(S3, "below", listed)
+    code, word = shop.publish(an_entry(bucket))
+    assert code == ExitCode.COMPLETED, word.message
+    assert contents_of(bucket) == shop.expected("merged", "out")
+
+
+TOO = "somebody else publishes to this place too. Give each entry of each job a prefix of its own"
+
+
+@pytest.mark.parametrize("changed", ["config.json", WEIGHTS])
+@pytest.mark.parametrize("when", ["before the manifest", "with the manifest"])
+def test_an_object_of_the_same_size_that_somebody_else_puts_in_between_is_found_out(
+    bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch, changed: str, when: str
+) -> None:
+    def overwrite() -> None:
+        bucket.put(f"models/fox/{changed}", MERGED[changed][::-1])
+
+    if when == "before the manifest":
+        around_sending(monkeypatch, after=overwrite)
+        once_put(monkeypatch, MARKER, lambda: pytest.fail("a mixture got a manifest"))
+    else:
+        once_put(monkeypatch, MARKER, overwrite)
+    code, word = shop.publish(an_entry(bucket))
+    assert (code, word.reason) == (ExitCode.VERIFICATION_FAILED, Reason.VERIFICATION_FAILED)
+    assert f"{changed} there is not, or no longer, the one of this publishing: {TOO}" in word.message
+    assert MARKER not in keys_below(bucket)
+
+
+def test_where_another_publishing_puts_its_manifest_last_that_one_stays(
+    bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once_put(monkeypatch, MARKER, lambda: bucket.put(f"models/fox/{MARKER}", b"{}"))
+    code, word = shop.publish(an_entry(bucket))
+    assert code == ExitCode.VERIFICATION_FAILED
+    assert f"{MARKER} there is not, or no longer, the one of this publishing: {TOO}" in word.message
+    assert contents_of(bucket)[MARKER] == b"{}"
+
+
+def test_another_publishing_that_is_done_before_anything_is_sent_stays_whole(
+    bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    around_sending(monkeypatch, before=lambda: bucket.put(f"models/fox/{MARKER}", b"{}"))
+    code, word = shop.publish(an_entry(bucket))
+    assert code == ExitCode.VERIFICATION_FAILED
+    assert TOO in word.message
+    assert contents_of(bucket) == {MARKER: b"{}"}
+
+
+def test_a_manifest_that_comes_while_a_file_is_sent_does_not_vouch_for_it(
+    bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once_put(monkeypatch, "config.json", lambda: bucket.put(f"models/fox/{MARKER}", b"{}"))
+    code, word = shop.publish(an_entry(bucket))
+    assert code == ExitCode.VERIFICATION_FAILED
+    assert TOO in word.message
+    assert MARKER not in keys_below(bucket)
+
+
+@pytest.mark.parametrize("taken", [CARD, MARKER, WEIGHTS])
+def test_files_of_somebody_else_are_not_overwritten(bucket: Bucket, shop: Shop, taken: str) -> None:
+    theirs = {taken: b"mine", "notes.txt": b"mine too"}
+    for name, body in theirs.items():
+        bucket.put(f"models/fox/{name}", body)
+    code, word = shop.publish(an_entry(bucket))
+    assert (code, word.reason) == (ExitCode.INVALID_CONFIG, Reason.INVALID_CONFIG)
+    assert f"has files of somebody else's that would be overwritten: {taken}." in word.message
+    assert "a prefix of its own" in word.message
+    assert contents_of(bucket) == theirs
+
+
+def broken_off(*_: object) -> str:
+    raise Interrupted
+
+
+def test_what_a_publishing_left_that_was_broken_off_is_its_own_for_another_artifact_too(
+    bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no manifest yet, and the files in the way have other bytes."""
+    with monkeypatch.context() as patched:
+        patched.setattr(s3.S3Sink, "commit", broken_off)
+        assert shop.publish(an_entry(bucket))[0] == ExitCode.INTERRUPTED
+    assert MARKER not in keys_below(bucket)
+    assert shop.publish(an_entry(bucket, "Quantized", quantizeName="gptq4"))[0] == ExitCode.COMPLETED
+    assert contents_of(bucket) == shop.expected("quantized/gptq4", "out")
 
 
 def test_another_artifact_that_is_broken_off_has_no_marker(
@@ -230,6 +346,15 @@ def test_of_an_artifact_with_a_damaged_file_nothing_is_published(bucket: Bucket,
     code, word = shop.publish(an_entry(bucket))
     assert (code, word.reason) == (ExitCode.VERIFICATION_FAILED, Reason.VERIFICATION_FAILED)
     assert WEIGHTS in word.message
+    assert keys_below(bucket) == []
+
+
+def test_a_volume_without_room_for_what_is_written_for_it_is_told(
+    bucket: Bucket, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_trainer.publish.OUTER_MANIFEST", "/dev/full")
+    code, word = shop.publish(an_entry(bucket))
+    assert (code, word.reason) == (ExitCode.VOLUME_FULL, Reason.VOLUME_FULL)
     assert keys_below(bucket) == []
 
 
@@ -266,6 +391,25 @@ def test_keys_that_are_wrong_are_told_by_their_secret(bucket: Bucket, shop: Shop
     _, word = shop.publish(an_entry(bucket, "Adapter"))
     assert word.reason is Reason.ACCESS_DENIED
     assert "output.publish[0].s3.credentialsSecretRef" in word.message
+
+
+def test_keys_with_white_space_around_them_are_the_keys(bucket: Bucket, shop: Shop) -> None:
+    shop.give_secret("AWS_ACCESS_KEY_ID", f" {USER}\r\n")
+    shop.give_secret("AWS_SECRET_ACCESS_KEY", f"\n{PASSWORD}\n\n")
+    code, word = shop.publish(an_entry(bucket, "Adapter"))
+    assert code == ExitCode.COMPLETED, word.message
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
+@pytest.mark.parametrize("text", ["two\nlines", "f\N{FOX FACE}x", "nil\0"])
+def test_keys_that_no_request_can_carry_are_told_by_their_secret_and_not_repeated(
+    bucket: Bucket, shop: Shop, name: str, text: str
+) -> None:
+    shop.give_secret(name, text)
+    _, word = shop.publish(an_entry(bucket, "Adapter"))
+    assert word.reason is Reason.INVALID_CONFIG
+    assert f"output.publish[0].s3.credentialsSecretRef: {name} is not one line of ASCII" in word.message
+    assert not any(part in word.message for part in (text, repr(text), "Signature", "Credential="))
 
 
 def test_keys_that_are_not_there_are_asked_for(bucket: Bucket, shop: Shop) -> None:

@@ -136,7 +136,8 @@ def test_a_registry_that_is_not_reached_names_the_field(errands: Errands, *, pla
 class StandInRegistry:
     """One artifact behind a token service, as the large public registries have it."""
 
-    def __init__(self, blob: bytes, *, realm: str | None = None) -> None:
+    def __init__(self, blob: bytes, *, realm: str | None = None, token: str = "t0ken") -> None:  # noqa: S107 - made up
+        self.token = token
         self.blob, self.logins = blob, list[str | None]()
         layer = {
             "digest": "sha256:" + hashlib.sha256(b'{"a": 1}\n').hexdigest(),
@@ -151,11 +152,21 @@ class StandInRegistry:
         if path.startswith("/token"):
             self.logins.append(headers.get("Authorization"))
             assert "scope=repository%3Ateam%2Frows%3Apull" in path
-            return Answer(json.dumps({"token": "t0ken"}).encode())
-        if headers.get("Authorization") != "Bearer t0ken":
+            return Answer(json.dumps({"token": self.token}).encode())
+        if headers.get("Authorization") != f"Bearer {self.token}":
             challenge = f'Bearer realm="{self._realm}",service="stand-in",scope="repository:team/rows:pull"'
             return Answer(status=401, headers={"WWW-Authenticate": challenge})
         return Answer(self.manifest if "/manifests/" in path else self.blob)
+
+
+def test_stand_in_registry_a_token_that_no_header_can_carry_is_not_repeated(errands: Errands) -> None:
+    stand_in = StandInRegistry(b"", token="t0ken\n-two")  # noqa: S106 - made up
+    with pytest.raises(TrainerError) as caught:
+        errands.fetch("dataset-0", source(f"127.0.0.1:{stand_in.site.port}/team/rows:v1"))
+    assert "cannot be sent (LocalProtocolError)" in str(caught.value)
+    assert "t0ken" not in str(caught.value)
+    assert caught.value.__suppress_context__, "nor in the log, as its cause"
+    stand_in.site.close()
 
 
 def test_stand_in_registry_a_token_is_asked_for_with_the_credentials(errands: Errands) -> None:
