@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from finetune_trainer.data.tokenized import INPUT_IDS, LENGTHS, LOSS_MASK
 from finetune_trainer.evaluate import token_row
 from finetune_trainer.models.folder import ModelFacts, describe, load_tokenizer
-from finetune_trainer.models.loading import compute_dtype, load_base, set_up_torch
+from finetune_trainer.models.loading import MEASURED_TOKENS, compute_dtype, load_base, set_up_torch
 from finetune_trainer.progress import DataFacts, Estimate, Resolved
 from finetune_trainer.runtime.parsing import parse_config
 from finetune_trainer.settings.activations import Batch
@@ -189,7 +189,8 @@ def measure(run: Run, folder: Path, scratch: Path) -> Outcome:
     """Train, and read what the allocator and the driver say."""
     began, facts, device = time.monotonic(), describe(folder), torch.device("cuda", 0)
     resolved = settle(run, facts)
-    expected = estimate(facts, resolved, Batch(run.rows, run.tokens, masked=run.packed))
+    measured = max(MEASURED_TOKENS, run.tokens)
+    expected = estimate(facts, resolved, Batch(run.rows, run.tokens, masked=run.packed), measured)
     before = torch.cuda.memory_allocated()  # bitsandbytes never lets go of embeddings whose states it was told about
     dtype = compute_dtype(resolved, device)
     base = load_base(folder, resolved, device, dtype)

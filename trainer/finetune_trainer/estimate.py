@@ -14,7 +14,9 @@ from finetune_trainer.models.folder import CONFIG, describe_config
 from finetune_trainer.progress import DataFacts, Estimate
 from finetune_trainer.runtime.errors import InvalidConfig, NotFound
 from finetune_trainer.settings import resolve
+from finetune_trainer.settings.estimate import why_none
 from finetune_trainer.settings.fit import Job, choices_of, fit
+from finetune_trainer.settings.layout import KNOWN
 from finetune_trainer.sources import fetch_file
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ STEPS = 1000
 
 
 def run(config: JobConfig, context: Context, model: Path | None) -> str:
-    """The tables. InvalidConfig; OutOfMemory where pod.gpuMemory does not suffice, whatever is changed."""
+    """The tables. InvalidConfig, also of models that are not known; OutOfMemory where no setting fits."""
     if not config.gpus_per_node:
         msg = "parallelism.gpusPerNode is 0: there is no GPU to estimate for. Set it to 1 or more, or leave it unset."
         raise InvalidConfig(msg)
@@ -39,6 +41,9 @@ def run(config: JobConfig, context: Context, model: Path | None) -> str:
     resolve.check_early(config, facts)
     data = expect_rows(config, facts)
     settings = resolve.resolve(config, resolve.SourceFacts("", None, ""), facts, data)
+    if (why := why_none(facts, settings)) is not None:
+        msg = f"There is no estimate: {why}. Known are {', '.join(sorted(KNOWN))}, without DoRA."
+        raise InvalidConfig(msg)
     job = Job(config, facts, data)
     chosen, _ = fit(job, settings)
     return "\n".join([*_table(job, chosen), "", *_choices(job, settings, chosen)])

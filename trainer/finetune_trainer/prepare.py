@@ -22,6 +22,7 @@ from finetune_trainer.runtime import manifest
 from finetune_trainer.runtime.manifest import Manifest, Result
 from finetune_trainer.runtime.memory import gib
 from finetune_trainer.settings import resolve
+from finetune_trainer.settings.estimate import why_none
 from finetune_trainer.settings.fit import Job, fit
 from finetune_trainer.settings.outcome import check_gguf, check_original
 from finetune_trainer.sources import fetch_source, forget
@@ -73,7 +74,8 @@ def run(config: JobConfig, context: Context) -> Manifest:
         tokenizer.save_pretrained(folder / context.work.tokenizer.name)
         with context.committing():
             tokenized.write_preview(folder, tokenizer, context.work.report / tokenized.PREVIEW_NAME)
-        remarks = (*_on_memory(needed), *_on_another_base(config.model, facts), *prepared.remarks)
+        on_memory = _on_memory(needed, why_none(facts, resolved)) if config.gpus_per_node else ()
+        remarks = (*on_memory, *_on_another_base(config.model, facts), *prepared.remarks)
         message = " ".join([_summary(prepared.facts, resolved), *remarks])
         return Result(message=message, resolved=resolved, data=prepared.facts, estimate=needed)
 
@@ -93,16 +95,17 @@ def _open_datasets(config: JobConfig, context: Context) -> tuple[ingest.Datasets
     return ingest.open_datasets(config, fetched), tuple(revisions)
 
 
-def _on_memory(needed: Estimate | None) -> Iterator[str]:
-    """What a GPU is expected to be asked for."""
+def _on_memory(needed: Estimate | None, unknown: str | None) -> Iterator[str]:
+    """What a GPU is expected to be asked for, or why nobody can tell."""
     if needed is None:
+        yield f"There is no estimate of GPU memory: {unknown}."
         return
     has = needed.gpu_memory_bytes
     of = "" if has is None else f" of {gib(has)}"
     checkpointing = needed.gradient_checkpointing.lower()
     told = f"A GPU needs about {gib(needed.total_bytes)}{of}: micro-batch {needed.micro_batch_size}, checkpointing "
     short = has is not None and needed.total_bytes > has
-    yield f"{told}{checkpointing}." + (" It may run out and go on with a smaller micro-batch." if short else "")
+    yield f"{told}{checkpointing}." + (" It may run out." if short else "")
 
 
 def _on_another_base(source: BaseModelSource, facts: ModelFacts) -> Iterator[str]:

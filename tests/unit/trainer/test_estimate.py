@@ -19,9 +19,9 @@ from finetune_trainer.models.loading import load_base
 from finetune_trainer.progress import DataFacts, Estimate, Resolved
 from finetune_trainer.runtime.parsing import parse_config
 from finetune_trainer.settings.activations import Batch, kept_by_block
-from finetune_trainer.settings.estimate import batch_of, estimate
+from finetune_trainer.settings.estimate import batch_of, estimate, measured_tokens, why_none
 from finetune_trainer.settings.holdings import count_holdings, count_weights, trained_tensors
-from finetune_trainer.settings.layout import blocks_of
+from finetune_trainer.settings.layout import KNOWN, blocks_of
 from finetune_trainer.settings.resolve import SourceFacts, resolve
 from finetune_trainer.training.adapters import build_lora
 from tests.tiny import make_config, make_tiny_model
@@ -45,23 +45,24 @@ LLAMA_8B = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "vocab_size": 320}
-GPT = {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512, "vocab_size": 320}
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 320,
+    "pad_token_id": 0,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {**SMALL, "num_key_value_heads": 2, "num_hidden_layers": 3},
-    "mistral": {**SMALL, "num_key_value_heads": 2, "num_hidden_layers": 2},
-    "qwen2": {**SMALL, "num_key_value_heads": 4, "num_hidden_layers": 2, "tie_word_embeddings": True},
-    "qwen3": {**SMALL, "num_key_value_heads": 2, "num_hidden_layers": 2, "head_dim": 32},
-    "gpt_bigcode": GPT,
-    "gpt2": GPT,
-    "qwen3_moe": {
-        **SMALL,
-        "num_key_value_heads": 2,
-        "num_hidden_layers": 2,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-    },
+    "llama": SMALL,
+    "mistral": SMALL,
+    "ministral3": SMALL,
+    "qwen2": {**SMALL, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "qwen3": {**SMALL, "head_dim": 32},
+    "smollm3": SMALL,
+    "granite": SMALL,
+    "arcee": SMALL,
 }
 ROWS = DataFacts(
     train_rows=16_000, eval_rows=10, dropped_rows=0, train_tokens=16_000 * 512, loss_tokens=1,
@@ -108,7 +109,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "all linear layers": {"r": 8},
     "two kinds": {"r": 4, "targetModules": ["q_proj", "down_proj"]},
     "but one": {"r": 4, "excludeModules": ["k_proj"]},
-    "DoRA": {"r": 4, "useDora": True},
     "and a module whole": {"r": 4, "targetModules": ["q_proj"], "modulesToSave": ["embed_tokens"]},
 }
 
@@ -155,7 +155,7 @@ def bytes_of(model: Any) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Case:
-    """A model as it is trained on CPU, where products of 16 bits are kept as on a GPU, LayerNorms are not."""
+    """A model as it is trained on CPU, where autograd keeps what it keeps on a GPU, but for masks of dropout."""
 
     fields: dict[str, Any]
     held: torch.dtype
@@ -173,9 +173,20 @@ CASES = {
     ),
     "Full, FP32": Case(of_method("Full", "FP32"), torch.float32),
     "Full, BF16": Case(of_method("Full", "BF16"), torch.bfloat16),
-    "Full, Qwen3": Case(of_method("Full", "FP32"), torch.float32, "qwen3"),
-    "LoRA, Qwen2": Case(of_method("LoRA", "BF16", r=4), torch.bfloat16, "qwen2"),
+    **{
+        f"{name}, {family}": Case(fields, held, family)
+        for family in FAMILIES
+        for name, fields, held in (
+            ("LoRA", of_method("LoRA", "BF16", r=4), torch.bfloat16),
+            ("Full", of_method("Full", "FP32"), torch.float32),
+        )
+    },
 }
+
+
+def test_every_known_architecture_is_held_against_autograd(tmp_path: Path) -> None:
+    folders = (write_config(tmp_path / name, {"model_type": name, **shape}) for name, shape in FAMILIES.items())
+    assert {describe_config(folder).architecture for folder in folders} == KNOWN
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -326,6 +337,37 @@ def test_more_gpus_share_what_is_sharded(model: ModelFacts, gpus: int, gathers_o
         assert getattr(found, part) == -(-getattr(one, part) // gpus)
     offloaded = settle(model, parallelism={"gpusPerNode": gpus, "fsdp": {"cpuOffload": True}}, **of_method("Full"))
     assert estimate(model, offloaded, Batch(1, 64, masked=False)).weights_bytes == 0
+
+
+# Where nothing is claimed
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+UNKNOWN = {
+    "qwen3_moe": {**SMALL, **MOE},
+    "gemma": {**SMALL, "head_dim": 16},
+    "gpt_bigcode": {"n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 320},
+}
+
+
+@pytest.mark.parametrize("family", UNKNOWN)
+def test_nothing_is_claimed_of_blocks_that_are_not_known(family: str, tmp_path: Path) -> None:
+    facts = describe_config(write_config(tmp_path, {"model_type": family, **UNKNOWN[family]}))
+    assert why_none(facts, settle(facts)) == f"what the blocks of {facts.architecture} keep is not known"
+
+
+def test_nothing_is_claimed_of_dora(llama_8b: ModelFacts) -> None:
+    assert why_none(llama_8b, settle(llama_8b, **of_method("LoRA", useDora=True))) == "what DoRA keeps is not known"
+    assert why_none(llama_8b, settle(llama_8b)) is None
+
+
+def test_held_out_rows_count_only_where_there_are_any(llama_8b: ModelFacts) -> None:
+    assert measured_tokens(ROWS) == 1024
+    assert measured_tokens(ROWS.model_copy(update={"length_max": 8192})) == 8192
+    assert measured_tokens(ROWS.model_copy(update={"eval_rows": 0, "length_max": 8192})) == 0
+    batch, resolved = Batch(1, 512, masked=False), settle(llama_8b)
+    with_rows, without = (estimate(llama_8b, resolved, batch, tokens) for tokens in (1024, 0))
+    assert with_rows.measuring_bytes - without.measuring_bytes == 8 * 1024 * 128_256
+    assert with_rows.peak_bytes == without.peak_bytes
 
 
 # Figures of others

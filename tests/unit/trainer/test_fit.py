@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -113,6 +114,20 @@ def test_a_setting_that_seems_too_much_is_left_where_healing_may_help(llama_8b: 
     assert resolved.micro_batch_size == 16
 
 
+def test_the_least_is_taken_where_measuring_alone_is_too_much(llama_8b: ModelFacts) -> None:
+    resolved, needed = fitted(llama_8b, "11Gi", 8192, training={"maxLength": 8192})
+    assert needed is not None
+    assert needed.measuring_bytes > (needed.gpu_memory_bytes or 0) > needed.peak_bytes
+    assert (resolved.micro_batch_size, resolved.gradient_checkpointing) == (1, "Full")
+
+
+def test_nothing_is_chosen_and_nobody_refused_where_the_blocks_are_not_known(llama_8b: ModelFacts) -> None:
+    unknown = replace(llama_8b, architecture="Other8BForCausalLM")
+    for memory in ("1Gi", "79Gi", None):
+        resolved, needed = fitted(unknown, memory)
+        assert (resolved.micro_batch_size, resolved.gradient_checkpointing, needed) == (4, "Full", None)
+
+
 # Where nothing fits
 
 
@@ -133,7 +148,29 @@ def test_what_would_fit_is_told(memory: str, method: str, said: str, llama_8b: M
 
 def test_shorter_rows_are_told_where_they_would_do(llama_8b: ModelFacts) -> None:
     with pytest.raises(OutOfMemory, match=r"training\.maxLength \d+ \(about"):
-        fitted(llama_8b, "12Gi", 8192, training={"maxLength": 8192})
+        fitted(llama_8b, "8.8Gi", 8192, training={"maxLength": 8192})
+
+
+def peak_gib(model: ModelFacts, **fields: Any) -> float:
+    """Of a step with micro-batch 1 and full checkpointing."""
+    training = {"perDeviceTrainBatchSize": 1, "gradientCheckpointing": "Full"}
+    _, needed = fitted(model, None, training=training, **fields)
+    assert needed is not None
+    return needed.peak_bytes / 2**30
+
+
+@pytest.mark.parametrize(
+    ("share", "fields"),
+    [(0.9, {}), (0.7, {"objective": {"type": "DPO"}}), (0.7, {"parallelism": {"gpusPerNode": 2}})],
+    ids=["measured", "derived: pairs", "derived: several GPUs"],
+)
+def test_a_job_is_refused_only_if_a_step_cannot_fit_whatever_the_estimate_is_off(
+    share: float, fields: dict[str, Any], llama_8b: ModelFacts
+) -> None:
+    peak = peak_gib(llama_8b, **fields)
+    fitted(llama_8b, f"{peak * (share + 0.01):.3f}Gi", **fields)
+    with pytest.raises(OutOfMemory):
+        fitted(llama_8b, f"{peak * (share - 0.01):.3f}Gi", **fields)
 
 
 def test_what_is_told_to_fit_fits(llama_8b: ModelFacts) -> None:
@@ -148,11 +185,11 @@ def test_what_is_told_to_fit_fits(llama_8b: ModelFacts) -> None:
 
 
 def test_prepare_ends_a_job_that_no_setting_fits_into_a_pretended_gpu(desk: Desk, config: dict[str, Any]) -> None:
-    code, word = desk.run("prepare", config | {"parallelism": GPU, "pod": {"gpuMemory": "500Mi"}})
+    code, word = desk.run("prepare", config | {"parallelism": GPU, "pod": {"gpuMemory": "50Mi"}})
     assert code == ExitCode.OUT_OF_MEMORY
     assert word is not None
     assert word.reason is Reason.OUT_OF_MEMORY
-    assert "pod.gpuMemory is 0.49 GiB" in word.message
+    assert "pod.gpuMemory is 0.05 GiB" in word.message
     assert not desk.work.joinpath("data").exists()
 
 
@@ -199,6 +236,8 @@ def test_the_command_says_what_would_fit(tmp_path: Path, capsys: pytest.CaptureF
     assert code == ExitCode.OUT_OF_MEMORY
     assert command(tmp_path, capsys, tmp_path)[0] == ExitCode.NOT_FOUND
     assert command(tmp_path, capsys, folder, parallelism={"gpusPerNode": 0})[0] == ExitCode.INVALID_CONFIG
+    dora = {"type": "LoRA", "lora": {"useDora": True}}
+    assert command(tmp_path, capsys, folder, method=dora)[0] == ExitCode.INVALID_CONFIG
 
 
 def command(root: Path, capsys: pytest.CaptureFixture[str], model: Path | None, **fields: Any) -> tuple[int, str]:
@@ -241,6 +280,7 @@ def test_the_first_steps_of_a_simulated_gpu_correct_the_estimate(
         watch.begin_step()
         watch.end_step(seen)
     found = check_first_steps(context, seen, 2**30)
+    assert found is not None
     assert context.report.current.measured_peak_bytes == found.peak_bytes
     assert found.peak_bytes == 2**30 + told.peak_bytes - found.expected_bytes
     assert json.loads((desk.work / "report" / MEMORY_NAME).read_text())["peakBytes"] == found.peak_bytes
@@ -253,6 +293,16 @@ def test_rows_to_come_that_may_not_fit_are_warned_of(caplog: pytest.LogCaptureFi
         found.tell(4 * 2**30)
         found.tell(2 * 2**30)
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+
+
+def test_nothing_is_told_of_first_steps_that_were_not_estimated(desk: Desk, config: dict[str, Any]) -> None:
+    context = prepared(desk, config | {"method": {"type": "LoRA", "lora": {"useDora": True}}})
+    assert "There is no estimate of GPU memory: what DoRA keeps is not known." in told_by_prepare(desk)
+    assert check_first_steps(context, Batch(1, 8, masked=False), 2**30) is None
+
+
+def told_by_prepare(desk: Desk) -> str:
+    return manifest.read(desk.work / "data").result.message
 
 
 def test_nothing_is_told_of_steps_on_cpu(desk: Desk, config: dict[str, Any]) -> None:

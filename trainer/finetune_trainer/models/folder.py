@@ -97,11 +97,7 @@ class ModelFacts:
     heads: int = 0
     """Of attention."""
     norms: dict[str, int] = field(default_factory=dict)
-    """Full name and width of each layer that normalizes."""
-    dropouts: tuple[str, ...] = ()
-    """Full names of the layers that drop values in training, attention's own left out."""
-    experts_per_token: int = 1
-    """How many of the experts work on a token."""
+    """Full name and width of each RMSNorm."""
 
     @property
     def linear_names(self) -> tuple[str, ...]:
@@ -350,18 +346,11 @@ def _facts(model: Any, config: Any, folder: Path) -> ModelFacts:  # noqa: ANN401
         hidden=embeddings.weight.shape[1],
         heads=getattr(text, "num_attention_heads", None) or 0,
         norms={name: module.weight.numel() for module, name in names.items() if _is_norm(module)},
-        dropouts=tuple(name for module, name in names.items() if _drops(name, module)),
-        experts_per_token=getattr(text, "num_experts_per_tok", None) or 1,
     )
 
 
 def _is_norm(module: Any) -> bool:  # noqa: ANN401 - a torch module
-    return type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and getattr(module, "weight", None) is not None
-
-
-def _drops(name: str, module: Any) -> bool:  # noqa: ANN401 - a torch module
-    """Whether it is a dropout of its own; that of attention is its kernel's business."""
-    return type(module).__name__ == "Dropout" and module.p > 0 and "attn_dropout" not in name
+    return type(module).__name__.endswith("RMSNorm") and getattr(module, "weight", None) is not None
 
 
 def _experts(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:  # noqa: ANN401 - a torch module

@@ -95,15 +95,11 @@ def kept_by_block(block: Block, resolved: Resolved, model: ModelFacts, batch: Ba
     a_token = sum(_norm(norm, resolved, widths) for norm in block.norms)
     a_token += sum(_module(module, resolved, widths, model.heads, batch) for module in block.modules)
     a_token += _held_by_int8(block, resolved)
-    a_token += _experts(block, widths, model) + block.dropouts * model.hidden
     return a_token * batch.total + _kept_weights(block, resolved, widths)
 
 
 def _norm(norm: Norm, resolved: Resolved, widths: Widths) -> int:
-    """RMSNorm: its input in fp32, a scale of each group, and where its weight trains the normed values as well.
-
-    A LayerNorm takes as much where nothing of it trains: under autocast it computes in fp32.
-    """
+    """RMSNorm: its input in fp32, a scale of each group, and where its weight trains the normed values as well."""
     normed = (widths.inner if norm.within else widths.stream) * norm.width if resolved.lora is None else 0
     return FP32 * (norm.width + norm.groups) + normed
 
@@ -173,25 +169,11 @@ def _attended(block: Block) -> int:
     return sum(module.last.columns for module in block.modules if module.attends)
 
 
-def _experts(block: Block, widths: Widths, model: ModelFacts) -> int:
-    """Fused experts, of each token `experts_per_token`: what they take, gate and up, activation, product, result."""
-    if not block.experts:
-        return 0
-    inner = min(min(shape[1:]) for shape in block.experts)
-    kept = 2 * model.hidden + 4 * inner
-    return model.experts_per_token * kept * widths.compute
-
-
 def _kept_weights(block: Block, resolved: Resolved, widths: Widths) -> int:
-    """Weights that are made anew and kept.
-
-    GPTQ's, widened by plain operations; frozen ones in fp32, which autocast rounds; experts with their adapter added.
-    """
+    """Weights that are made anew and kept: GPTQ's, widened by plain operations; frozen fp32, which autocast rounds."""
     rounded = resolved.lora is not None and resolved.base_format == "FP32" and widths.casts
-    widened = sum(layer.numel for layer in block.layers) if resolved.base_format == "GPTQ" or rounded else 0
-    adapted = resolved.lora is not None and resolved.lora.target_parameters
-    numel = sum(shape[0] * shape[1] * shape[2] for shape in block.experts) if adapted else 0
-    return (widened + numel) * widths.compute
+    remade = rounded or resolved.base_format == "GPTQ"
+    return widths.compute * sum(layer.numel for layer in block.layers) if remade else 0
 
 
 def _kept_selectively(block: Block, resolved: Resolved, model: ModelFacts, batch: Batch) -> int:

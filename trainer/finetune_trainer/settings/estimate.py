@@ -20,7 +20,7 @@ from finetune_trainer.models.loading import MEASURED_TOKENS
 from finetune_trainer.progress import Estimate
 from finetune_trainer.settings.activations import FP32, SIZES, Batch, count_activations
 from finetune_trainer.settings.holdings import count_holdings
-from finetune_trainer.settings.layout import blocks_of
+from finetune_trainer.settings.layout import KNOWN, blocks_of
 
 if TYPE_CHECKING:
     from finetune_trainer.models.folder import ModelFacts
@@ -38,6 +38,15 @@ LOGITS_BYTES = 2 * FP32
 """A word of a measured token: logits, and their logarithms (`evaluate.measure_loss`)."""
 
 
+def why_none(model: ModelFacts, resolved: Resolved) -> str | None:
+    """Why nothing is claimed of a job, as the end of a sentence; None: it can be estimated."""
+    if model.architecture not in KNOWN:
+        return f"what the blocks of {model.architecture} keep is not known"
+    if resolved.lora is not None and resolved.lora.use_dora:
+        return "what DoRA keeps is not known"
+    return None
+
+
 def batch_of(resolved: Resolved, data: DataFacts) -> Batch:
     """The largest micro-batch of a run: as many of the longest rows, of pairs both answers. Packed ones are full."""
     tokens = resolved.max_length if resolved.packing else data.length_max
@@ -45,8 +54,15 @@ def batch_of(resolved: Resolved, data: DataFacts) -> Batch:
     return Batch(rows, tokens, masked=resolved.packing or rows > 1)
 
 
-def estimate(model: ModelFacts, resolved: Resolved, batch: Batch, gpu_memory_bytes: int | None = None) -> Estimate:
-    """What each GPU holds with these settings."""
+def measured_tokens(data: DataFacts) -> int:
+    """The most tokens of held-out rows at a time: rows are held out at random, so they may be as long as any."""
+    return max(MEASURED_TOKENS, data.length_max) if data.eval_rows else 0
+
+
+def estimate(
+    model: ModelFacts, resolved: Resolved, batch: Batch, measured: int = 0, gpu_memory_bytes: int | None = None
+) -> Estimate:
+    """What each GPU holds with these settings. `measured`: tokens of held-out rows that are measured at a time."""
     holdings, activations = count_holdings(model, resolved), count_activations(model, resolved, batch)
     weights = _share(holdings.weights, resolved, sharded=True)
     gradients = _share(holdings.gradients, resolved, sharded=resolved.lora is None)
@@ -58,7 +74,7 @@ def estimate(model: ModelFacts, resolved: Resolved, batch: Batch, gpu_memory_byt
         held + _passing(resolved, holdings, activations, len(blocks_of(model)), gradients),
         held + gradients + stepping,
     )
-    measuring = CUBLAS_BYTES + held + LOGITS_BYTES * max(MEASURED_TOKENS, batch.tokens) * (model.vocabulary or 0)
+    measuring = CUBLAS_BYTES + held + LOGITS_BYTES * measured * (model.vocabulary or 0)
     most = max(peak, measuring)
     reserve = CONTEXT_BYTES + int(most * FRAGMENTATION)
     return Estimate(

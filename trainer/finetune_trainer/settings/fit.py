@@ -30,7 +30,7 @@ from finetune_trainer.config import (
 )
 from finetune_trainer.runtime.errors import InvalidConfig, OutOfMemory
 from finetune_trainer.runtime.memory import gib
-from finetune_trainer.settings.estimate import batch_of, estimate
+from finetune_trainer.settings.estimate import batch_of, estimate, measured_tokens, why_none
 from finetune_trainer.settings.methods import resolve_lora
 
 if TYPE_CHECKING:
@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 FULL, OFF = GradientCheckpointing.FULL, GradientCheckpointing.OFF
 RECOMPUTE = {FULL: 1.4}
 LAUNCH_TOKENS = 1900
-TOLERANCE = 0.1
-"""How far the estimate may be off: a job is refused only if it would not fit with so much less."""
+TOLERANCE, DERIVED_TOLERANCE = 0.1, 0.3
+"""How far the peak of a step may be off: where `benchmarks.estimate` measured such settings, and where none did. A job
+is refused only if it would not fit with so much less."""
 GPUS_PER_NODE = (2, 4, 8)
 """As machines have them."""
 SHORTEST_LENGTH = 256
@@ -65,7 +66,8 @@ class Job:
 
     def needs(self, resolved: Resolved) -> Estimate:
         """What a GPU must have for these settings."""
-        return estimate(self.model, resolved, batch_of(resolved, self.data), self.memory_bytes)
+        batch, measured = batch_of(resolved, self.data), measured_tokens(self.data)
+        return estimate(self.model, resolved, batch, measured, self.memory_bytes)
 
     def slowness(self, resolved: Resolved) -> float:
         """Time of a token, relative."""
@@ -77,9 +79,10 @@ class Job:
 def fit(job: Job, resolved: Resolved) -> tuple[Resolved, Estimate | None]:
     """The settings with which a GPU is filled, and what they take; as they were where its memory is not known.
 
-    None of jobs without a GPU. OutOfMemory, with what would fit, where nothing does that is allowed to be changed.
+    None of jobs without a GPU, and of those of which nothing is known (`why_none`). OutOfMemory, with what would fit,
+    where nothing does that is allowed to be changed.
     """
-    if not job.config.gpus_per_node:
+    if not job.config.gpus_per_node or why_none(job.model, resolved):
         return resolved, None
     if job.memory_bytes is None:
         return resolved, job.needs(resolved)
@@ -87,7 +90,7 @@ def fit(job: Job, resolved: Resolved) -> tuple[Resolved, Estimate | None]:
     choices = [(each, job.needs(each)) for each in choices_of(job.config, resolved)]
     fitting = [choice for choice in choices if choice[1].total_bytes <= job.memory_bytes]
     if not fitting:
-        return min(choices, key=lambda choice: choice[1].total_bytes)
+        return min(choices, key=lambda choice: (choice[1].total_bytes, choice[1].peak_bytes))
     return min(fitting, key=lambda choice: job.slowness(choice[0]))
 
 
@@ -130,10 +133,14 @@ def _compares_pairs(resolved: Resolved) -> bool:
 
 
 def check_any_fits(job: Job, resolved: Resolved, memory_bytes: int) -> None:
-    """OutOfMemory if not even what healing could come to fits: micro-batch 1 and full checkpointing."""
-    needed = job.needs(_least(resolved)).total_bytes
-    if needed * (1 - TOLERANCE) <= memory_bytes:
+    """OutOfMemory if not even what healing could come to fits: micro-batch 1 and full checkpointing.
+
+    By the peak of a step alone: how long held-out rows are is not known for sure, nor what the reserve must be.
+    """
+    least = job.needs(_least(resolved))
+    if least.peak_bytes * (1 - _tolerance(resolved)) <= memory_bytes:
         return
+    needed = least.total_bytes
     told = [f"{change} (about {gib(size)})" for change, size in _ways_out(job, resolved) if size <= memory_bytes]
     advice = f"What would fit: {'; '.join(told)}; or " if told else "No setting alone would do: use "
     micro = 1 if not _compares_pairs(resolved) else resolved.micro_batch_size
@@ -142,6 +149,12 @@ def check_any_fits(job: Job, resolved: Resolved, memory_bytes: int) -> None:
         f"pod.gpuMemory is {gib(memory_bytes)}. {advice}a GPU with {gib(needed)}."
     )
     raise OutOfMemory(msg)
+
+
+def _tolerance(resolved: Resolved) -> float:
+    one = resolved.parallelism.world_size == 1 and resolved.dpo is None
+    usual = resolved.base_format != BaseFormat.GPTQ and resolved.attention in ("Auto", "SDPA")
+    return TOLERANCE if one and usual and not resolved.added_tokens else DERIVED_TOLERANCE
 
 
 def _least(resolved: Resolved) -> Resolved:

@@ -93,7 +93,7 @@ def count_holdings(model: ModelFacts, resolved: Resolved) -> Holdings:
 def count_weights(model: ModelFacts, resolved: Resolved) -> int:
     """The base as it is held: linear layers in its format, the rest as `models.loading.load_base` has it."""
     layers = layers_of(model)
-    rest = max(model.parameters - sum(layer.numel for layer in layers), 0)  # experts are no linear layers
+    rest = model.parameters - sum(layer.numel for layer in layers)
     return sum(_layer_bytes(layer, resolved) for layer in layers) + rest * widths_of(resolved).stream
 
 
@@ -134,11 +134,10 @@ def trained_tensors(model: ModelFacts, resolved: Resolved) -> Iterator[Trained]:
         return
     known = [
         *(Trained(layer.rows, layer.columns, projected=resolved.galore is not None) for layer in layers_of(model)),
-        *(Trained(math.prod(shape[:-1]), shape[-1]) for shape in model.experts.values()),
         *_ends(model),
     ]
     yield from known
-    yield Trained(1, max(model.parameters - sum(tensor.numel for tensor in known), 0))  # norms and biases
+    yield Trained(1, model.parameters - sum(tensor.numel for tensor in known))  # norms and biases
 
 
 def _ends(model: ModelFacts) -> Iterator[Trained]:
@@ -150,21 +149,11 @@ def _ends(model: ModelFacts) -> Iterator[Trained]:
 
 
 def _adapter(model: ModelFacts, lora: ResolvedLora) -> Iterator[Trained]:
-    """Factors, DoRA's magnitudes, and modules that train whole.
-
-    A [r, columns] and B [rows, r] of each layer (Hu et al. 2021, arXiv:2106.09685), and of all experts of a parameter;
-    a magnitude a row (Liu et al. 2024, arXiv:2402.09353).
-    """
+    """A [r, columns] and B [rows, r] of each layer (Hu et al. 2021, arXiv:2106.09685), and modules that train whole."""
     layers = layers_of(model)
     for layer in taps(lora, layers):
         yield Trained(lora.r, layer.columns)
         yield Trained(layer.rows, lora.r)
-        if lora.use_dora:
-            yield Trained(1, layer.rows)
-    for name, (experts, rows, columns) in model.experts.items():
-        if matches(name, lora.target_parameters):
-            yield Trained(experts * lora.r, columns)
-            yield Trained(rows, experts * lora.r)
     for layer in layers:
         if matches(layer.name, lora.modules_to_save):
             yield Trained(layer.rows, layer.columns)

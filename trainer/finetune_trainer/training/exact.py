@@ -127,7 +127,8 @@ class Exact(Trainer, ABC):
             self.drill(int(self.state.global_step) + 1)
         mask = inputs.get("attention_mask")  # packed rows have none, and hardly any padding
         self.step_tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
-        self.largest_batch = max(self.largest_batch, _batch_of(inputs), key=lambda batch: batch.total)
+        if inputs["input_ids"].numel() > self.largest_batch.total:
+            self.largest_batch = _batch_of(inputs)
         loss: torch.Tensor = super().training_step(model, inputs, *rest)
         self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
         return loss

@@ -56,11 +56,16 @@ def correct(expected_bytes: int, measured_bytes: int, largest_bytes: int) -> Ste
     return StepMemory(expected_bytes=expected_bytes, measured_bytes=measured_bytes, peak_bytes=measured_bytes + more)
 
 
-def check_first_steps(context: Context, seen: Batch, measured_bytes: int) -> StepMemory:
-    """What the largest micro-batch will take, now that `seen`, the largest so far, has taken so much."""
+def check_first_steps(context: Context, seen: Batch, measured_bytes: int) -> StepMemory | None:
+    """What the largest micro-batch will take, now that `seen`, the largest so far, has taken so much.
+
+    None where prepare could not estimate the job.
+    """
+    prepared = manifest.read(context.work.data).result
+    if prepared.estimate is None or prepared.data is None:
+        return None
     facts, resolved = describe_config(context.work.model), context.resolved
-    data = manifest.read(context.work.data).result.data
-    largest = seen if data is None else batch_of(resolved, data)
+    largest = batch_of(resolved, prepared.data)
     expected, most = (estimate(facts, resolved, batch).peak_bytes for batch in (seen, largest))
     return correct(expected, measured_bytes, most)
 
@@ -88,6 +93,8 @@ class MemoryWatch:
         if self._device.type != "cuda" or self._steps != WATCHED_STEPS:
             return
         found = check_first_steps(self._context, seen, torch.cuda.max_memory_allocated(self._device))
+        if found is None:
+            return
         self._context.report.update(measured_peak_bytes=found.peak_bytes)
         if leads():
             found.tell(torch.cuda.mem_get_info(self._device)[1])
