@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.estimate import GRID, SHAPES
+from benchmarks.estimate import settle as settle_run
 from finetune_trainer.models.folder import CONFIG, ModelFacts, describe_config
 from finetune_trainer.models.loading import load_base
 from finetune_trainer.progress import DataFacts, Estimate, Resolved
@@ -229,6 +231,45 @@ def saved_bytes(folder: Path, resolved: Resolved, held: torch.dtype, rows: int, 
         out = inner.base_model(ids, use_cache=False).last_hidden_state
     assert out.requires_grad
     return sum(storage.nbytes() for storage in found.values())
+
+
+# What was measured on a GPU
+
+PEAKS_GIB = {
+    "llama QLoRA 8x512 Full": 1.96,
+    "llama QLoRA 8x512 Off": 7.67,
+    "llama QLoRA 2x4096 Full": 2.74,
+    "llama QLoRA 2x4096 Off": 13.88,
+    "llama LoRA 8x512 Full": 3.50,
+    "llama LoRA 8x512 Off": 10.01,
+    "llama LoRA 2x4096 Full": 4.46,
+    "llama LoRA 2x4096 Off": 17.38,
+    "llama Full 8x512 Full": 23.08,
+    "llama Full 8x512 Off": 29.79,
+    "llama Full 2x4096 Full": 23.08,
+    "llama Full 2x4096 Off": 37.80,
+    "llama QLoRA 8x512 Selective": 4.93,
+    "llama LoRA 8x512 Selective": 9.16,
+    "llama QLoRA r=64 dropout 8x512 Off": 10.50,
+    "llama QLoRA packed 2x2048 Off": 8.29,
+    "llama Int8 4x1024 Off": 15.92,
+    "llama Int8 4x1024 Full": 7.16,
+    "llama Full BF16 AdamW8bit 8x512 Off": 16.93,
+    "llama GaLore 8x512 Full": 8.31,
+    "qwen3 LoRA 8x512 Off": 9.32,
+    "qwen3 Full 8x512 Full": 11.17,
+}
+"""Peaks of a step on an H100 with torch 2.11, as `python -m benchmarks.estimate` printed them: benchmarks/README.md."""
+
+
+def test_peaks_that_were_measured_on_an_h100_come_out(tmp_path: Path) -> None:
+    """The formulas alone: nothing is measured here."""
+    facts = {name: describe_config(write_config(tmp_path / name, shape.to_dict())) for name, shape in SHAPES.items()}
+    assert {run.name for run in GRID} == set(PEAKS_GIB)
+    for run in GRID:
+        model = facts[run.shape]
+        found = estimate(model, settle_run(run, model), Batch(run.rows, run.tokens, masked=run.packed))
+        assert found.peak_bytes / GIB == pytest.approx(PEAKS_GIB[run.name], rel=0.025), run.name
 
 
 # What must grow, and what must not

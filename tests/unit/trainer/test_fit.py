@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from finetune_trainer.__main__ import main
 from finetune_trainer.models.folder import ModelFacts, describe_config
@@ -20,6 +21,7 @@ from finetune_trainer.runtime.work import WorkFolder
 from finetune_trainer.settings.activations import Batch
 from finetune_trainer.settings.fit import Job, fit, with_pass
 from finetune_trainer.settings.resolve import SourceFacts, resolve
+from finetune_trainer.training.exact import batch_seen
 from finetune_trainer.training.memory import MEMORY_NAME, MemoryWatch, check_first_steps, correct
 from tests.tiny import make_config, make_tiny_model
 from tests.unit.trainer.test_estimate import LLAMA_8B, write_config
@@ -115,7 +117,8 @@ def test_a_setting_that_seems_too_much_is_left_where_healing_may_help(llama_8b: 
 
 
 def test_the_least_is_taken_where_measuring_alone_is_too_much(llama_8b: ModelFacts) -> None:
-    resolved, needed = fitted(llama_8b, "11Gi", 8192, training={"maxLength": 8192})
+    many_words = replace(llama_8b, vocabulary=512_000)
+    resolved, needed = fitted(many_words, "30Gi", 8192, training={"maxLength": 8192})
     assert needed is not None
     assert needed.measuring_bytes > (needed.gpu_memory_bytes or 0) > needed.peak_bytes
     assert (resolved.micro_batch_size, resolved.gradient_checkpointing) == (1, "Full")
@@ -257,6 +260,23 @@ def test_longer_rows_to_come_add_what_the_estimate_says() -> None:
     assert correct(expected_bytes=100, measured_bytes=90, largest_bytes=80).peak_bytes == 90
 
 
+PADDED, WHOLE = torch.tensor([[1, 1, 1], [1, 1, 0]]), torch.ones(2, 3, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("beside", "masked"),
+    [
+        ({"attention_mask": PADDED}, True),
+        ({"attention_mask": WHOLE}, False),
+        ({"position_ids": WHOLE}, True),
+        ({"position_ids": WHOLE, "cu_seq_lens_q": torch.tensor([0, 3, 6])}, False),
+    ],
+    ids=["padded", "rows of one length", "packed", "packed, by their lengths"],
+)
+def test_a_micro_batch_is_told_as_attention_sees_it(beside: dict[str, torch.Tensor], masked: bool) -> None:
+    assert batch_seen({"input_ids": WHOLE, **beside}) == Batch(2, 3, masked)
+
+
 def prepared(desk: Desk, config: dict[str, Any]) -> Context:
     """A prepared job for a GPU, and what its train stage is given."""
     code, _ = desk.run("prepare", config | {"parallelism": GPU})
@@ -267,8 +287,6 @@ def prepared(desk: Desk, config: dict[str, Any]) -> Context:
 def test_the_first_steps_of_a_simulated_gpu_correct_the_estimate(
     desk: Desk, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import torch  # noqa: PLC0415 - beside its stand-ins
-
     context = prepared(desk, config)
     told = manifest.read(desk.work / "data").result.estimate
     assert told is not None
@@ -306,8 +324,6 @@ def told_by_prepare(desk: Desk) -> str:
 
 
 def test_nothing_is_told_of_steps_on_cpu(desk: Desk, config: dict[str, Any]) -> None:
-    import torch  # noqa: PLC0415 - slow
-
     context = prepared(desk, config)
     watch = MemoryWatch(context, torch.device("cpu"))
     for _ in range(3):

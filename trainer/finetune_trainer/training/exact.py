@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from finetune_trainer.evaluate import HeldOut
 
 
-def _batch_of(inputs: Mapping[str, Any]) -> Batch:
+def batch_seen(inputs: Mapping[str, Any]) -> Batch:
     """How large a micro-batch is; attention is told of rows apart by a mask, or by positions that begin anew."""
     rows, tokens = inputs["input_ids"].shape
     mask = inputs.get("attention_mask")
@@ -128,7 +128,7 @@ class Exact(Trainer, ABC):
         mask = inputs.get("attention_mask")  # packed rows have none, and hardly any padding
         self.step_tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
         if inputs["input_ids"].numel() > self.largest_batch.total:
-            self.largest_batch = _batch_of(inputs)
+            self.largest_batch = batch_seen(inputs)
         loss: torch.Tensor = super().training_step(model, inputs, *rest)
         self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
         return loss

@@ -79,7 +79,10 @@ class MemoryWatch:
         self._steps = 0
 
     def begin_step(self) -> None:
-        """Forget what was held before the first step: a measurement of the base may have taken more."""
+        """Forget what was held before the first step: a measurement of the base may have taken more.
+
+        The peak that the progress and the report tell begins anew here as well.
+        """
         import torch  # noqa: PLC0415 - slow
 
         if self._device.type == "cuda" and self._steps == 0:
