@@ -69,9 +69,10 @@ def estimate(
     states = _share(holdings.resident, resolved, sharded=resolved.lora is None)
     stepping = _share(holdings.stepping, resolved, sharded=resolved.lora is None)
     collected = _collected(model, resolved, holdings)
+    casts = 0 if resolved.parallelism.strategy == Strategy.FSDP and resolved.lora is None else holdings.casts
     held = weights + holdings.adapter + states + collected
     peak = CUBLAS_BYTES + max(
-        held + _passing(resolved, holdings, activations, len(blocks_of(model)), gradients),
+        held + _passing(resolved, casts, activations, len(blocks_of(model)), gradients),
         held + gradients + stepping,
     )
     measuring = CUBLAS_BYTES + held + LOGITS_BYTES * measured * (model.vocabulary or 0)
@@ -84,7 +85,7 @@ def estimate(
         optimizer_bytes=_share(holdings.optimizer, resolved, sharded=resolved.lora is None),
         activations_bytes=activations.kept + activations.block,
         logits_bytes=activations.head,
-        workspace_bytes=CUBLAS_BYTES + collected + max(holdings.casts + activations.passing, stepping),
+        workspace_bytes=CUBLAS_BYTES + collected + max(casts + activations.passing, stepping),
         peak_bytes=peak,
         measuring_bytes=measuring,
         reserve_bytes=reserve,
@@ -96,13 +97,13 @@ def estimate(
     )
 
 
-def _passing(resolved: Resolved, holdings: Holdings, activations: Activations, blocks: int, gradients: int) -> int:
+def _passing(resolved: Resolved, casts: int, activations: Activations, blocks: int, gradients: int) -> int:
     """What a pass adds to what is held: at the head, or in the backward pass of a block.
 
-    With checkpointing, autocast's copies of weights are gone by then, but for those of that block.
+    `casts`: autocast's copies of weights; FSDP gathers in the dtype computed in instead. With checkpointing they are
+    gone by the backward pass, but for those of the block.
     """
     kept = activations.kept + (gradients if resolved.gradient_accumulation_steps > 1 else 0)
-    casts = 0 if resolved.parallelism.strategy == Strategy.FSDP and resolved.lora is None else holdings.casts
     of_block = casts if resolved.gradient_checkpointing == "Off" else math.ceil(casts / max(blocks, 1))
     backward = activations.block + activations.passing - activations.freed + of_block
     return kept + max(activations.head + casts, backward)
