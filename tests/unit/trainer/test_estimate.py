@@ -377,9 +377,14 @@ def test_more_gpus_share_what_is_sharded(model: ModelFacts, gpus: int, gathers_o
     for part in ("weights_bytes", "gradients_bytes", "optimizer_bytes"):
         assert getattr(found, part) == -(-getattr(one, part) // gpus)
     offloaded = settle(model, parallelism={"gpusPerNode": gpus, "fsdp": {"cpuOffload": True}}, **of_method("Full"))
-    lean = estimate(model, offloaded, Batch(1, 64, masked=False))
-    assert lean.weights_bytes == 0
-    assert lean.workspace_bytes <= lean.peak_bytes
+    assert estimate(model, offloaded, Batch(1, 64, masked=False)).weights_bytes == 0
+
+
+def test_fsdp_gathers_in_what_is_computed_in_so_autocast_copies_no_weights(llama_8b: ModelFacts) -> None:
+    one, eight = (settle(llama_8b, parallelism={"gpusPerNode": gpus}, **of_method("Full")) for gpus in (1, 8))
+    casts = count_holdings(llama_8b, one).casts
+    batch = Batch(1, 64, masked=False)
+    assert estimate(llama_8b, one, batch).workspace_bytes > casts > estimate(llama_8b, eight, batch).workspace_bytes
 
 
 # Where nothing is claimed
