@@ -274,7 +274,7 @@ class Estimate(Model):
     micro_batch_size: int = Field(description="Rows a forward pass that this is of.")
     length: int = Field(description="Tokens of the longest row.")
     gradient_checkpointing: str = Field(description="Full, Selective or Off.")
-    gpu_memory_bytes: int | None = Field(default=None, description="Of one GPU, where it is known.")
+    gpu_memory_bytes: int | None = Field(default=None, description="Of one GPU: pod.gpuMemory.")
 
 
 class DatasetFacts(Model):

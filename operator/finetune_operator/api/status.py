@@ -9,7 +9,7 @@ from pydantic import Field
 
 from finetune_operator.api.words import ATTEMPTS_KEPT, DATASETS_KEPT, JSON
 from finetune_trainer.config import Model
-from finetune_trainer.progress import MESSAGE_LIMIT_CHARACTERS
+from finetune_trainer.progress import MESSAGE_LIMIT_CHARACTERS, Estimate
 
 
 class Phase(StrEnum):
@@ -127,26 +127,9 @@ class DataStatus(Model):
     )
 
 
-class EstimateStatus(Model):
+class EstimateStatus(Estimate):
     """What one GPU is expected to hold in training, worked out by prepare, in bytes; and what it held."""
 
-    weights_bytes: int = Field(description="The base as it is held.")
-    adapter_bytes: int = Field(description="What an adapter adds to it.")
-    gradients_bytes: int = Field(description="Of all that trains.")
-    optimizer_bytes: int = Field(description="The optimizer's states.")
-    activations_bytes: int = Field(description="Kept by the forward pass for the backward pass.")
-    logits_bytes: int = Field(description="Taken by the output head and the loss.")
-    workspace_bytes: int = Field(
-        description="Passing values of kernels, casts, collectives, and of the optimizer's step."
-    )
-    peak_bytes: int = Field(description="Most that a step holds at a time: not all parts are held at once.")
-    measuring_bytes: int = Field(description="Most that is held while held-out rows are measured.")
-    reserve_bytes: int = Field(description="CUDA itself, and memory lost between tensors.")
-    total_bytes: int = Field(description="What a GPU must have.")
-    micro_batch_size: int = Field(description="Rows a forward pass that this is of.")
-    length: int = Field(description="Tokens of the longest row.")
-    gradient_checkpointing: str = Field(description="Full, Selective or Off.")
-    gpu_memory_bytes: int | None = Field(default=None, description="Of one GPU: pod.gpuMemory.")
     measured_peak_bytes: int | None = Field(
         default=None, description="The peak of a step, corrected by what the first steps took."
     )
