@@ -10,12 +10,22 @@ from finetune_operator.api import (
     JSON,
     ArtifactStatus,
     DataStatus,
+    EstimateStatus,
     MeasuredStatus,
     PublishedStatus,
     TrainingStatus,
     format_time,
 )
-from finetune_trainer.progress import Artifact, DataFacts, Measured, Progress, Published, Resolved, TrainFacts
+from finetune_trainer.progress import (
+    Artifact,
+    DataFacts,
+    Estimate,
+    Measured,
+    Progress,
+    Published,
+    Resolved,
+    TrainFacts,
+)
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 STEPS, BYTES = "steps", "bytes"
@@ -115,6 +125,18 @@ def data_status(facts: DataFacts) -> DataStatus:
     told = facts.model_dump(exclude_none=True)
     told["datasets"] = told["datasets"][:DATASETS_KEPT] or None
     return DataStatus.model_validate(told)
+
+
+def estimate_status(estimate: Estimate) -> EstimateStatus:
+    """What a GPU is expected to hold."""
+    return EstimateStatus.model_validate(estimate.model_dump())
+
+
+def with_measured(estimate: EstimateStatus | None, progress: Progress) -> EstimateStatus | None:
+    """The same, with what the first steps took, once that is told."""
+    if estimate is None or progress.measured_peak_bytes is None:
+        return estimate
+    return estimate.model_copy(update={"measured_peak_bytes": progress.measured_peak_bytes})
 
 
 def resolved_status(resolved: Resolved) -> JSON:

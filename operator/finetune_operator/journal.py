@@ -18,6 +18,7 @@ from finetune_operator.api import (
     ArtifactStatus,
     AttemptStatus,
     DataStatus,
+    EstimateStatus,
     FineTuneJob,
     Overrides,
     StageStatus,
@@ -31,6 +32,7 @@ from finetune_operator.failures import Failure, classify, decisive, ending_with,
 from finetune_operator.figures import (
     artifact_status,
     data_status,
+    estimate_status,
     final_training,
     live_training,
     published_status,
@@ -65,6 +67,7 @@ class Journal:
     """How long pods have run, before the live attempt."""
     artifacts: tuple[ArtifactStatus, ...] = ()
     data: DataStatus | None = None
+    estimate: EstimateStatus | None = None
     resolved: JSON | None = None
     training: TrainingStatus | None = None
 
@@ -84,6 +87,7 @@ class Journal:
             active_seconds=status.active_seconds or 0,
             artifacts=status.artifacts or (),
             data=status.data,
+            estimate=status.estimate,
             resolved=status.resolved,
             training=status.training,
         )
@@ -351,6 +355,7 @@ def _hear(journal: Journal, job: FineTuneJob, word: LastWord) -> Journal:
     return replace(
         journal,
         data=data_status(word.data) if word.data else journal.data,
+        estimate=estimate_status(word.estimate) if word.estimate else journal.estimate,
         resolved=resolved_status(word.resolved) if word.resolved else journal.resolved,
         training=training,
     )

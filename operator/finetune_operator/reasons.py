@@ -99,8 +99,9 @@ TABLE: dict[str, Row] = {
     ),
     Said.OUT_OF_MEMORY: Row(
         Retry.NEVER,
-        "The GPU's memory does not suffice. As long as a smaller micro-batch or full checkpointing may help, training "
-        "is run again with these, uncounted.",
+        "The GPU's memory does not suffice: so a stage found, or prepare before a GPU is held, where pod.gpuMemory is "
+        "set. As long as a smaller micro-batch or full checkpointing may help, training is run again with these, "
+        "uncounted.",
         "Use baseWeights NF4, a shorter maxLength or a larger GPU.",
     ),
     Said.NON_FINITE_LOSS: Row(

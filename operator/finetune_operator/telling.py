@@ -56,6 +56,7 @@ def build_status(facts: Facts, journal: Journal, view: View, now: datetime, *, p
         active_seconds=journal.active_seconds or None,
         training=training,
         data=journal.data,
+        estimate=journal.estimate,
         resolved=journal.resolved,
         conditions=(*build_conditions(job, view, now, accepted=True), *_quota(facts, journal, now)),
         stages=tuple(journal.stages.values()),

@@ -111,6 +111,7 @@ FINE: dict[str, JSON] = {
     "other devices than GPUs": spec(
         pod={"gpuResourceName": "amd.com/gpu", "resources": {"limits": {"nvidia.com/mig-1g.5gb": 1}}}
     ),
+    "the memory of a GPU": spec(pod={"gpuMemory": "79.6Gi"}),
     "all trackers": spec(
         tracking={
             "wandb": {"project": "p", "entity": "team", "baseUrl": "https://wandb.test"},
@@ -654,6 +655,7 @@ BAD: dict[str, tuple[JSON, str]] = {
         spec(pod={"gpuResourceName": "amd.com/gpu", "resources": {"requests": {"amd.com/gpu": "1"}}}),
         "GPUs are counted by parallelism.gpusPerNode",
     ),
+    "memory of a GPU without a unit": (spec(pod={"gpuMemory": "24"}), "spec.pod.gpuMemory"),
     "a variable that changes what code runs": (
         spec(pod={"env": [{"name": "LD_PRELOAD", "value": "x"}]}),
         "pod.env: this variable is set by the operator or changes what code runs",

@@ -1,4 +1,4 @@
-"""finetune-trainer prepare|train|merge|quantize|publish|evaluate --config job.json --work DIR.
+"""finetune-trainer prepare|train|merge|quantize|publish|evaluate|estimate --config job.json --work DIR.
 
 One stage of a fine-tuning job, the same in a pod and on a workstation. Run them in that order with the same config
 and work folder; a stage that is done already says so and ends at once, one that was interrupted goes on.
@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -39,8 +40,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EVALUATE = "evaluate"
-"""Not a stage of a job: measures what is there, on a workstation. It has neither manifest nor last word."""
+EVALUATE, ESTIMATE = "evaluate", "estimate"
+"""No stages of a job: they measure what is there, or tell what it takes. They have neither manifest nor last word."""
+ASIDE = (EVALUATE, ESTIMATE)
 
 COMMANDS = {
     Stage.PREPARE.value: "fetch and check the model, read and tokenize the rows, fix every setting that was left open",
@@ -49,6 +51,7 @@ COMMANDS = {
     Stage.QUANTIZE.value: "make the quantized forms of the finished model",
     Stage.PUBLISH.value: "put artifacts where others fetch them: a hub, a bucket, a registry",
     EVALUATE: "measure every artifact that is there on the held-out rows",
+    ESTIMATE: "tell what a GPU must have to train, from the model's config and the job's settings; needs no GPU",
 }
 ENTRIES = {Stage.QUANTIZE.value: "quantize", Stage.PUBLISH.value: "output.publish"}
 """Stages of which a config may ask for several, and the list that they stand in."""
@@ -78,8 +81,8 @@ def _run(arguments: argparse.Namespace, stopping: threading.Event) -> int:
         names = _names(config, arguments)
     except Exception as error:  # noqa: BLE001 - every end is told
         return _end_badly(arguments, error)
-    if arguments.command == EVALUATE:
-        return _run_evaluate(config, arguments, stopping)
+    if arguments.command in ASIDE:
+        return _run_aside(config, arguments, stopping)
     for name in names:
         if (code := _run_stage(config, arguments, name, stopping)) is not ExitCode.COMPLETED:
             return code
@@ -97,7 +100,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="STAGE")
     for name, help_text in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text, description=help_text.capitalize() + ".")
+        command = commands.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.")
+        _add_sources(command)
+        if name == ESTIMATE:
+            _add_model(command)
+            continue
         _add_options(command)
         if name in ENTRIES:
             whole = f"the entry of the config's {ENTRIES[name]} to work on (default: all of them)"
@@ -121,7 +128,35 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.epilog = (
+        "Rows are taken to be as long as training.maxLength allows. Where pod.gpuMemory says what a GPU has, the "
+        "micro-batch and the checkpointing that are unset are chosen as prepare chooses them, and the exit code is "
+        f"{ExitCode.OUT_OF_MEMORY.value} where nothing fits."
+    )
+    command.add_argument(
+        "--model",
+        type=Path,
+        metavar="PATH",
+        help="the model's config.json, or a folder that has it (default: of the config's source, from a hub that file "
+        "alone)",
+    )
+
+
 def _add_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--work", type=Path, required=True, metavar="DIR", help="the job's own folder; made if it is not there")
+    add("--attempt", type=int, default=1, metavar="N", help="counts the tries of the job (default: %(default)s)")
+    add("--progress-port", type=int, metavar="PORT", help="serve /progress, /metrics, /healthz (default: do not)")
+    add(
+        "--termination-log",
+        type=Path,
+        metavar="FILE",
+        help=f"where the last word goes, as JSON (default: {TERMINATION_LOG} where it is writable)",
+    )
+
+
+def _add_sources(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
         "--config",
@@ -130,7 +165,6 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the job as JSON: a FineTuneJob's spec, training half",
     )
-    add("--work", type=Path, required=True, metavar="DIR", help="the job's own folder; made if it is not there")
     add(
         "--sources",
         type=Path,
@@ -145,14 +179,6 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where secrets are, one folder a source or tracker: model/token, dataset-0/AWS_ACCESS_KEY_ID, wandb/key "
         "(default: %(default)s)",
-    )
-    add("--attempt", type=int, default=1, metavar="N", help="counts the tries of the job (default: %(default)s)")
-    add("--progress-port", type=int, metavar="PORT", help="serve /progress, /metrics, /healthz (default: do not)")
-    add(
-        "--termination-log",
-        type=Path,
-        metavar="FILE",
-        help=f"where the last word goes, as JSON (default: {TERMINATION_LOG} where it is writable)",
     )
 
 
@@ -321,17 +347,30 @@ def _verify_inputs(context: Context, target: Target) -> None:
         manifest.verify(folder, context.report.bytes_progress)
 
 
-def _run_evaluate(config: JobConfig, arguments: argparse.Namespace, stopping: threading.Event) -> int:
-    """Measure what is there; prints a table, leaves nothing behind."""
-    report = Report(Stage.TRAIN, arguments.attempt)
-    context = _context(arguments, report, None, None, stopping)
+def _run_aside(config: JobConfig, arguments: argparse.Namespace, stopping: threading.Event) -> int:
+    """Measure or estimate; prints tables, leaves nothing behind."""
+    run = _evaluate if arguments.command == EVALUATE else _estimate
     try:
-        with reporting(report, None):
-            stages.build_target(Stage.TRAIN, config, context.work)
-            importlib.import_module("finetune_trainer.evaluate").run(config, context)
+        run(config, arguments, stopping)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every end is told
         return _end_badly(arguments, error)
     return ExitCode.COMPLETED
+
+
+def _evaluate(config: JobConfig, arguments: argparse.Namespace, stopping: threading.Event) -> None:
+    report = Report(Stage.TRAIN, arguments.attempt)
+    context = _context(arguments, report, None, None, stopping)
+    with reporting(report, None):
+        stages.build_target(Stage.TRAIN, config, context.work)
+        importlib.import_module("finetune_trainer.evaluate").run(config, context)
+
+
+def _estimate(config: JobConfig, arguments: argparse.Namespace, stopping: threading.Event) -> None:
+    report = Report(Stage.PREPARE, 1)
+    with tempfile.TemporaryDirectory() as folder, reporting(report, None):
+        context = Context(WorkFolder(Path(folder)), arguments.sources, arguments.secrets, 1, report, stopping=stopping)
+        module = importlib.import_module("finetune_trainer.estimate")
+        sys.stdout.write(module.run(config, context, arguments.model) + "\n")
 
 
 def _end_badly(arguments: argparse.Namespace, error: BaseException) -> int:
@@ -341,7 +380,7 @@ def _end_badly(arguments: argparse.Namespace, error: BaseException) -> int:
     if known is None or known is not error:
         log.error("%s", "".join(traceback.format_exception(error)).rstrip())
     message = str(known) if known else describe_unknown(error)
-    if arguments.command == EVALUATE:
+    if arguments.command in ASIDE:
         say(message, reason)
         return exit_code(reason)
     return _end(

@@ -25,6 +25,7 @@ import numpy as np
 from finetune_trainer.data.tokenized import EVAL, INPUT_IDS, LOSS_MASK, REJECTED_IDS, REJECTED_MASK, read_rows
 from finetune_trainer.models.finished import load_quantized
 from finetune_trainer.models.loading import (
+    MEASURED_TOKENS,
     compute_dtype,
     load_base,
     load_finished,
@@ -53,8 +54,6 @@ Row = TypeVar("Row")
 
 IGNORED = -100
 """The label of a token that does not count, as torch's cross-entropy has it."""
-BATCH_TOKENS = 1024
-"""Padded tokens a batch: on 2 cores larger ones are no faster, and logits of 50,000 words take 200 KB a token."""
 FINISHED = {True: "merged", False: "model"}
 """What the finished 16-bit model is called: an adapter merged, or the model itself trained."""
 
@@ -191,7 +190,7 @@ def read_pair_rows(data: Path, split: str = EVAL) -> Sequence[PairRow]:
     )
 
 
-def batches(rows: Sequence[Measurable], max_tokens: int = BATCH_TOKENS) -> Iterator[list[Measurable]]:
+def batches(rows: Sequence[Measurable], max_tokens: int = MEASURED_TOKENS) -> Iterator[list[Measurable]]:
     """Rows sorted by length, in batches of at most so many tokens, padding counted; a longer row goes alone."""
     batch: list[Measurable] = []
     for row in sorted(rows, key=attrgetter("width")):

@@ -20,7 +20,10 @@ from finetune_trainer.models.folder import describe, load_tokenizer
 from finetune_trainer.publishing import check_credentials
 from finetune_trainer.runtime import manifest
 from finetune_trainer.runtime.manifest import Manifest, Result
+from finetune_trainer.runtime.memory import gib
 from finetune_trainer.settings import resolve
+from finetune_trainer.settings.estimate import why_none
+from finetune_trainer.settings.fit import Job, fit
 from finetune_trainer.settings.outcome import check_gguf, check_original
 from finetune_trainer.sources import fetch_source, forget
 
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 
     from finetune_trainer.config import BaseModelSource, JobConfig
     from finetune_trainer.models.folder import ModelFacts
-    from finetune_trainer.progress import DataFacts, Resolved
+    from finetune_trainer.progress import DataFacts, Estimate, Resolved
     from finetune_trainer.runtime.context import Context
 
 log = logging.getLogger(__name__)
@@ -66,13 +69,15 @@ def run(config: JobConfig, context: Context) -> Manifest:
             fetched["model"].digest, revision(model_folder), _digest_of_rows(folder), revisions
         )
         resolved = resolve.resolve(config, sources, facts, prepared.facts, added_tokens)
+        resolved, needed = fit(Job(config, facts, prepared.facts), resolved)
         tokens.check_embedded(tokenizer, prepared.highest_token, facts.vocabulary, added_tokens)
         tokenizer.save_pretrained(folder / context.work.tokenizer.name)
         with context.committing():
             tokenized.write_preview(folder, tokenizer, context.work.report / tokenized.PREVIEW_NAME)
-        remarks = (*_on_another_base(config.model, facts), *prepared.remarks)
+        on_memory = _on_memory(needed, why_none(facts, resolved)) if config.gpus_per_node else ()
+        remarks = (*on_memory, *_on_another_base(config.model, facts), *prepared.remarks)
         message = " ".join([_summary(prepared.facts, resolved), *remarks])
-        return Result(message=message, resolved=resolved, data=prepared.facts)
+        return Result(message=message, resolved=resolved, data=prepared.facts, estimate=needed)
 
     made = manifest.publish(target, context.attempt, build, context.report.bytes_progress)
     forget(context)
@@ -88,6 +93,19 @@ def _open_datasets(config: JobConfig, context: Context) -> tuple[ingest.Datasets
         if found.revision is not None:
             revisions.append(f"{name}@{found.revision}")
     return ingest.open_datasets(config, fetched), tuple(revisions)
+
+
+def _on_memory(needed: Estimate | None, unknown: str | None) -> Iterator[str]:
+    """What a GPU is expected to be asked for, or why nobody can tell."""
+    if needed is None:
+        yield f"There is no estimate of GPU memory: {unknown}."
+        return
+    has = needed.gpu_memory_bytes
+    of = "" if has is None else f" of {gib(has)}"
+    checkpointing = needed.gradient_checkpointing.lower()
+    told = f"A GPU needs about {gib(needed.total_bytes)}{of}: micro-batch {needed.micro_batch_size}, checkpointing "
+    short = has is not None and needed.total_bytes > has
+    yield f"{told}{checkpointing}." + (" It may run out." if short else "")
 
 
 def _on_another_base(source: BaseModelSource, facts: ModelFacts) -> Iterator[str]:

@@ -119,6 +119,9 @@ class Progress(Model):
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
     peak_memory_bytes: int | None = None
+    measured_peak_bytes: int | None = Field(
+        default=None, description="The estimated peak of training, corrected by what the first steps took."
+    )
     checkpoint_step: int | None = Field(default=None, description="Step of the newest verified checkpoint.")
     checkpoint_time: datetime | None = Field(default=None, description="When that checkpoint was complete.")
     resumed_from_step: int | None = Field(
@@ -249,6 +252,31 @@ class Resolved(Model):
     quantize: tuple[ResolvedQuantize, ...] = ()
 
 
+class Estimate(Model):
+    """What one GPU is expected to hold in training: worked out by `settings.estimate` before a GPU is held.
+
+    Not all parts are held at the worst moment of a step, so the peak may be less than their sum.
+    """
+
+    weights_bytes: int = Field(description="The base as it is held, and a reference that is held besides.")
+    adapter_bytes: int = Field(description="What an adapter adds to it.")
+    gradients_bytes: int = Field(description="Of all that trains.")
+    optimizer_bytes: int = Field(description="Its states; those of paged optimizers may lie in host memory.")
+    activations_bytes: int = Field(description="Kept by the forward pass for the backward pass.")
+    logits_bytes: int = Field(description="Taken by the output head and the loss.")
+    workspace_bytes: int = Field(
+        description="Passing values of kernels, casts, collectives, and of the optimizer's step."
+    )
+    peak_bytes: int = Field(description="Most that a step holds at a time, as torch's allocator counts.")
+    measuring_bytes: int = Field(description="Most that is held while held-out rows are measured.")
+    reserve_bytes: int = Field(description="CUDA itself, and memory lost between tensors.")
+    total_bytes: int = Field(description="What a GPU must have.")
+    micro_batch_size: int = Field(description="Rows a forward pass that this is of.")
+    length: int = Field(description="Tokens of the longest row.")
+    gradient_checkpointing: str = Field(description="Full, Selective or Off.")
+    gpu_memory_bytes: int | None = Field(default=None, description="Of one GPU: pod.gpuMemory.")
+
+
 class DatasetFacts(Model):
     """What the rows of one dataset are like."""
 
@@ -356,6 +384,7 @@ class LastWord(Model):
     manifest_digest: str | None = Field(default=None, description="SHA-256 of the stage's manifest: its proof.")
     resolved: Resolved | None = None
     data: DataFacts | None = None
+    estimate: Estimate | None = None
     training: TrainFacts | None = None
     artifact: Artifact | None = None
     published: Published | None = Field(default=None, description="Of a publish stage.")

@@ -166,7 +166,7 @@ class EnvVar(Model):
         return self
 
 
-class Pod(Model):
+class Pod(config.Pod):
     """What the stage pods need of the cluster. Typed fields only: there is no pod template."""
 
     resources: Resources | None = Field(
@@ -329,7 +329,10 @@ class Spec(JobConfig):
         """The half that the trainer reads."""
         fields = {name: getattr(self, name) for name in JobConfig.model_fields}
         publish = self.output.publish if self.output else None
-        return JobConfig.model_construct(**fields | {"output": publish and config.Output(publish=publish)})
+        memory = self.pod.gpu_memory if self.pod else None
+        fields["output"] = publish and config.Output(publish=publish)
+        fields["pod"] = memory and config.Pod(gpu_memory=memory)
+        return JobConfig.model_construct(**fields)
 
     @property
     def created_claim(self) -> CreateClaim | None:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from finetune_operator.api.words import ATTEMPTS_KEPT, DATASETS_KEPT, JSON
 from finetune_trainer.config import Model
-from finetune_trainer.progress import MESSAGE_LIMIT_CHARACTERS
+from finetune_trainer.progress import MESSAGE_LIMIT_CHARACTERS, Estimate
 
 
 class Phase(StrEnum):
@@ -127,6 +127,14 @@ class DataStatus(Model):
     )
 
 
+class EstimateStatus(Estimate):
+    """What one GPU is expected to hold in training, worked out by prepare, in bytes; and what it held."""
+
+    measured_peak_bytes: int | None = Field(
+        default=None, description="The peak of a step, corrected by what the first steps took."
+    )
+
+
 class MeasuredStatus(Model):
     """Quality on the held-out rows. Figures are text with 4 digits."""
 
@@ -238,6 +246,7 @@ class Status(Model):
     )
     training: TrainingStatus | None = Field(default=None, description="How training goes.")
     data: DataStatus | None = Field(default=None, description="What the rows are like.")
+    estimate: EstimateStatus | None = Field(default=None, description="The memory that a GPU needs for the training.")
     resolved: dict[str, Any] | None = Field(
         default=None,
         description="Every setting that was unset and every source that could move, fixed once by the prepare stage.",

@@ -10,6 +10,7 @@ the model or the data is resolved by the prepare stage (`finetune_trainer.settin
     sources     hubs, volume, S3, OCI     method    QLoRA, LoRA, Full, GaLore; SFT, DPO
     training    hyperparameters, devices  outcome   merge, quantize
     publish     hub, S3, OCI to put into  tracking  W&B, MLflow, TensorBoard
+    pod         the memory of a GPU
     base        what all are made of      environment  what a pod is told by variables
 
 Imports nothing heavier than pydantic.
@@ -87,6 +88,7 @@ from finetune_trainer.config.outcome import (
     Quantize,
     QuantizeMethod,
 )
+from finetune_trainer.config.pod import Pod
 from finetune_trainer.config.publish import (
     NO_BRANCH,
     OCI_REPOSITORY,
@@ -234,6 +236,7 @@ __all__ = [
     "Output",
     "Packing",
     "Parallelism",
+    "Pod",
     "Publish",
     "PublishedArtifact",
     "Quantize",

@@ -18,6 +18,7 @@ from finetune_trainer.config.method import (
 )
 from finetune_trainer.config.model import BaseModelSource
 from finetune_trainer.config.outcome import Merge, MergeBase, MergePolicy, Quantize
+from finetune_trainer.config.pod import Pod
 from finetune_trainer.config.publish import Output, Publish, PublishedArtifact
 from finetune_trainer.config.tracking import Tracking
 from finetune_trainer.config.training import Packing, Parallelism, Strategy, Training
@@ -44,6 +45,7 @@ class JobConfig(Model):
     )
     output: Output | None = Field(default=None, description="Where the results go.")
     tracking: Tracking | None = Field(default=None, description="Where the run is followed besides the status.")
+    pod: Pod | None = Field(default=None, description="What the stages run on.")
 
     @model_validator(mode="after")
     def _measured_rows_are_held_out(self) -> Self:
@@ -200,6 +202,11 @@ class JobConfig(Model):
     def world_size(self) -> int:
         """Processes of the train stage."""
         return (self.parallelism or Parallelism()).world_size
+
+    @property
+    def gpu_memory_bytes(self) -> int | None:
+        """Memory of each GPU of the train stage; None where it is not known, or none is asked for."""
+        return self.pod.gpu_memory_bytes if self.pod is not None and self.gpus_per_node else None
 
     @property
     def _evaluation_datasets(self) -> tuple[Dataset, ...]:

@@ -148,7 +148,8 @@ class Training(Model):
         default=None,
         ge=1,
         le=4096,
-        description="Micro-batch, in rows; times the number of devices it divides globalBatchSize. Default at most 4.",
+        description="Micro-batch, in rows; times the number of devices it divides globalBatchSize. Default at most 4; "
+        "with pod.gpuMemory as many as fill the GPU.",
     )
     max_length: int | None = Field(
         default=None, ge=8, le=1048576, description="Longest row, in tokens. Default 2048 or the model's own limit."
@@ -169,8 +170,8 @@ class Training(Model):
     )
     gradient_checkpointing: GradientCheckpointing | None = Field(
         default=None,
-        description="Full: recompute all activations; Selective: all but products; Auto: Full on a GPU, Off on CPU. "
-        "Default Auto.",
+        description="Full: recompute all activations; Selective: all but products; Auto: Full on a GPU, Off on CPU; "
+        "with pod.gpuMemory what is faster of those that fit. Default Auto.",
     )
     neftune_noise_alpha: float | None = Field(
         default=None, gt=0, le=1000, description="Noise on embeddings while training (NEFTune). Default none."

@@ -92,6 +92,12 @@ class ModelFacts:
     """Whether the head is the embeddings."""
     adapter: dict[str, Any] | None = None
     """The settings of the adapter to go on from, as PEFT wrote them."""
+    hidden: int = 0
+    """Columns of the embeddings: the width of what goes from block to block."""
+    heads: int = 0
+    """Of attention."""
+    norms: dict[str, int] = field(default_factory=dict)
+    """Full name and width of each RMSNorm."""
 
     @property
     def linear_names(self) -> tuple[str, ...]:
@@ -285,30 +291,46 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
 
 def describe(folder: Path) -> ModelFacts:
     """The facts of a checked model's folder, from its config: the model is built without weights. InvalidModel."""
+    config = _load_config(folder)
+    model = _build(config, folder)
+    _check_shapes(folder, model)
+    _check_complete(folder, config)
+    return _facts(model, config, folder)
+
+
+def describe_config(folder: Path) -> ModelFacts:
+    """The same facts from a folder with a config alone, whose weights nobody looks at. InvalidModel."""
+    config = _load_config(folder)
+    return _facts(_build(config, folder), config, folder)
+
+
+def _build(config: Any, folder: Path) -> Any:  # noqa: ANN401 - transformers' config, model
+    """The model without its weights, on the meta device. InvalidModel."""
     import torch  # noqa: PLC0415 - slow
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow
 
-    config = _load_config(folder)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, trust_remote_code=trusts_code(folder)
             )
     except Exception as error:
         msg = f"The model cannot be built from its {CONFIG}: {error}. Correct {CONFIG}, or copy the model again."
         raise InvalidModel(msg) from error
-    _check_shapes(folder, model)
-    _check_complete(folder, config)
+
+
+def _facts(model: Any, config: Any, folder: Path) -> ModelFacts:  # noqa: ANN401 - a torch module, transformers' config
     names = {module: name for name, module in model.named_modules()}
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     linear = {name: module for module, name in names.items() if module is not head and _is_linear(module)}
     experts = dict(_experts(model))
     columns = {name: _input_columns(module) for name, module in linear.items()}
     rows = {name: module.weight.numel() // columns[name] for name, module in linear.items()}
+    text = config.get_text_config()
     return ModelFacts(
         architecture=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        max_positions=getattr(config.get_text_config(), "max_position_embeddings", None),
+        max_positions=getattr(text, "max_position_embeddings", None),
         linear_layers=columns,
         linear_rows=rows,
         gptq=getattr(config, "quantization_config", None) is not None,
@@ -321,7 +343,14 @@ def describe(folder: Path) -> ModelFacts:
         head=names.get(head),
         tied=head is not None and head.weight is embeddings.weight,
         adapter=_fitting_adapter(folder / ADAPTER_FOLDER, columns, rows, experts),
+        hidden=embeddings.weight.shape[1],
+        heads=getattr(text, "num_attention_heads", None) or 0,
+        norms={name: module.weight.numel() for module, name in names.items() if _is_norm(module)},
     )
+
+
+def _is_norm(module: Any) -> bool:  # noqa: ANN401 - a torch module
+    return type(module).__name__.endswith("RMSNorm") and getattr(module, "weight", None) is not None
 
 
 def _experts(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:  # noqa: ANN401 - a torch module

@@ -44,6 +44,7 @@ from finetune_trainer.reporting.record import (
 from finetune_trainer.runtime import manifest
 from finetune_trainer.runtime.errors import TrainerError
 from finetune_trainer.training.course import EVAL_LOSS
+from finetune_trainer.training.memory import MEMORY_NAME, StepMemory
 from finetune_trainer.training.samples import SAMPLES_NAME
 from finetune_trainer.training.tracking import LINES_NAME
 
@@ -81,6 +82,8 @@ def collect(config: JobConfig, work: WorkFolder, runs: Sequence[StageRun], now: 
         origins=tuple(_origins(config, work, settings)),
         settings=settings,
         data=None if data is None else data.result.data,
+        estimate=None if data is None else data.result.estimate,
+        memory=_read_memory(work.report / MEMORY_NAME),
         data_digest=None if data is None else data.digest,
         training=next((found.result.training for _, found in made if found.result.training is not None), None),
         history=read_history(work.report / LINES_NAME),
@@ -238,6 +241,13 @@ def thinned(items: Sequence[Item], at_most: int = HISTORY_LINES) -> list[Item]:
     if len(items) <= at_most:
         return list(items)
     return [items[round(index * (len(items) - 1) / (at_most - 1))] for index in range(at_most)]
+
+
+def _read_memory(path: Path) -> StepMemory | None:
+    try:
+        return StepMemory.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def _read_samples(path: Path) -> tuple[Sample, ...]:

@@ -66,6 +66,7 @@ def build_page(report: JobReport) -> str:
         _section("Calibration", _calibration(report.artifacts), "The rows that a quantizer looked at."),
         _section("Published", _published(report.published), "Compared with what is there."),
         _section("Training", _charts(report)),
+        _section("GPU memory", _memory(report), "Of one GPU. Not all parts are held at the worst moment of a step."),
         _section("Answers before and after", _samples(report.samples), "To prompts of the held-out rows, greedily."),
         _section("Data", _data(report.data)),
         _section("Rows as trained on", _preview(report.preview), "Marked: what counts in the loss."),
@@ -257,6 +258,19 @@ def _single_charts(history: History) -> Iterator[Html]:
 
 def _points(lines: Iterable[Mapping[str, float]], name: str) -> tuple[Point, ...]:
     return tuple((line["step"], line[name]) for line in lines if name in line)
+
+
+def _memory(report: JobReport) -> Html:
+    """What was expected, part by part, and what the first steps took."""
+    if report.estimate is None:
+        return Html("")
+    sizes = {name: size for name, size in report.estimate.model_dump().items() if name.endswith("_bytes") and size}
+    told = {f"{_words(name.removesuffix('_bytes'))}, estimated": size for name, size in sizes.items()}
+    if report.memory is not None:
+        told["Peak of the first steps, estimated"] = report.memory.expected_bytes
+        told["Peak of the first steps, measured"] = report.memory.measured_bytes
+        told["Peak of the largest rows, by that"] = report.memory.peak_bytes
+    return pairs((name, _bytes(size)) for name, size in told.items())
 
 
 # Texts

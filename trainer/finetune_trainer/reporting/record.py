@@ -10,8 +10,9 @@ from datetime import datetime
 from pydantic import Field
 
 from finetune_trainer.config import Model
-from finetune_trainer.progress import Artifact, DataFacts, Published, Resolved, Stage, TrainFacts
+from finetune_trainer.progress import Artifact, DataFacts, Estimate, Published, Resolved, Stage, TrainFacts
 from finetune_trainer.runtime.manifest import CalibrationFacts
+from finetune_trainer.training.memory import StepMemory
 
 REPORT_VERSION = 1
 REPORT_NAME = "report.json"
@@ -133,6 +134,8 @@ class JobReport(Model):
     origins: tuple[Origin, ...]
     settings: Resolved | None = Field(default=None, description="As prepare fixed them.")
     data: DataFacts | None = None
+    estimate: Estimate | None = Field(default=None, description="What a GPU was expected to hold.")
+    memory: StepMemory | None = Field(default=None, description="What the first steps took of it.")
     data_digest: str | None = Field(
         default=None,
         description="SHA-256 of the manifest of data/: rows, tokenizer and settings. Of the rows alone: settings.",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHORT_MESSAGE_CHARACTERS = 300
-DROPPED_IN_ORDER = ("progress", "training", "resolved", "data", "artifact")
+DROPPED_IN_ORDER = ("progress", "training", "estimate", "resolved", "data", "artifact")
 """What gives way, first to last, when a last word is too long; all but the progress stands in the manifest as well."""
 
 

@@ -23,6 +23,7 @@ from finetune_trainer.config import Model
 from finetune_trainer.progress import (
     Artifact,
     DataFacts,
+    Estimate,
     LastWord,
     Measured,
     Published,
@@ -77,6 +78,7 @@ class Result(Model):
     message: str = Field(description="A sentence for people.")
     resolved: Resolved | None = None
     data: DataFacts | None = None
+    estimate: Estimate | None = None
     training: TrainFacts | None = None
     artifact: Made | None = None
     published: Published | None = None
@@ -157,6 +159,7 @@ def last_word(manifest: Manifest, target: Target, attempt: int) -> LastWord:
         manifest_digest=manifest.digest,
         resolved=result.resolved,
         data=result.data,
+        estimate=result.estimate,
         training=result.training,
         artifact=artifact_of(manifest, target.path),
         published=result.published,

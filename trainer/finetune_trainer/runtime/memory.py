@@ -51,8 +51,8 @@ def needs(text: str) -> str:
         return text.splitlines()[0].rstrip(". ") if text.strip() else "no details given"
     used = has - free
     held = used if own is None else own
-    told = f"needs at least {_gib(held + asked)}, has {_gib(has)}: {_gib(used)} in use, {_gib(asked)} asked for"
-    return told if used - held < 2**30 else f"{told}; {_gib(used - held)} of it used by other processes"
+    told = f"needs at least {gib(held + asked)}, has {gib(has)}: {gib(used)} in use, {gib(asked)} asked for"
+    return told if used - held < 2**30 else f"{told}; {gib(used - held)} of it used by other processes"
 
 
 def _bytes(pattern: re.Pattern[str], text: str) -> float | None:
@@ -60,5 +60,6 @@ def _bytes(pattern: re.Pattern[str], text: str) -> float | None:
     return float(found[1]) * UNITS[found[2]] if found else None
 
 
-def _gib(count: float) -> str:
+def gib(count: float) -> str:
+    """Bytes for people."""
     return f"{count / 2**30:.2f} GiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"

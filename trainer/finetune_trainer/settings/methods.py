@@ -299,13 +299,13 @@ def _target_parameters(asked: Lora, model: ModelFacts) -> tuple[str, ...]:
 def _excluded(asked: Lora, model: ModelFacts) -> tuple[str, ...]:
     names = _known_names("excludeModules", asked.exclude_modules or (), model.linear_layers, model)
     targets = _target_modules(asked, model)
-    if targets and all(_matches(layer, names) for layer in model.linear_layers if _matches(layer, targets)):
+    if targets and all(matches(layer, names) for layer in model.linear_layers if matches(layer, targets)):
         msg = "method.lora.excludeModules leaves no layer to adapt. Exclude fewer, or name others in targetModules."
         raise InvalidConfig(msg)
     return names
 
 
-def _matches(layer: str, names: Iterable[str]) -> bool:
+def matches(layer: str, names: Iterable[str]) -> bool:
     """Whether a full name is, or ends in, one of the names."""
     return any(layer == name or layer.endswith("." + name) for name in names)
 
@@ -325,12 +325,12 @@ def _known_names(field: str, names: tuple[str, ...], there: Iterable[str], model
 
 
 def _matches_any(known: Iterable[str], name: str) -> bool:
-    return any(_matches(full, (name,)) for full in known)
+    return any(matches(full, (name,)) for full in known)
 
 
 def _check_rank(rank: int, targets: tuple[str, ...], model: ModelFacts) -> None:
     """A rank above that of every adapted layer adds weights and no freedom."""
-    largest = max(_ranks(model, (name for name in model.linear_layers if _matches(name, targets))), default=rank)
+    largest = max(_ranks(model, (name for name in model.linear_layers if matches(name, targets))), default=rank)
     if rank > largest:
         msg = f"method.lora.r is {rank:,}, no adapted layer has a rank above {largest:,}. "
         raise InvalidConfig(msg + f"Set it to {largest:,} or less, or use method.type Full.")
@@ -403,7 +403,7 @@ def _check_saved_modules(lora: ResolvedLora, config: JobConfig, model: ModelFact
                 "Adapt it (targetModules), or use method.type LoRA with baseWeights.format BF16."
             )
             raise InvalidConfig(msg)
-        if model.tied and model.head is not None and _matches(model.head, (name,)):
+        if model.tied and model.head is not None and matches(model.head, (name,)):
             msg = (
                 f"method.lora.modulesToSave: '{name}' of {model.architecture} is tied to its embeddings. "
                 f"Name {model.embeddings.rpartition('.')[2]} instead: both train then."

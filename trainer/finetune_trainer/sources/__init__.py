@@ -75,6 +75,20 @@ def fetch_source(slot: str, field: str, source: Source, context: Context) -> Fet
     return Fetched(path / listing.files[0].name if only else path, errand.remote.where, listing.revision)
 
 
+def fetch_file(slot: str, field: str, source: Source, name: str, context: Context) -> Path:
+    """One small file of a source. NotFound if there is none of that name."""
+    if isinstance(volume := source.kind, VolumeSource):
+        path, where = resolve_volume(context.sources, volume, field) / name, f"{field}: '{volume.path}'"
+    else:
+        remote = build_remote(slot, field, source, context)
+        listing = remote.look_up(lambda files: [file for file in files if file.name == name])
+        path, where = download_files(remote, listing.files, context.work.downloads / slot, context) / name, remote.where
+    if not path.is_file():
+        msg = f"{where} has no {name}. Correct the source."
+        raise NotFound(msg)
+    return path
+
+
 def forget(context: Context) -> None:
     """Remove what was downloaded: prepare has made its artifacts of it."""
     discard(context.work.downloads)

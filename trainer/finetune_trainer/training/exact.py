@@ -18,15 +18,23 @@ from transformers import Trainer
 from finetune_trainer.data.order import FILLER, Share
 from finetune_trainer.data.tokenized import LOSS_MASK, REJECTED_MASK
 from finetune_trainer.runtime.distributed import rank, world_size
+from finetune_trainer.settings.activations import Batch
 from finetune_trainer.training import state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
 
     from finetune_trainer.data.order import RowOrder
     from finetune_trainer.evaluate import HeldOut
+
+
+def batch_seen(inputs: Mapping[str, Any]) -> Batch:
+    """How large a micro-batch is; attention is told of rows apart by a mask, or by positions that begin anew."""
+    rows, tokens = inputs["input_ids"].shape
+    mask = inputs.get("attention_mask")
+    return Batch(rows, tokens, masked=not bool(mask.all()) if mask is not None else "cu_seq_lens_q" not in inputs)
 
 
 class Filled(Dataset[Any]):
@@ -57,6 +65,8 @@ class Exact(Trainer, ABC):
     step_loss: torch.Tensor | None = None
     """Sum of the losses of the micro-batches since the last optimizer step."""
     step_tokens: int = 0
+    largest_batch: Batch = Batch(0, 0, masked=False)
+    """Of the micro-batches so far that with the most tokens."""
     drill: Callable[[int], None] | None = None
     """Called with the number of the step before each of its micro-batches; it may raise."""
     step_gradient_norm: float = 0.0
@@ -117,6 +127,8 @@ class Exact(Trainer, ABC):
             self.drill(int(self.state.global_step) + 1)
         mask = inputs.get("attention_mask")  # packed rows have none, and hardly any padding
         self.step_tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+        if inputs["input_ids"].numel() > self.largest_batch.total:
+            self.largest_batch = batch_seen(inputs)
         loss: torch.Tensor = super().training_step(model, inputs, *rest)
         self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
         return loss

@@ -25,6 +25,7 @@ from finetune_trainer.settings.methods import remedy_for_lost_numbers
 from finetune_trainer.training import checkpoint
 from finetune_trainer.training import state as states
 from finetune_trainer.training.course import EVAL_LOSS, Course, Line, best_first, epochs_done, is_due, stops_early
+from finetune_trainer.training.memory import MemoryWatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,6 +63,7 @@ class Loop(TrainerCallback):
         self._learning_rate = 0.0
         self._random: dict[str, Any] = {}
         self._saved = 0
+        self._memory = MemoryWatch(context, trainer.args.device)
         self.published: Line | None = None
         """The measurement of the weights that the model has at the end; None if nothing is held out."""
 
@@ -135,6 +137,7 @@ class Loop(TrainerCallback):
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:  # noqa: ANN401 - Trainer's signature
         """Start the clock of a step: measuring and saving are not training."""
+        self._memory.begin_step()
         self._step_began = time.monotonic()
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:  # noqa: ANN401 - Trainer's signature
@@ -152,6 +155,7 @@ class Loop(TrainerCallback):
         control.should_log = False  # told here, before the checkpoint that holds the line
         self._random = states.random_state()
         self._count()
+        self._memory.end_step(self._trainer.largest_batch)
         self._report()
         if is_due(self._step, self._resolved.logging_steps, self._resolved.total_steps):
             self._tell_losses()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from finetune_trainer.config import BaseModelSource
 from finetune_trainer.runtime.errors import (
     AccessDenied,
     InvalidConfig,
@@ -15,6 +16,7 @@ from finetune_trainer.runtime.errors import (
     TrainerError,
     VerificationFailed,
 )
+from finetune_trainer.sources import fetch_file
 from tests.unit.trainer.sources.conftest import JUNK, TINY_MODEL, Errands, contents
 from tests.unit.trainer.sources.servers import Relay, wait_until
 from tests.unit.trainer.sources.standins import COMMIT, LFS_BYTES, NEXT_COMMIT, StandInHub
@@ -50,6 +52,15 @@ def test_stand_in_hub_a_model_is_what_it_needs_and_no_more(errands: Errands, hub
     assert contents(fetched.path) == TINY_MODEL
     assert fetched.revision == COMMIT
     assert not any(name in path for path in hub.asked for name in JUNK)
+
+
+def test_stand_in_hub_one_file_is_fetched_without_the_others(errands: Errands, hub: StandInHub) -> None:
+    source, context = BaseModelSource.model_validate(MODEL), errands.build_context()
+    path = fetch_file("model", "model", source, "config.json", context)
+    assert path.read_bytes() == TINY_MODEL["config.json"]
+    assert not any("safetensors" in asked for asked in hub.asked)
+    with pytest.raises(NotFound, match=r"has no nothing\.json"):
+        fetch_file("model", "model", source, "nothing.json", context)
 
 
 def test_stand_in_hub_python_files_come_only_where_they_are_trusted(errands: Errands, hub: StandInHub) -> None:
