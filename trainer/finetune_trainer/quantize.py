@@ -64,8 +64,6 @@ AWQ_BLOCK_TOKENS, AWQ_BLOCKS = 512, 128
 """What AWQ looks at most: as much as its authors take (https://github.com/mit-han-lab/llm-awq)."""
 AWQ_BLOCKS_AT_ONCE = 8
 """In a forward pass: one by one a GPU waits for Python. All are of one length, so that nothing is padded."""
-AWQ_SEARCH_BYTES = 16
-"""Of a search on a GPU, for an activation: given, expected and found in 16 bits, their difference in 16 and 32."""
 NEW_TOKENS = 24
 COMPARED_TEXTS = 32
 """Held-out rows that two tokenizers must cut alike."""
@@ -202,8 +200,6 @@ def write_quantized(
         if settings.method == QuantizeMethod.AWQ:
             batch = AWQ_BLOCKS_AT_ONCE
             calibration = in_blocks(calibration, getattr(shape, "max_position_embeddings", AWQ_BLOCK_TOKENS))
-            tokens = sum(len(row["input_ids"]) for row in calibration)
-            model.quantize_config.scale_search_chunked_activations = not _fits(tokens, shape, device)
         context.report.begin(f"quantizing to {settings.bits} bits on {len(calibration)} rows", layers, "layers")
         model.layer_callback = LayerCallback(context)
         model.prepare_dataset = partial(model.prepare_dataset, calibration_data_min_length=0)
@@ -214,21 +210,6 @@ def write_quantized(
         del model
         _release_memory()
     clean(folder)
-
-
-def _fits(tokens: int, shape: Any, device: torch.device) -> bool:  # noqa: ANN401 - a model's config
-    """Whether AWQ's search may keep on the GPU what a layer is given and gives.
-
-    From host memory (gptqmodel's default) it comes anew for each of 20 candidates, which is most of the time.
-    """
-    import torch  # noqa: PLC0415 - slow
-
-    if device.type != "cuda":
-        return False
-    inner = getattr(shape, "intermediate_size", None)
-    widest = max(shape.hidden_size, inner if isinstance(inner, int) else 0)
-    free, _ = torch.cuda.mem_get_info(device)
-    return AWQ_SEARCH_BYTES * tokens * widest < free
 
 
 def _release_memory() -> None:

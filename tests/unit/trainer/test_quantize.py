@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -17,11 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.cuda._utils import _nvrtc_compile as nvrtc_compile
 
 from finetune_trainer import quantize
 from finetune_trainer.config import Quantize
 from finetune_trainer.evaluate import Comparison, compare
-from finetune_trainer.models import gptq_scales
+from finetune_trainer.models import awq_clips, gptq_blocks, gptq_scales
 from finetune_trainer.models.finished import load_quantized, verify_layers
 from finetune_trainer.models.loading import load_finished, set_up_torch
 from finetune_trainer.progress import ExitCode, Reason, ResolvedQuantize, Stage
@@ -164,6 +166,7 @@ def test_scales_searched_side_by_side_are_as_good_as_those_of_the_library(
 ) -> None:
     monkeypatch.setitem(gptq_scales.ELEMENTS_AT_ONCE, "cpu", elements)
     gptqmodel = quantize.import_gptqmodel(tmp_path)
+    quantize.quicken(gptqmodel)
     module = gptqmodel.quantization.quantizer
     settings = gptqmodel.QuantizeConfig(bits=bits, group_size=32, sym=True, mse=quantize.ERROR_POWER)
     weights = torch.randn(40, 32, generator=torch.Generator().manual_seed(7)) * 0.02
@@ -181,6 +184,46 @@ def test_scales_searched_side_by_side_are_as_good_as_those_of_the_library(
     assert torch.allclose(ours[2:], theirs[2:], rtol=1e-4, atol=0)
     assert float(ours[0]) == float(theirs[0]) == 0, "a row of zeros"
     assert ours[1] < 0.5 * theirs[1], "a row without a negative weight: the library has no use for its lower half"
+
+
+@pytest.mark.parametrize("capability", ["75", "80", "90", "120"])
+def test_the_kernel_of_gptqs_blocks_compiles_without_a_toolkit_and_a_card(capability: str) -> None:
+    with gptq_blocks.without_toolkit():
+        code, name = nvrtc_compile(
+            gptq_blocks.SOURCE, gptq_blocks.NAME, capability, nvcc_options=gptq_blocks.ROUNDED_AS_TORCH_DOES
+        )
+    assert name == gptq_blocks.NAME
+    assert code
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["zero points", "no zero points"])
+@pytest.mark.parametrize(("size", "elements"), [(32, 2**24), (32, 2**9), (-1, 2**24)])
+def test_limits_by_second_moments_are_as_good_as_those_of_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, symmetric: bool, size: int, elements: int
+) -> None:
+    monkeypatch.setattr(awq_clips, "ELEMENTS_AT_ONCE", elements)
+    gptqmodel = quantize.import_gptqmodel(tmp_path)
+    processors = importlib.import_module("gptqmodel.looper.awq_processor").AWQProcessor
+    processor = processors.__new__(processors)
+    processor.qcfg = gptqmodel.quantization.config.AWQConfig(bits=4, group_size=size, sym=symmetric)
+    draw = torch.Generator().manual_seed(7)
+    weights = torch.randn(64, 96, generator=draw) * 0.05
+    weights[0] = 0
+    inputs = torch.randn(2, 100, 96, generator=draw) * torch.rand(96, generator=draw).mul(3).exp()
+
+    def errors(limits: torch.Tensor) -> torch.Tensor:
+        """Of the products of each group of each row; (rows, groups)."""
+        groups = weights.reshape(64, -1, size if size > 0 else 96)
+        rounded = torch.empty_like(groups)
+        processor._pseudo_quantize_tensor_into(groups.clamp(-limits, limits), rounded)
+        products = torch.einsum("tgk,rgk->trg", inputs.reshape(200, *groups.shape[1:]), rounded - groups)
+        return products.square().mean(0)
+
+    plain = getattr(processors._compute_best_clip, "__wrapped__", processors._compute_best_clip)
+    ours, theirs = (find(processor, weights, inputs) for find in (awq_clips.find_limits, plain))
+    assert ours.shape == theirs.shape
+    assert (errors(ours) <= errors(theirs) * (1 + 1e-4)).all()
+    assert errors(ours).sum() < 0.95 * errors(weights.abs().amax().expand_as(ours)).sum(), "it looked for none"
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["zero points", "no zero points"])

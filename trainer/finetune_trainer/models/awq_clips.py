@@ -7,26 +7,22 @@ search was nine tenths of AWQ.
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
+CANDIDATES = [1 - step / 20 for step in range(10)]
+"""Parts of the largest weight of a group: gptqmodel's."""
 ELEMENTS_AT_ONCE = 2**24
 """Weights that are looked at together: a copy or two in fp32 are held of them."""
 
 
-def find_limits(
-    processor: Any,  # noqa: ANN401 - gptqmodel's AWQProcessor
-    weights: torch.Tensor,
-    inputs: torch.Tensor,
-    n_grid: int = 20,
-    max_shrink: float = 0.5,
-) -> torch.Tensor:
+def find_limits(processor: Any, weights: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - gptqmodel's AWQProcessor
     """The largest magnitude that each group keeps, of shape (rows, groups, 1), in the weights' dtype.
 
-    `weights` (rows, columns), `inputs` (..., columns). Candidate i of `max_shrink * n_grid` is 1 - i / n_grid of the
-    group's largest weight.
+    `weights` (rows, columns), `inputs` (..., columns).
     """
     import torch  # noqa: PLC0415 - slow
 
@@ -39,8 +35,8 @@ def find_limits(
         largest = groups.abs().amax(-1, keepdim=True)
         best, least = largest.clone(), torch.full_like(largest, torch.inf)
         rounded = torch.empty_like(groups)
-        for candidate in range(int(max_shrink * n_grid)):
-            limit = largest * (1 - candidate / n_grid)
+        for candidate in CANDIDATES:
+            limit = largest * candidate
             processor._pseudo_quantize_tensor_into(groups.clamp(-limit, limit), rounded)  # noqa: SLF001 - its rounding
             change = (rounded.sub_(groups)).transpose(0, 1)
             error = (change.bmm(moments) * change).sum(-1).T.unsqueeze(-1)
@@ -63,5 +59,11 @@ def _second_moments(tokens: torch.Tensor, size: int, device: torch.device) -> to
 
 
 def clip_by_moments(processors: Any) -> None:  # noqa: ANN401 - a class of gptqmodel
-    """Let gptqmodel's `AWQProcessor` find its limits so."""
-    processors._compute_best_clip = find_limits  # noqa: SLF001 - there is no setting
+    """Let gptqmodel's `AWQProcessor` find its limits so. Once or more often."""
+    theirs = processors._compute_best_clip  # noqa: SLF001 - there is no setting
+
+    @wraps(getattr(theirs, "__wrapped__", theirs))
+    def find(processor: Any, weights: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - theirs
+        return find_limits(processor, weights, inputs)
+
+    processors._compute_best_clip = find  # noqa: SLF001

@@ -23,6 +23,7 @@ WIDTH = 128
 ROWS_OF_A_LAUNCH = 4
 """A warp each."""
 ROUNDED_AS_TORCH_DOES = ["--fmad=false"]
+NAME = "gptq_block"
 SOURCE = r"""
 // A warp has a row, each of its lanes four columns: lane, lane + 32, lane + 64, lane + 96.
 extern "C" __global__ void gptq_block(
@@ -83,15 +84,15 @@ def compile_kernel(device: int) -> Any:  # noqa: ANN401 - torch's type of a kern
     import torch  # noqa: PLC0415 - slow
 
     try:
-        with torch.cuda.device(device), _without_toolkit():
-            return torch.cuda._compile_kernel(SOURCE, "gptq_block", nvcc_options=ROUNDED_AS_TORCH_DOES)  # noqa: SLF001
+        with torch.cuda.device(device), without_toolkit():
+            return torch.cuda._compile_kernel(SOURCE, NAME, nvcc_options=ROUNDED_AS_TORCH_DOES)  # noqa: SLF001
     except (RuntimeError, OSError, AttributeError) as error:
         log.warning("GPTQ goes column by column, which is slow: its kernel could not be compiled: %s", error)
         return None
 
 
 @contextmanager
-def _without_toolkit() -> Iterator[None]:
+def without_toolkit() -> Iterator[None]:
     """Let torch (2.13) compile where no CUDA toolkit is: it insists on the place of headers that nothing includes."""
     from torch.utils import cpp_extension  # noqa: PLC0415 - slow
 
