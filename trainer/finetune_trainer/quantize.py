@@ -83,8 +83,8 @@ def run(config: JobConfig, context: Context) -> Manifest:
         else:
             rows, seed = read_calibration_rows(context.work.data), context.resolved.seed
             calibration = choose_calibration(rows, entry, seed)
-            facts = describe_calibration(calibration, rows, entry, seed)
-            write_with_companions(folder, settings, calibration, context)
+            tokens = write_with_companions(folder, settings, calibration, context)
+            facts = describe_calibration(calibration, rows, entry, seed, tokens)
         found = call_apart(partial(measure, folder=folder), context)
         log.info("it writes: %s", found.answer)
         return judge(entry, settings, found.comparison, facts)
@@ -101,13 +101,14 @@ def export(folder: Path, kind: str, context: Context) -> None:
 
 def write_with_companions(
     folder: Path, settings: ResolvedQuantize, calibration: list[dict[str, list[int]]], context: Context
-) -> None:
-    """Write the quantized model and all that belongs to it."""
+) -> int:
+    """Write the quantized model and all that belongs to it; returns the tokens that were looked at."""
     merged = context.work.merged
     context.report.begin("loading the finished model")
-    write_quantized(merged, folder, settings, calibration, context)
+    tokens = write_quantized(merged, folder, settings, calibration, context)
     copy_companions(merged, context.work.tokenizer, folder)
     shutil.copyfile(merged / GENERATION_CONFIG, folder / GENERATION_CONFIG)
+    return tokens
 
 
 def _settings(config: JobConfig, context: Context) -> tuple[Quantize, ResolvedQuantize]:
@@ -151,11 +152,10 @@ def _whole(tokens: list[int]) -> dict[str, list[int]]:
 
 
 def describe_calibration(
-    chosen: list[dict[str, list[int]]], rows: list[list[int]], entry: Quantize, seed: int
+    chosen: list[dict[str, list[int]]], rows: list[list[int]], entry: Quantize, seed: int, tokens: int
 ) -> CalibrationFacts:
-    """What there is to say of the rows that were chosen."""
+    """What there is to say of the rows that were chosen, of which `tokens` were looked at."""
     _, length = _calibration_limits(entry)
-    tokens = sum(len(row["input_ids"]) for row in chosen)
     return CalibrationFacts(rows=len(chosen), of_rows=len(rows), seed=seed, max_length=length, tokens=tokens)
 
 
@@ -182,9 +182,10 @@ def write_quantized(
     settings: ResolvedQuantize,
     calibration: list[dict[str, list[int]]],
     context: Context,
-) -> None:
+) -> int:
     """Quantize `finished` into `folder`, in the format that transformers, vLLM and gptqmodel read.
 
+    Returns the tokens that were looked at: AWQ leaves out what fills no block, and what is too much.
     On a GPU gptqmodel holds a layer at a time, which is less than the slack that is asked for. Short rows count as
     well: by itself it drops those of up to 10 tokens and divides by the number of the others (7.6; the argument of
     `quantize` that says otherwise does nothing).
@@ -210,6 +211,7 @@ def write_quantized(
         del model
         _release_memory()
     clean(folder)
+    return sum(len(row["input_ids"]) for row in calibration)
 
 
 def _release_memory() -> None:

@@ -94,9 +94,13 @@ def make_quantized(
     set_up_torch()
     finished, folder = make_finished(root / "merged", architecture, **changes), root / "quantized"
     folder.mkdir()
-    context = Context(WorkFolder(root), root, root, 1, Report(Stage.QUANTIZE, 1, bar=False))
-    quantize.write_quantized(finished, folder, settings, calibration, context)
+    tokens = quantize.write_quantized(finished, folder, settings, calibration, make_context(root))
+    assert tokens == sum(len(row["input_ids"]) for row in calibration)
     return finished, folder
+
+
+def make_context(root: Path) -> Context:
+    return Context(WorkFolder(root), root, root, 1, Report(Stage.QUANTIZE, 1, bar=False))
 
 
 FORMS = {
@@ -437,8 +441,15 @@ def test_calibration_rows_are_plain_seeded_and_cut() -> None:
     assert [len(item["input_ids"]) for item in chosen] == [48] * 8
     assert all(type(item) is dict and item["attention_mask"] == [1] * 48 for item in chosen)
     assert len(quantize.choose_calibration(rows[:3], entry, seed=1)) == len(rows[:3])
-    told = quantize.describe_calibration(chosen, rows, entry, seed=1)
+    told = quantize.describe_calibration(chosen, rows, entry, seed=1, tokens=8 * 48)
     assert (told.rows, told.of_rows, told.seed, told.max_length, told.tokens) == (8, 20, 1, 48, 8 * 48)
+
+
+def test_awq_tells_the_tokens_that_it_looked_at(tmp_path: Path) -> None:
+    """A block is of 512 tokens; a rest is left out."""
+    finished, rows = make_finished(tmp_path / "merged", "LlamaForCausalLM"), [quantize._whole([7] * 300)] * 2
+    (folder := tmp_path / "form").mkdir()
+    assert quantize.write_quantized(finished, folder, make_settings("AWQ"), rows, make_context(tmp_path)) == 512
 
 
 @pytest.mark.parametrize("lengths", [None, [[2, 3], [4]]], ids=["a row a sequence", "packed"])
