@@ -1,8 +1,8 @@
 """Where AWQ cuts off the largest weights of a group: the limit with the least error of the group's own products.
 
 gptqmodel (7.6) multiplies 512 tokens with each candidate. The same error comes of the tokens' second moments, once for
-all candidates, rows and tokens: mean over x of (x·d)² = dᵀ E[xxᵀ] d, where d is what rounding changes. On a CPU that
-search was nine tenths of AWQ.
+all candidates and rows: mean over x of (x·d)² = dᵀ E[xxᵀ] d, where d is what rounding changes. On a CPU that search was
+two thirds of AWQ's time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+TOKENS = 512
+"""Those that are looked at, at equal distances: gptqmodel's. All of them cost little more, and came to a perplexity of
+123.8 for 106.9 (SmolLM2-135M, 16 blocks): perhaps because fewer of them begin a block, where activations are largest."""
 CANDIDATES = [1 - step / 20 for step in range(10)]
 """Parts of the largest weight of a group: gptqmodel's."""
 ELEMENTS_AT_ONCE = 2**24
@@ -28,7 +31,8 @@ def find_limits(processor: Any, weights: torch.Tensor, inputs: torch.Tensor) -> 
 
     columns = weights.shape[1]
     size = processor.qcfg.group_size if processor.qcfg.group_size > 0 else columns
-    moments = _second_moments(inputs.reshape(-1, columns), size, weights.device)
+    tokens = inputs.reshape(-1, columns)
+    moments = _second_moments(tokens[:: max(1, len(tokens) // TOKENS)], size, weights.device)
     limits = []
     for some in torch.split(weights, max(1, ELEMENTS_AT_ONCE // columns)):
         groups = some.float().reshape(len(some), -1, size)
@@ -48,14 +52,8 @@ def find_limits(processor: Any, weights: torch.Tensor, inputs: torch.Tensor) -> 
 
 def _second_moments(tokens: torch.Tensor, size: int, device: torch.device) -> torch.Tensor:
     """E[xxᵀ] of each group of columns, (groups, size, size) in fp32, of tokens (tokens, columns)."""
-    import torch  # noqa: PLC0415 - slow
-
-    groups = tokens.shape[1] // size
-    found = torch.zeros(groups, size, size, device=device)
-    for some in torch.split(tokens, max(1, ELEMENTS_AT_ONCE // tokens.shape[1])):
-        parts = some.to(device).float().reshape(len(some), groups, size).transpose(0, 1)
-        found.baddbmm_(parts.transpose(1, 2), parts)
-    return found / max(1, len(tokens))
+    parts = tokens.to(device).float().reshape(len(tokens), -1, size).transpose(0, 1)
+    return parts.transpose(1, 2).bmm(parts) / max(1, len(tokens))
 
 
 def clip_by_moments(processors: Any) -> None:  # noqa: ANN401 - a class of gptqmodel
