@@ -37,13 +37,14 @@ from finetune_operator.figures import (
     live_training,
     published_status,
     resolved_status,
+    with_measured,
 )
 from finetune_operator.healing import describe, relieve
 from finetune_operator.limits import Scene, exceeded
 from finetune_operator.names import Position, Step
 from finetune_operator.reasons import TABLE, Reason, Retry
 from finetune_operator.settings import Settings
-from finetune_trainer.progress import LastWord, Stage
+from finetune_trainer.progress import LastWord, Progress, Stage
 from finetune_trainer.progress import Reason as Said
 
 SLACK_SECONDS = 30
@@ -348,16 +349,24 @@ def _hear(journal: Journal, job: FineTuneJob, word: LastWord) -> Journal:
     if (sent := word.published) is not None:
         artifacts = (published_status(each, sent) if each.name == sent.artifact else each for each in journal.artifacts)
         journal = replace(journal, artifacts=tuple(artifacts))
-    training = journal.training
     if word.training is not None:
-        live = live_training(word.progress, training) if word.progress else training
-        training = final_training(word.training, word.artifact.measured if word.artifact else None, live)
+        journal = hear_live(journal, word.progress) if word.progress else journal
+        measured = word.artifact.measured if word.artifact else None
+        journal = replace(journal, training=final_training(word.training, measured, journal.training))
     return replace(
         journal,
         data=data_status(word.data) if word.data else journal.data,
         estimate=estimate_status(word.estimate) if word.estimate else journal.estimate,
         resolved=resolved_status(word.resolved) if word.resolved else journal.resolved,
-        training=training,
+    )
+
+
+def hear_live(journal: Journal, progress: Progress) -> Journal:
+    """Keep what a training tells while it runs, and once more in its last word: nobody may have listened before."""
+    return replace(
+        journal,
+        training=live_training(progress, journal.training),
+        estimate=with_measured(journal.estimate, progress),
     )
 
 

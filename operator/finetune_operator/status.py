@@ -20,7 +20,7 @@ from finetune_operator.api import (
 from finetune_operator.consent import objection
 from finetune_operator.facts import Conflict, Facts, Gang, Refusal, StageJob, after
 from finetune_operator.failures import Failure, decisive, failure, obstacle, refusal_of, refused, waiting
-from finetune_operator.figures import BYTES, live_training, share, with_measured
+from finetune_operator.figures import BYTES, share
 from finetune_operator.journal import (
     SLACK_SECONDS,
     Entry,
@@ -28,6 +28,7 @@ from finetune_operator.journal import (
     alive,
     close,
     enter,
+    hear_live,
     next_number,
     read,
     scene,
@@ -254,11 +255,7 @@ def _worth_telling(found: Failure | None, since: datetime | None, now: datetime)
 def _observe_progress(facts: Facts, journal: Journal, step: Step, gang: Gang) -> Journal:
     if step.stage is not Stage.TRAIN or not gang.running or facts.progress is None:
         return journal
-    return replace(
-        journal,
-        training=live_training(facts.progress, journal.training),
-        estimate=with_measured(journal.estimate, facts.progress),
-    )
+    return hear_live(journal, facts.progress)
 
 
 def _progress(facts: Facts, journal: Journal, step: Step, live: AttemptStatus) -> str | None:

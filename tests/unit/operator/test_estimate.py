@@ -47,6 +47,16 @@ def test_the_estimate_is_told_and_corrected_by_what_the_first_steps_took() -> No
     assert trained_a_while(cluster.job) == (7, 9)
 
 
+def test_what_the_first_steps_took_is_told_by_an_operator_that_was_away_while_they_ran() -> None:
+    cluster = Cluster()
+    cluster.settle()
+    cluster.say(estimate=NEEDED)
+    cluster.settle()
+    cluster.say(progress=Progress(stage=Stage.TRAIN, attempt=1, activity="saving", measured_peak_bytes=9))
+    cluster.settle()
+    assert trained_a_while(cluster.job) == (7, 9)
+
+
 def test_what_is_measured_without_an_estimate_is_not_told() -> None:
     told = Progress(stage=Stage.TRAIN, attempt=1, activity="training", measured_peak_bytes=9)
     assert with_measured(None, told) is None
