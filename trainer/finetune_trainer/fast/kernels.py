@@ -1,0 +1,175 @@
+"""Kernels in Triton, for a GPU. Each adds up in a fixed order, without atomics: equal inputs give equal bits.
+
+A row is a token. Computed is in fp32, and rounded where transformers' modules round, so that the results are theirs.
+What each computes is written in torch beside its call, in `fast/ops.py`.
+"""
+
+# ruff: noqa: N803, ANN001, ANN202, PLR0913 - a kernel's arguments are pointers and strides; constants are in capitals
+# mypy: disable-error-code="no-untyped-def,misc"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def normalize(x, weight, out, factors, heads, x_stride, out_stride, width, epsilon, BLOCK: tl.constexpr):
+    """RMS norm of a row of one of its heads; `factors` are what each row was multiplied with."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    start = (row % heads) * width + columns
+    values = tl.load(x + (row // heads) * x_stride + start, mask=inside, other=0.0).to(tl.float32)
+    factor = 1.0 / tl.sqrt_rn(tl.sum(values * values, 0) / width + epsilon)
+    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    normed = (values * factor).to(out.dtype.element_ty).to(tl.float32) * scale
+    tl.store(out + (row // heads) * out_stride + start, normed.to(out.dtype.element_ty), mask=inside)
+    tl.store(factors + row, factor)
+
+
+@triton.jit
+def normalize_backward(
+    gradient, x, weight, factors, residual, out, heads, gradient_stride, x_stride, residual_stride, out_stride, width,
+    ADDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of what went into `normalize`, on top of that of the residual stream."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    token, start = row // heads, (row % heads) * width + columns
+    factor = tl.load(factors + row)
+    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    above = tl.load(gradient + token * gradient_stride + start, mask=inside, other=0.0).to(tl.float32) * scale
+    normed = tl.load(x + token * x_stride + start, mask=inside, other=0.0).to(tl.float32) * factor
+    below = factor * (above - normed * (tl.sum(above * normed, 0) / width))
+    if ADDS:
+        below += tl.load(residual + token * residual_stride + start, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * out_stride + start, below.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotate(
+    x, cosines, sines, heads, x_stride, period, HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
+    BACK: tl.constexpr,
+):  # fmt: skip
+    """Rotary position embedding of the heads of a row, in place; back is the gradient's way."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (head < heads) & (column < HALF)
+    angles = (row % period) * 2 * HALF + column
+    near, far = column < HALF, column < HALF
+    cos_low = tl.load(cosines + angles, mask=near, other=0.0).to(tl.float32)
+    sin_low = tl.load(sines + angles, mask=near, other=0.0).to(tl.float32)
+    cos_high = tl.load(cosines + angles + HALF, mask=far, other=0.0).to(tl.float32)
+    sin_high = tl.load(sines + angles + HALF, mask=far, other=0.0).to(tl.float32)
+    place = x + row * x_stride + head * 2 * HALF + column
+    low = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(place + HALF, mask=inside, other=0.0).to(tl.float32)
+    if BACK:
+        new_low = low * cos_low + high * sin_high
+        new_high = high * cos_high - low * sin_low
+    else:
+        new_low = low * cos_low - high * sin_low
+        new_high = high * cos_high + low * sin_high
+    tl.store(place, new_low.to(x.dtype.element_ty), mask=inside)
+    tl.store(place + HALF, new_high.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gate(both, out, both_stride, out_stride, width, BLOCK: tl.constexpr):
+    """SwiGLU: silu(gate) x up, which lie side by side in a row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    left = tl.load(both + row * both_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    right = tl.load(both + row * both_stride + width + columns, mask=inside, other=0.0).to(tl.float32)
+    opened = (left / (1.0 + tl.exp(-left))).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * out_stride + columns, (opened * right).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gate_backward(gradient, both, out, gradient_stride, both_stride, out_stride, width, BLOCK: tl.constexpr):
+    """Gradients of gate and up in their place; `out` is what SwiGLU gave, once more."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    above = tl.load(gradient + row * gradient_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    place = both + row * both_stride + columns
+    left = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    right = tl.load(place + width, mask=inside, other=0.0).to(tl.float32)
+    share = 1.0 / (1.0 + tl.exp(-left))
+    opened = (left * share).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * out_stride + columns, (opened * right).to(out.dtype.element_ty), mask=inside)
+    tl.store(place + width, (above * opened).to(both.dtype.element_ty), mask=inside)
+    slope = above * right * share * (1.0 + left * (1.0 - share))
+    tl.store(place, slope.to(both.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def widen(
+    packed, code, scales, scale_code, outer_scales, offset, out, out_stride, columns, BLOCKS: tl.constexpr,
+    SIZE: tl.constexpr, NESTED: tl.constexpr, OUTER: tl.constexpr,
+):  # fmt: skip
+    """4-bit weights of bitsandbytes to 16 bits: BLOCKS quantization blocks of SIZE weights of a row, for each program."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    known = block * SIZE < columns
+    number = row * (columns // SIZE) + block
+    if NESTED:
+        inner = tl.load(scales + number, mask=known, other=0).to(tl.int32)
+        scale = tl.load(scale_code + inner) * tl.load(outer_scales + number // OUTER, mask=known, other=0.0)
+        scale += tl.load(offset)
+    else:
+        scale = tl.load(scales + number, mask=known, other=0.0)
+    byte = tl.arange(0, SIZE // 2)
+    pairs = tl.load(packed + (number * (SIZE // 2))[:, None] + byte[None, :], mask=known[:, None], other=0).to(tl.int32)
+    first = tl.load(code + (pairs >> 4)) * scale[:, None]
+    second = tl.load(code + (pairs & 15)) * scale[:, None]
+    values = tl.reshape(tl.join(first, second), (BLOCKS, SIZE))
+    place = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    tl.store(out + row * out_stride + place, values.to(out.dtype.element_ty), mask=known[:, None])
+
+
+@triton.jit
+def surprise(logits, targets, losses, stride, width, ignored, BLOCK: tl.constexpr):
+    """Cross-entropy of a row in nats; its gradient takes the place of the logits. A row that is ignored has none."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    counts = target != ignored
+    chosen = tl.load(logits + row * stride + tl.where(counts, target, 0)).to(tl.float32)  # before it is written over
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        values = tl.load(logits + row * stride + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(largest, values)
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(largest - shift) + tl.exp(values - shift)
+        largest = higher
+    peak = tl.max(largest, 0)
+    amount = tl.sum(total * tl.exp(largest - peak), 0)
+    tl.store(losses + row, tl.where(counts, tl.log(amount) + peak - chosen, 0.0))
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        place = logits + row * stride + columns
+        values = tl.load(place, mask=columns < width, other=float("-inf")).to(tl.float32)
+        slope = tl.exp(values - peak) / amount - tl.where(columns == target, 1.0, 0.0)
+        slope = tl.where(counts, slope, 0.0)
+        tl.store(place, slope.to(logits.dtype.element_ty), mask=columns < width)
+
+
+@triton.jit
+def drop(x, out, x_stride, out_stride, width, seed, rate, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Dropout of a row: the same seed drops the same places. It is added to what is there, or takes its place."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    kept = tl.rand(seed, tl.program_id(0) * width + columns) >= rate
+    values = tl.where(kept, values / (1.0 - rate), 0.0)
+    place = out + row * out_stride + columns
+    if ADDS:
+        values += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(place, values.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,198 @@
+"""The operations between the products of a layer: by one kernel each on a GPU, by torch's own elsewhere.
+
+Tensors are [tokens, width], and may be columns of a wider buffer. What torch computes here says what the kernels do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from finetune_trainer.evaluate import IGNORED
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WIDE_BLOCK = 1024
+VOCABULARY_BLOCK = 4096
+
+
+def normalize(x: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
+    """RMS norm of x [tokens, heads x width] over each head's width, into `out`; returns the factors [tokens x heads].
+
+    `weight` [width] (Zhang & Sennrich 2019, arXiv:1910.07467).
+    """
+    width, tokens = len(weight), len(x)
+    heads = x.shape[1] // width
+    if _by_kernel(x):
+        kernels, triton = _kernels()
+        factors = torch.empty(tokens * heads, device=x.device)
+        block = triton.next_power_of_2(width)
+        kernels.normalize[(tokens * heads,)](
+            x, weight, out, factors, heads, x.stride(0), out.stride(0), width, epsilon,
+            BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
+        return factors
+    values = _exact(x).reshape(tokens, heads, width)
+    factors = (values.square().mean(-1) + epsilon).rsqrt()
+    out.copy_(((values * factors[..., None]).to(out.dtype) * weight).reshape(tokens, -1))
+    return factors.flatten()
+
+
+def normalize_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, factors: Tensor, out: Tensor, residual: Tensor | None = None
+) -> None:
+    """Into `out` the gradient of x from that of its norm, plus `residual`."""
+    width, tokens = len(weight), len(x)
+    heads = x.shape[1] // width
+    if _by_kernel(x):
+        kernels, triton = _kernels()
+        block = triton.next_power_of_2(width)
+        beside = gradient if residual is None else residual
+        kernels.normalize_backward[(tokens * heads,)](
+            gradient, x, weight, factors, beside, out, heads,
+            gradient.stride(0), x.stride(0), beside.stride(0), out.stride(0), width,
+            ADDS=residual is not None, BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
+        return
+    factor = factors.reshape(tokens, heads, 1)
+    normed = _exact(x).reshape(tokens, heads, width) * factor
+    above = _exact(gradient).reshape(tokens, heads, width) * _exact(weight)
+    below = factor * (above - normed * (above * normed).mean(-1, keepdim=True))
+    out.copy_(below.reshape(tokens, -1) + (0 if residual is None else _exact(residual)))
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor, *, back: bool = False) -> None:
+    """Rotary position embedding of x [tokens, heads x width] in place; `back` turns a gradient the other way.
+
+    `cosines`, `sines` [period, width], contiguous: token i has the angles of row i % period (Su et al. 2021,
+    arXiv:2104.09864, with halves rotated as transformers does).
+    """
+    period, width = cosines.shape
+    heads = x.shape[1] // width
+    if _by_kernel(x):
+        kernels, triton = _kernels()
+        kernels.rotate[(len(x),)](
+            x, cosines, sines, heads, x.stride(0), period, HALF=width // 2,
+            BLOCK=triton.next_power_of_2(width // 2), HEADS=triton.next_power_of_2(heads), BACK=back, num_warps=8,
+        )  # fmt: skip
+        return
+    values = _exact(x).reshape(-1, period, heads, width)
+    cosines, sines = _exact(cosines)[:, None], _exact(sines)[:, None]
+    if back:
+        turned = _turn(values * sines, -1)
+    else:
+        turned = _turn(values, 1) * sines
+    x.copy_((values * cosines + turned).reshape(x.shape))
+
+
+def _turn(values: Tensor, sign: int) -> Tensor:
+    low, high = values.chunk(2, -1)
+    return torch.cat((-sign * high, sign * low), -1)
+
+
+def gate(both: Tensor, out: Tensor) -> None:
+    """SwiGLU: silu of the left half of `both` [tokens, 2 x width], times the right one (Shazeer 2020, 2002.05202)."""
+    width = both.shape[1] // 2
+    if _by_kernel(both):
+        kernels, triton = _kernels()
+        kernels.gate[(len(both), triton.cdiv(width, WIDE_BLOCK))](
+            both, out, both.stride(0), out.stride(0), width, BLOCK=WIDE_BLOCK
+        )
+        return
+    left, right = both[:, :width], both[:, width:]
+    out.copy_(functional.silu(_exact(left)).to(out.dtype) * right)
+
+
+def gate_backward(gradient: Tensor, both: Tensor, out: Tensor) -> None:
+    """The gradients of both halves in their place; into `out` what `gate` gave, once more."""
+    width = both.shape[1] // 2
+    if _by_kernel(both):
+        kernels, triton = _kernels()
+        kernels.gate_backward[(len(both), triton.cdiv(width, WIDE_BLOCK))](
+            gradient, both, out, gradient.stride(0), both.stride(0), out.stride(0), width, BLOCK=WIDE_BLOCK
+        )
+        return
+    left, right, above = _exact(both[:, :width]), _exact(both[:, width:]), _exact(gradient)
+    share = left.sigmoid()
+    opened = (left * share).to(out.dtype)
+    out.copy_(opened * right)
+    both[:, :width] = above * right * share * (1 + left * (1 - share))
+    both[:, width:] = above * opened
+
+
+def widen(layer: Any, out: Tensor) -> None:  # noqa: ANN401 - a Linear4bit of bitsandbytes
+    """The 4-bit weights of a layer in 16 bits, [outputs, inputs], into `out`: bit by bit what bitsandbytes gives."""
+    packed, state = layer.weight.data, layer.weight.quant_state
+    if not _by_kernel(packed):
+        from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - slow
+
+        out.copy_(dequantize_4bit(packed, state))
+        return
+    kernels, triton = _kernels()
+    rows, columns = state.shape
+    blocks, nested = 32, state.nested
+    outer = state.state2 if nested else state
+    kernels.widen[(rows, triton.cdiv(columns, blocks * state.blocksize))](
+        packed.view(torch.uint8), state.code, state.absmax, outer.code, outer.absmax,
+        state.offset if nested else state.absmax, out, out.stride(0), columns,
+        BLOCKS=blocks, SIZE=state.blocksize, NESTED=nested, OUTER=outer.blocksize,
+    )  # fmt: skip
+
+
+def surprise(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each row in nats [rows], fp32; its gradient takes the place of `logits` [rows, words].
+
+    Rows whose target is IGNORED have neither.
+    """
+    if _by_kernel(logits):
+        kernels, _ = _kernels()
+        losses = torch.empty(len(logits), device=logits.device)
+        kernels.surprise[(len(logits),)](
+            logits, targets, losses, logits.stride(0), logits.shape[1], IGNORED, BLOCK=VOCABULARY_BLOCK, num_warps=8
+        )
+        return losses
+    values = _exact(logits)
+    losses = functional.cross_entropy(values, targets, ignore_index=IGNORED, reduction="none")
+    counts = targets != IGNORED
+    slopes = values.softmax(-1)
+    slopes[counts.nonzero()[:, 0], targets[counts]] -= 1
+    logits.copy_(slopes * counts[:, None])
+    return losses
+
+
+def drop(x: Tensor, out: Tensor, seed: int, rate: float, *, add: bool = False) -> None:
+    """Dropout of x into `out`, or added to it: the same seed and shape drop the same places."""
+    if _by_kernel(x):
+        kernels, triton = _kernels()
+        kernels.drop[(len(x), triton.cdiv(x.shape[1], WIDE_BLOCK))](
+            x, out, x.stride(0), out.stride(0), x.shape[1], seed, rate, ADDS=add, BLOCK=WIDE_BLOCK
+        )
+        return
+    kept = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) >= rate
+    values = torch.where(kept, x / (1 - rate), 0.0)
+    out.copy_(out + values if add else values)
+
+
+def _by_kernel(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _kernels() -> tuple[Any, Any]:
+    """Triton is there on Linux only, and slow to import."""
+    import triton  # noqa: PLC0415 - slow
+
+    from finetune_trainer.fast import kernels  # noqa: PLC0415 - brings triton
+
+    return kernels, triton
+
+
+def _exact(values: Tensor) -> Tensor:
+    """At least fp32; float64 stays."""
+    return values if values.dtype is torch.float64 else values.float()
+
+
+def _warps(block: int) -> int:
+    return 4 if block <= 2048 else 8  # noqa: PLR2004 - 16 values a thread at most
