@@ -1,8 +1,10 @@
 """Causal attention with its backward pass called by name, so that a layer can keep what it needs of it.
 
-cuDNN's kernel for whole batches, FlashAttention's of torch for sequences one after another (packing); grouped heads of
-key and value as they are. Rows that are padded on the right need no mask: no token looks ahead, and a pad's own output
-counts nowhere.
+Forward by cuDNN for whole batches, by torch's FlashAttention for sequences one after another (packing). cuDNN's backward
+pass adds up in no fixed order, and FlashAttention's is three times as slow where it does (an H100, 16,384 tokens): that
+of whole batches is ours (`kernels.py`). Heads of key and value that several queries share are taken as they are.
+
+Rows that are padded on the right need no mask: no token looks ahead, and a pad's own output counts nowhere.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
+
+from finetune_trainer.fast import ops
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,8 +62,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, rows: Rows, width: int, sc
         out, logs, *state, _ = aten._flash_attention_forward(*heads, *limits, 0.0, True, False, scale=scale)  # noqa: SLF001, FBT003 - torch's own
         return Attended(out.flatten(1), (logs, *state))
     pieces = _shaped(query, key, value, rows=rows, width=width)
-    out, *rest, _ = aten._scaled_dot_product_cudnn_attention(*pieces, None, True, 0.0, True, False, scale=scale)  # noqa: SLF001, FBT003 - torch's own
-    return Attended(out.transpose(1, 2).reshape(rows.tokens, -1), tuple(rest))
+    out, logs, *_ = aten._scaled_dot_product_cudnn_attention(*pieces, None, True, 0.0, True, False, scale=scale)  # noqa: SLF001, FBT003 - torch's own
+    return Attended(out.transpose(1, 2).reshape(rows.tokens, -1), (logs,))
 
 
 def attend_backward(  # noqa: PLR0913 - what attention takes and gave
@@ -86,20 +90,14 @@ def attend_backward(  # noqa: PLR0913 - what attention takes and gave
             found = aten._flash_attention_backward(above, *heads, out, logs, *limits, 0.0, True, *state, scale=scale)  # noqa: SLF001, FBT003 - torch's own
         first, second, third = (each.flatten(1) for each in found)
         return first, second, third
-    logs, *limits, seed, offset = attended.rest
-    pieces = (*_shaped(query, key, value, rows=rows, width=width), *_shaped(attended.out, rows=rows, width=width))
-    (above,) = _shaped(gradient, rows=rows, width=width)
-    with _in_fixed_order():
-        found = aten._scaled_dot_product_cudnn_attention_backward(  # noqa: SLF001 - torch's own
-            above, *pieces, logs, seed, offset, None, *limits, 0.0, True, scale=scale  # noqa: FBT003 - torch's own
-        )
-    first, second, third = (each.transpose(1, 2).reshape(rows.tokens, -1) for each in found)
-    return first, second, third
+    return ops.attention_backward(
+        gradient, query, key, value, attended.out, attended.rest[0], length=rows.length, width=width, scale=scale
+    )
 
 
 @contextmanager
 def _in_fixed_order() -> Iterator[None]:
-    """Kernels add up in a fixed order only where nothing else is allowed, not where it is warned of."""
+    """FlashAttention adds up in a fixed order only where nothing else is allowed, not where it is warned of."""
     enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     try:

@@ -134,7 +134,8 @@ class Attention:
     def _turn(self, raw: Tensor, batch: Batch) -> Heads:
         query, key, value = raw.split(self.widths, 1)
         if not self.head_norms:
-            ops.rotate(raw[:, : sum(self.widths[:2])], batch.cosines, batch.sines)
+            turning = raw[:, : sum(self.widths[:2])]
+            ops.rotate(turning, batch.cosines, batch.sines, turning)
             return Heads(query, key, value, raw)
         both = _empty(raw, sum(self.widths[:2]))
         normed = both.split(self.widths[:2], 1)
@@ -142,16 +143,17 @@ class Attention:
             ops.normalize(each, norm.weight, norm.epsilon, out)
             for each, norm, out in zip((query, key), self.head_norms, normed, strict=True)
         )
-        ops.rotate(both, batch.cosines, batch.sines)
+        ops.rotate(both, batch.cosines, batch.sines, both)
         return Heads(*normed, value, raw, factors)
 
     def _turn_back(self, gradients: Sequence[Tensor], heads: Heads, out: Tensor, batch: Batch) -> None:
-        for gradient, part in zip(gradients, out.split(self.widths, 1), strict=True):
-            part.copy_(gradient)
-        turned = out[:, : sum(self.widths[:2])]
-        ops.rotate(turned, batch.cosines, batch.sines, back=True)
+        """The gradients of what the product gave, side by side, from those of query, key and value."""
+        *turned, straight = out.split(self.widths, 1)
+        straight.copy_(gradients[2])
+        for gradient, part in zip(gradients, turned, strict=False):
+            ops.rotate(gradient, batch.cosines, batch.sines, part, back=True)
         raw = heads.raw.split(self.widths, 1)
-        for part, each, norm, factors in zip(turned.split(self.widths[:2], 1), raw, self.head_norms, heads.factors):  # noqa: B905 - raw has the values besides, and most models no norms
+        for part, each, norm, factors in zip(turned, raw, self.head_norms, heads.factors, strict=False):
             ops.normalize_backward(part, each, norm.weight, factors, part)
 
 

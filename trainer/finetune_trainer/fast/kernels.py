@@ -12,6 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""exp(x) is exp2(x x LOG2_E), which the hardware has."""
+
 
 @triton.jit
 def normalize(x, weight, out, factors, heads, x_stride, out_stride, width, epsilon, BLOCK: tl.constexpr):
@@ -50,10 +53,10 @@ def normalize_backward(
 
 @triton.jit
 def rotate(
-    x, cosines, sines, heads, x_stride, period, HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
-    BACK: tl.constexpr,
+    x, cosines, sines, out, heads, x_stride, out_stride, period, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """Rotary position embedding of the heads of a row, in place; back is the gradient's way."""
+    """Rotary position embedding of the heads of a row; back is the gradient's way. `out` may be `x`."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
@@ -64,17 +67,17 @@ def rotate(
     sin_low = tl.load(sines + angles, mask=near, other=0.0).to(tl.float32)
     cos_high = tl.load(cosines + angles + HALF, mask=far, other=0.0).to(tl.float32)
     sin_high = tl.load(sines + angles + HALF, mask=far, other=0.0).to(tl.float32)
-    place = x + row * x_stride + head * 2 * HALF + column
-    low = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(place + HALF, mask=inside, other=0.0).to(tl.float32)
+    start = head * 2 * HALF + column
+    low = tl.load(x + row * x_stride + start, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(x + row * x_stride + start + HALF, mask=inside, other=0.0).to(tl.float32)
     if BACK:
         new_low = low * cos_low + high * sin_high
         new_high = high * cos_high - low * sin_low
     else:
         new_low = low * cos_low - high * sin_low
         new_high = high * cos_high + low * sin_high
-    tl.store(place, new_low.to(x.dtype.element_ty), mask=inside)
-    tl.store(place + HALF, new_high.to(x.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_stride + start, new_low.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_stride + start + HALF, new_high.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -109,27 +112,41 @@ def gate_backward(gradient, both, out, gradient_stride, both_stride, out_stride,
 
 @triton.jit
 def widen(
-    packed, code, scales, scale_code, outer_scales, offset, out, out_stride, columns, BLOCKS: tl.constexpr,
-    SIZE: tl.constexpr, NESTED: tl.constexpr, OUTER: tl.constexpr,
+    packed, code, scales, scale_code, outer_scales, offset, first, second, out, out_stride, rows, columns, right, below,
+    BLOCKS: tl.constexpr, SIZE: tl.constexpr, NESTED: tl.constexpr, OUTER: tl.constexpr, RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """4-bit weights of bitsandbytes to 16 bits: BLOCKS quantization blocks of SIZE weights of a row, for each program."""
+    """4-bit weights of bitsandbytes to 16 bits: BLOCKS quantization blocks of SIZE weights of a row, for each program.
+
+    An adapter goes along: `second` [rows, RANK] to the columns from `right` on, `first` [RANK, columns] to the rows
+    from `below` on, which the last programs do.
+    """
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    known = block * SIZE < columns
-    number = row * (columns // SIZE) + block
-    if NESTED:
-        inner = tl.load(scales + number, mask=known, other=0).to(tl.int32)
-        scale = tl.load(scale_code + inner) * tl.load(outer_scales + number // OUTER, mask=known, other=0.0)
-        scale += tl.load(offset)
-    else:
-        scale = tl.load(scales + number, mask=known, other=0.0)
-    byte = tl.arange(0, SIZE // 2)
-    pairs = tl.load(packed + (number * (SIZE // 2))[:, None] + byte[None, :], mask=known[:, None], other=0).to(tl.int32)
-    first = tl.load(code + (pairs >> 4)) * scale[:, None]
-    second = tl.load(code + (pairs & 15)) * scale[:, None]
-    values = tl.reshape(tl.join(first, second), (BLOCKS, SIZE))
     place = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    tl.store(out + row * out_stride + place, values.to(out.dtype.element_ty), mask=known[:, None])
+    known = block * SIZE < columns
+    if row < rows:
+        number = row * (columns // SIZE) + block
+        if NESTED:
+            inner = tl.load(scales + number, mask=known, other=0).to(tl.int32)
+            scale = tl.load(scale_code + inner) * tl.load(outer_scales + number // OUTER, mask=known, other=0.0)
+            scale += tl.load(offset)
+        else:
+            scale = tl.load(scales + number, mask=known, other=0.0)
+        byte = (number * (SIZE // 2))[:, None] + tl.arange(0, SIZE // 2)[None, :]
+        pairs = tl.load(packed + byte, mask=known[:, None], other=0).to(tl.int32)
+        high = tl.load(code + (pairs >> 4)) * scale[:, None]
+        low = tl.load(code + (pairs & 15)) * scale[:, None]
+        values = tl.reshape(tl.join(high, low), (BLOCKS, SIZE))
+        tl.store(out + row * out_stride + place, values.to(out.dtype.element_ty), mask=known[:, None])
+        if RANK > 0:
+            if tl.program_id(1) == 0:
+                rank = tl.arange(0, RANK_BLOCK)
+                beside = tl.load(second + row * RANK + rank, mask=rank < RANK, other=0.0)
+                tl.store(out + row * out_stride + right + rank, beside.to(out.dtype.element_ty), mask=rank < RANK)
+    elif RANK > 0:
+        under = tl.load(first + (row - rows) * columns + place, mask=known[:, None], other=0.0)
+        tl.store(out + (row - rows + below) * out_stride + place, under.to(out.dtype.element_ty), mask=known[:, None])
 
 
 @triton.jit
@@ -173,3 +190,112 @@ def drop(x, out, x_stride, out_stride, width, seed, rate, ADDS: tl.constexpr, BL
     if ADDS:
         values += tl.load(place, mask=inside, other=0.0).to(tl.float32)
     tl.store(place, values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def attention_sums(
+    gradient, attended, sums, gradient_stride, attended_stride, heads, WIDTH: tl.constexpr, HEADS: tl.constexpr
+):
+    """Of each row and head the product of what attention gave with its gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)
+    columns = head[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = (head < heads)[:, None]
+    above = tl.load(gradient + row * gradient_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    given = tl.load(attended + row * attended_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(sums + row * heads + head, tl.sum(above * given, 1), mask=head < heads)
+
+
+@triton.jit
+def attention_backward_keys(
+    query, key, value, gradient, logs, sums, key_gradient, value_gradient, scale, length, group,
+    query_stride, key_stride, value_stride, gradient_stride, key_gradient_stride, value_gradient_stride,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of COLUMNS keys and values of a head: over all queries that see them, of all heads of its group.
+
+    As in FlashAttention 2 (Dao 2023, arXiv:2307.08691), but each sum is one program's, so that its order is fixed.
+    """
+    start = tl.program_id(0) * COLUMNS
+    heads = tl.num_programs(1)
+    head = tl.program_id(1)
+    first = tl.program_id(2).to(tl.int64) * length
+    width = tl.arange(0, WIDTH)
+    places = start + tl.arange(0, COLUMNS)
+    inside = (places < length)[:, None]
+    keys = tl.load(key + (first + places)[:, None] * key_stride + head * WIDTH + width[None, :], mask=inside, other=0.0)
+    values = tl.load(
+        value + (first + places)[:, None] * value_stride + head * WIDTH + width[None, :], mask=inside, other=0.0
+    )
+    to_keys = tl.zeros((COLUMNS, WIDTH), tl.float32)
+    to_values = tl.zeros((COLUMNS, WIDTH), tl.float32)
+    steps = (length - start + ROWS - 1) // ROWS
+    for number in range(0, group * steps):
+        looking = head * group + number // steps
+        rows = start + (number % steps) * ROWS + tl.arange(0, ROWS)
+        known = rows < length
+        lines = first + rows
+        asked = tl.load(
+            query + lines[None, :] * query_stride + looking * WIDTH + width[:, None], mask=known[None, :], other=0.0
+        )
+        log = tl.load(logs + (tl.program_id(2) * heads * group + looking) * length + rows, mask=known, other=0.0)
+        products = tl.dot(keys, asked) * (scale * LOG2_E)
+        shares = tl.exp2(products - (log * LOG2_E)[None, :])
+        shares = tl.where((places[:, None] <= rows[None, :]) & known[None, :], shares, 0.0)
+        above = tl.load(
+            gradient + lines[:, None] * gradient_stride + looking * WIDTH + width[None, :], mask=known[:, None], other=0.0
+        )
+        to_values += tl.dot(shares.to(above.dtype), above)
+        slopes = tl.dot(values, tl.trans(above))
+        total = tl.load(sums + lines * heads * group + looking, mask=known, other=0.0)
+        slopes = shares * (slopes - total[None, :])
+        to_keys += tl.dot(slopes.to(asked.dtype), tl.trans(asked))
+    out = (first + places)[:, None]
+    tl.store(
+        key_gradient + out * key_gradient_stride + head * WIDTH + width[None, :],
+        (to_keys * scale).to(key_gradient.dtype.element_ty), mask=inside,
+    )  # fmt: skip
+    tl.store(
+        value_gradient + out * value_gradient_stride + head * WIDTH + width[None, :],
+        to_values.to(value_gradient.dtype.element_ty), mask=inside,
+    )  # fmt: skip
+
+
+@triton.jit
+def attention_backward_queries(
+    query, key, value, gradient, logs, sums, query_gradient, scale, length, group,
+    query_stride, key_stride, value_stride, gradient_stride, query_gradient_stride,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of ROWS queries of a head, over all keys that they see."""
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # the longest first
+    heads = tl.num_programs(1)
+    head = tl.program_id(1)
+    first = tl.program_id(2).to(tl.int64) * length
+    width = tl.arange(0, WIDTH)
+    rows = start + tl.arange(0, ROWS)
+    known = rows < length
+    lines = (first + rows)[:, None]
+    asked = tl.load(query + lines * query_stride + head * WIDTH + width[None, :], mask=known[:, None], other=0.0)
+    above = tl.load(gradient + lines * gradient_stride + head * WIDTH + width[None, :], mask=known[:, None], other=0.0)
+    log = tl.load(logs + (tl.program_id(2) * heads + head) * length + rows, mask=known, other=0.0) * LOG2_E
+    total = tl.load(sums + (first + rows) * heads + head, mask=known, other=0.0)
+    to_queries = tl.zeros((ROWS, WIDTH), tl.float32)
+    for begin in range(0, tl.minimum(start + ROWS, length), COLUMNS):
+        places = begin + tl.arange(0, COLUMNS)
+        there = places < length
+        lies = (first + places)[None, :]
+        keys = tl.load(
+            key + lies * key_stride + (head // group) * WIDTH + width[:, None], mask=there[None, :], other=0.0
+        )
+        values = tl.load(
+            value + lies * value_stride + (head // group) * WIDTH + width[:, None], mask=there[None, :], other=0.0
+        )
+        shares = tl.exp2(tl.dot(asked, keys) * (scale * LOG2_E) - log[:, None])
+        shares = tl.where((places[None, :] <= rows[:, None]) & there[None, :], shares, 0.0)
+        slopes = shares * (tl.dot(above, values) - total[:, None])
+        to_queries += tl.dot(slopes.to(keys.dtype), tl.trans(keys))
+    tl.store(
+        query_gradient + lines * query_gradient_stride + head * WIDTH + width[None, :],
+        (to_queries * scale).to(query_gradient.dtype.element_ty), mask=known[:, None],
+    )  # fmt: skip

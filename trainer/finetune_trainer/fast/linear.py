@@ -99,15 +99,16 @@ class Linears:
     def load(self, like: Tensor) -> Tensor:
         """The buffer with weights and adapters as they are now, [outputs + room, inputs + room] in the dtype of `like`."""
         buffer, current = self._held, self._turn == self._scratch.turn
-        if buffer is None:
-            buffer, there = self._scratch.take(self, self._shape, like)
-            current = current and there
-            if not there:
-                for layer, rows, _ in self._parts():
-                    ops.widen(layer.base, buffer[rows, : self.inputs])
-        if not current:
-            self._place(buffer)
-            self._turn = self._scratch.turn
+        self._turn = self._scratch.turn
+        if buffer is not None:
+            if not current:
+                self._place(buffer)
+            return buffer
+        buffer, there = self._scratch.take(self, self._shape, like)
+        if not (current and there):
+            for layer, rows, ranks in self._parts():
+                ops.widen(layer.base, buffer, rows.start, self._beside(layer, rows, ranks))
+            self._place_biases(buffer)
         return buffer
 
     def extend(self, buffer: Tensor, x: Tensor, seeds: Sequence[int]) -> None:
@@ -185,20 +186,25 @@ class Linears:
             layer.base.weight.data = view.copy_(layer.base.weight.data)
         return buffer
 
+    def _beside(self, layer: Layer, rows: slice, ranks: slice) -> ops.Beside | None:
+        if layer.first is None or layer.second is None:
+            return None
+        below = self.outputs + ranks.start - rows.start
+        return ops.Beside(layer.first.detach(), layer.second.detach(), self.inputs + ranks.start, below)
+
     def _place(self, buffer: Tensor) -> None:
         """Adapters and biases into the buffer; what is 0 beside them stays so."""
-        views, values = [], []
         for layer, rows, ranks in self._parts():
             if layer.first is not None and layer.second is not None:
-                start = self.outputs + ranks.start
-                views += [buffer[start : start + layer.rank, : self.inputs]]
-                views += [buffer[rows, self.inputs + ranks.start : self.inputs + ranks.stop]]
-                values += [layer.first.detach(), layer.second.detach()]
+                below = self.outputs + ranks.start
+                buffer[below : below + layer.rank, : self.inputs] = layer.first.detach()
+                buffer[rows, self.inputs + ranks.start : self.inputs + ranks.stop] = layer.second.detach()
+        self._place_biases(buffer)
+
+    def _place_biases(self, buffer: Tensor) -> None:
+        for layer, rows, _ in self._parts():
             if layer.base.bias is not None:
-                views += [buffer[rows, self.inputs + self._ranks]]
-                values += [layer.base.bias.detach()]
-        if views:
-            torch._foreach_copy_(views, values)  # noqa: SLF001 - torch.optim's own
+                buffer[rows, self.inputs + self._ranks] = layer.base.bias.detach()
 
 
 def _dropped(layer: Layer, inputs: Tensor, seed: int) -> Tensor:

@@ -5,6 +5,7 @@ Tensors are [tokens, width], and may be columns of a wider buffer. What torch co
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 WIDE_BLOCK = 1024
 VOCABULARY_BLOCK = 4096
+ATTENTION_BLOCK = 64
+"""Queries and keys at once: of nine sizes the fastest at 512, 2,048 and 16,384 tokens (an H100, heads of 128)."""
 
 
 def normalize(x: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
@@ -64,8 +67,8 @@ def normalize_backward(
     out.copy_(below.reshape(tokens, -1) + (0 if residual is None else _exact(residual)))
 
 
-def rotate(x: Tensor, cosines: Tensor, sines: Tensor, *, back: bool = False) -> None:
-    """Rotary position embedding of x [tokens, heads x width] in place; `back` turns a gradient the other way.
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor, out: Tensor, *, back: bool = False) -> None:
+    """Rotary position embedding of x [tokens, heads x width] into `out`, which may be x; `back` turns a gradient back.
 
     `cosines`, `sines` [period, width], contiguous: token i has the angles of row i % period (Su et al. 2021,
     arXiv:2104.09864, with halves rotated as transformers does).
@@ -75,17 +78,14 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor, *, back: bool = False) -> 
     if _by_kernel(x):
         kernels, triton = _kernels()
         kernels.rotate[(len(x),)](
-            x, cosines, sines, heads, x.stride(0), period, HALF=width // 2,
+            x, cosines, sines, out, heads, x.stride(0), out.stride(0), period, HALF=width // 2,
             BLOCK=triton.next_power_of_2(width // 2), HEADS=triton.next_power_of_2(heads), BACK=back, num_warps=8,
         )  # fmt: skip
         return
     values = _exact(x).reshape(-1, period, heads, width)
     cosines, sines = _exact(cosines)[:, None], _exact(sines)[:, None]
-    if back:
-        turned = _turn(values * sines, -1)
-    else:
-        turned = _turn(values, 1) * sines
-    x.copy_((values * cosines + turned).reshape(x.shape))
+    turned = _turn(values * sines, -1) if back else _turn(values, 1) * sines
+    out.copy_((values * cosines + turned).reshape(x.shape))
 
 
 def _turn(values: Tensor, sign: int) -> Tensor:
@@ -123,22 +123,48 @@ def gate_backward(gradient: Tensor, both: Tensor, out: Tensor) -> None:
     both[:, width:] = above * opened
 
 
-def widen(layer: Any, out: Tensor) -> None:  # noqa: ANN401 - a Linear4bit of bitsandbytes
-    """The 4-bit weights of a layer in 16 bits, [outputs, inputs], into `out`: bit by bit what bitsandbytes gives."""
+@dataclass(frozen=True)
+class Beside:
+    """An adapter that goes along with the weights of its layer, into the same buffer."""
+
+    first: Tensor
+    """A [rank, inputs]."""
+    second: Tensor
+    """B [outputs, rank]."""
+    right: int
+    """Column of the buffer from which on B lies."""
+    below: int
+    """Row from which on A lies, counted from the layer's first."""
+
+
+def widen(layer: Any, buffer: Tensor, start: int, adapter: Beside | None = None) -> None:  # noqa: ANN401 - a Linear4bit of bitsandbytes
+    """The 4-bit weights of a layer [outputs, inputs] in 16 bits, bit by bit what bitsandbytes gives.
+
+    They come into the left part of `buffer`, from row `start` on.
+    """
     packed, state = layer.weight.data, layer.weight.quant_state
+    rows, columns = state.shape
+    out = buffer[start:]
     if not _by_kernel(packed):
         from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - slow
 
-        out.copy_(dequantize_4bit(packed, state))
+        out[:rows, :columns] = dequantize_4bit(packed, state)
+        if adapter is not None:
+            rank = len(adapter.first)
+            out[:rows, adapter.right : adapter.right + rank] = adapter.second
+            out[adapter.below : adapter.below + rank, :columns] = adapter.first
         return
     kernels, triton = _kernels()
-    rows, columns = state.shape
     blocks, nested = 32, state.nested
     outer = state.state2 if nested else state
-    kernels.widen[(rows, triton.cdiv(columns, blocks * state.blocksize))](
+    rank = 0 if adapter is None else len(adapter.first)
+    first, second = (buffer, buffer) if adapter is None else (adapter.first, adapter.second)
+    kernels.widen[(rows + rank, triton.cdiv(columns, blocks * state.blocksize))](
         packed.view(torch.uint8), state.code, state.absmax, outer.code, outer.absmax,
-        state.offset if nested else state.absmax, out, out.stride(0), columns,
-        BLOCKS=blocks, SIZE=state.blocksize, NESTED=nested, OUTER=outer.blocksize,
+        state.offset if nested else state.absmax, first, second, out, out.stride(0), rows, columns,
+        0 if adapter is None else adapter.right, 0 if adapter is None else adapter.below,
+        BLOCKS=blocks, SIZE=state.blocksize, NESTED=nested, OUTER=outer.blocksize, RANK=rank,
+        RANK_BLOCK=triton.next_power_of_2(max(rank, 1)),
     )  # fmt: skip
 
 
@@ -174,6 +200,45 @@ def drop(x: Tensor, out: Tensor, seed: int, rate: float, *, add: bool = False) -
     kept = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) >= rate
     values = torch.where(kept, x / (1 - rate), 0.0)
     out.copy_(out + values if add else values)
+
+
+def attention_backward(  # noqa: PLR0913 - what attention takes and gave
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attended: Tensor,
+    logs: Tensor,
+    *,
+    length: int,
+    width: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value of causal attention in rows of `length` tokens, on a GPU.
+
+    Shapes are [tokens, heads x width], `width` a power of 2; `logs` [rows, heads, length] of the sums of exponentials.
+    The same in torch is autograd's (`attention.py`).
+    """
+    kernels, triton = _kernels()
+    tokens, heads, key_heads = len(query), query.shape[1] // width, key.shape[1] // width
+    rows, group = tokens // length, heads // key_heads
+    sums = torch.empty(tokens, heads, device=query.device)
+    kernels.attention_sums[(tokens,)](
+        gradient, attended, sums, gradient.stride(0), attended.stride(0), heads,
+        WIDTH=width, HEADS=triton.next_power_of_2(heads),
+    )  # fmt: skip
+    found = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (query, key, value)]
+    shared = (query, key, value, gradient, logs, sums)
+    strides = [each.stride(0) for each in (query, key, value, gradient)]
+    sizes = {"WIDTH": width, "ROWS": ATTENTION_BLOCK, "COLUMNS": ATTENTION_BLOCK, "num_warps": 4, "num_stages": 2}
+    blocks = triton.cdiv(length, ATTENTION_BLOCK)
+    kernels.attention_backward_keys[(blocks, key_heads, rows)](
+        *shared, found[1], found[2], scale, length, group, *strides, found[1].stride(0), found[2].stride(0), **sizes
+    )
+    kernels.attention_backward_queries[(blocks, heads, rows)](
+        *shared, found[0], scale, length, group, *strides, found[0].stride(0), **sizes
+    )
+    return found[0], found[1], found[2]
 
 
 def _by_kernel(tensor: Tensor) -> bool:
