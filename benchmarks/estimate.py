@@ -32,24 +32,14 @@ from finetune_trainer.settings.activations import Batch
 from finetune_trainer.settings.estimate import estimate
 from finetune_trainer.settings.resolve import SourceFacts, resolve
 from finetune_trainer.training.trainers import build_trainer
+from tests.gpu.bench import LLAMA_1B, TOKENIZER
 from tests.tiny import make_tokenizer
 
 GIB = 2**30
 STEPS, PASSES = 3, 2
 """The second step is the first that begins with the optimizer's states, the second pass the first with gradients."""
-WORDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 SHAPES: dict[str, Any] = {
-    "llama": LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        **WORDS,
-    ),
+    "llama": LlamaConfig(**LLAMA_1B, **TOKENIZER),
     "qwen3": Qwen3Config(
         vocab_size=151_936,
         hidden_size=1024,
@@ -60,7 +50,7 @@ SHAPES: dict[str, Any] = {
         head_dim=128,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
-        **WORDS,
+        **TOKENIZER,
     ),
 }
 
