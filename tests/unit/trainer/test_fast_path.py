@@ -47,7 +47,7 @@ def settle(
     facts: ModelFacts, data: DataFacts = ROWS, added_tokens: tuple[int, ...] = (), **fields: Any
 ) -> tuple[Resolved, str | None]:
     """The settings, and why the plain path is taken."""
-    config = parse_config(make_config(**{"parallelism": ONE_GPU, **fields}))
+    config = parse_config({**make_config(parallelism=ONE_GPU), **fields})
     resolved = resolve(config, SourceFacts("sha256:m", None, "sha256:d"), facts, data, added_tokens)
     return resolved, why_plain(config, resolved, facts, data.length_max)
 
@@ -273,9 +273,9 @@ def test_more_is_kept_where_less_is_computed_again(llama: ModelFacts) -> None:
 
 def test_gradients_of_a_pass_lie_beside_those_of_earlier_ones(llama: ModelFacts) -> None:
     """With few tokens, so that gradients and not activations are what fills the memory."""
-    rank, batch = {"r": 64}, Batch(1, 8, masked=False)
+    batch = Batch(1, 8, masked=False)
     training = {"globalBatchSize": 2, "perDeviceTrainBatchSize": 1, "gradientCheckpointing": "Full"}
-    two, _ = settle(llama, training=training, **method("LoRA", **rank))
+    two, _ = settle(llama, training=training, **method("LoRA", r=64))
     found = estimate(llama, two, batch)
     held = CUBLAS_BYTES + found.weights_bytes + found.adapter_bytes + found.optimizer_bytes
     assert found.peak_bytes > held + 2 * found.gradients_bytes
