@@ -23,7 +23,7 @@ RUN --mount=type=bind,from=certs,target=/host-certs \
 COPY . /source
 RUN /tools/bin/uv build --wheel --no-build-isolation --python /tools/bin/python --offline --out-dir /wheel /source
 
-# GPTQModel needs PyPcre, which is published as C source only: compiled here, so that the trainer has no compiler.
+# GPTQModel needs PyPcre, which is published as C source only: compiled here, where its sources and headers are at hand.
 FROM tools AS compiled
 RUN test -f "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || headers=python3-dev; \
     apt-get update \
@@ -65,6 +65,13 @@ RUN --mount=type=bind,from=certs,target=/host-certs \
     --mount=type=bind,source=constraints/trainer.txt,target=/requirements.txt \
     if [ -f /host-certs/ca.crt ]; then export SSL_CERT_FILE=/host-certs/ca.crt; fi \
     && /tools/bin/uv pip install --no-cache --compile-bytecode --find-links /compiled --requirement /requirements.txt
+# Triton compiles what starts a kernel where it runs (the fast path, on a GPU): a small C file that includes Python.h.
+RUN headers="$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')"; \
+    test -f "$headers/Python.h" || package=python3-dev; \
+    apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev ${package:-} \
+    && rm -rf /var/lib/apt/lists/* \
+    && echo '#include <Python.h>' | gcc -fsyntax-only -I "$headers" -x c -
 RUN --mount=type=bind,from=tools,source=/tools,target=/tools \
     --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     /tools/bin/uv pip install --no-cache --offline --no-deps --compile-bytecode /wheel/*.whl

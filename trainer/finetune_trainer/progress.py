@@ -232,6 +232,7 @@ class Resolved(Model):
     fast_path: bool = Field(
         default=False, description="Whether the trainer's own forward and backward pass is taken, not autograd's."
     )
+    plain_because: str | None = Field(default=None, description="Why it is not, in words.")
     neftune_noise_alpha: float | None = None
     base_format: str = Field(description="How the base weights are held: NF4, FP4, GPTQ, Int8, BF16, FP16 or FP32.")
     double_quantization: bool

@@ -1,8 +1,9 @@
 """Causal attention with its backward pass called by name, so that a layer can keep what it needs of it.
 
-Forward by cuDNN for whole batches, by torch's FlashAttention for sequences one after another (packing). cuDNN's backward
-pass adds up in no fixed order, and FlashAttention's is three times as slow where it does (an H100, 16,384 tokens): that
-of whole batches is ours (`kernels.py`). Heads of key and value that several queries share are taken as they are.
+Forward by cuDNN for whole batches, by torch's FlashAttention for sequences one after another (packing). Backward, cuDNN
+(torch 2.13) adds up in no fixed order, and FlashAttention is three times as slow as it where it does (31 ms for 10, an
+H100, 16,384 tokens): the backward pass of whole batches is ours (`kernels.py`, 17 ms). Heads of key and value that
+several queries share are taken as they are.
 
 Rows that are padded on the right need no mask: no token looks ahead, and a pad's own output counts nowhere.
 """
@@ -52,47 +53,76 @@ class Attended:
     rest: tuple[Any, ...]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, rows: Rows, width: int, scale: float) -> Attended:
-    """Causal attention of query [tokens, heads x width] and key, value [tokens, key heads x width]."""
-    if not query.is_cuda:
-        return Attended(_plainly(*_shaped(query, key, value, rows=rows, width=width), rows, scale), ())
-    if rows.limits is not None:
-        heads = (_heads(each, width) for each in (query, key, value))
-        limits = (rows.limits, rows.limits, rows.longest, rows.longest)
-        out, logs, *state, _ = aten._flash_attention_forward(*heads, *limits, 0.0, True, False, scale=scale)  # noqa: SLF001, FBT003 - torch's own
-        return Attended(out.flatten(1), (logs, *state))
-    pieces = _shaped(query, key, value, rows=rows, width=width)
-    out, logs, *_ = aten._scaled_dot_product_cudnn_attention(*pieces, None, True, 0.0, True, False, scale=scale)  # noqa: SLF001, FBT003 - torch's own
-    return Attended(out.transpose(1, 2).reshape(rows.tokens, -1), (logs,))
+@dataclass(frozen=True)
+class Causal:
+    """Causal attention of query [tokens, heads x width] and of key and value [tokens, key heads x width]."""
 
+    rows: Rows
+    width: int
+    """Of a head."""
+    scale: float
+    """Of the products of query and key."""
 
-def attend_backward(  # noqa: PLR0913 - what attention takes and gave
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attended: Attended,
-    rows: Rows,
-    width: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, shaped as they are, from that of what attention gave."""
-    if not query.is_cuda:
-        with torch.enable_grad():
-            leaves = [each.detach().clone().requires_grad_() for each in (query, key, value)]
-            out = _plainly(*_shaped(*leaves, rows=rows, width=width), rows, scale)
-            return torch.autograd.grad(out, leaves, gradient)
-    if rows.limits is not None:
-        logs, *state = attended.rest
-        above, *heads, out = (_heads(each, width) for each in (gradient, query, key, value, attended.out))
-        limits = (rows.limits, rows.limits, rows.longest, rows.longest)
-        with _in_fixed_order():
-            found = aten._flash_attention_backward(above, *heads, out, logs, *limits, 0.0, True, *state, scale=scale)  # noqa: SLF001, FBT003 - torch's own
-        first, second, third = (each.flatten(1) for each in found)
-        return first, second, third
-    return ops.attention_backward(
-        gradient, query, key, value, attended.out, attended.rest[0], length=rows.length, width=width, scale=scale
-    )
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Attended:
+        """What comes of them."""
+        if not query.is_cuda:
+            return Attended(self._plainly(query, key, value), ())
+        if self.rows.limits is not None:
+            heads = (self._heads(each) for each in (query, key, value))
+            out, logs, *state, _ = aten._flash_attention_forward(  # noqa: SLF001 - torch's own
+                *heads, *self._limits, 0.0, True, False, scale=self.scale
+            )
+            return Attended(out.flatten(1), (logs, *state))
+        pieces = (self._in_rows(each) for each in (query, key, value))
+        out, logs, *_ = aten._scaled_dot_product_cudnn_attention(  # noqa: SLF001 - torch's own
+            *pieces, None, True, 0.0, True, False, scale=self.scale
+        )
+        return Attended(out.transpose(1, 2).reshape(len(query), -1), (logs,))
+
+    def backward(
+        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Attended
+    ) -> tuple[Tensor, ...]:
+        """Gradients of query, key and value, shaped as they are, from that of what came of them."""
+        if not query.is_cuda:
+            with torch.enable_grad():
+                leaves = [each.detach().clone().requires_grad_() for each in (query, key, value)]
+                return torch.autograd.grad(self._plainly(*leaves), leaves, gradient)
+        if self.rows.limits is not None:
+            logs, *state = attended.rest
+            above, *heads, out = (self._heads(each) for each in (gradient, query, key, value, attended.out))
+            with _in_fixed_order():
+                found = aten._flash_attention_backward(  # noqa: SLF001 - torch's own
+                    above, *heads, out, logs, *self._limits, 0.0, True, *state, scale=self.scale
+                )
+            return tuple(each.flatten(1) for each in found)
+        logs = attended.rest[0]
+        return ops.attention_backward(
+            gradient, query, key, value, attended.out, logs, length=self.rows.length, width=self.width, scale=self.scale
+        )
+
+    @property
+    def _limits(self) -> tuple[Any, ...]:
+        return self.rows.limits, self.rows.limits, self.rows.longest, self.rows.longest
+
+    def _heads(self, each: Tensor) -> Tensor:
+        """[tokens, heads, width]."""
+        return torch.unflatten(each, 1, (-1, self.width))
+
+    def _in_rows(self, each: Tensor) -> Tensor:
+        """[rows, heads, length, width]."""
+        return torch.unflatten(self._heads(each), 0, (self.rows.rows, self.rows.length)).transpose(1, 2)
+
+    def _plainly(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mask = None
+        if self.rows.limits is not None:
+            lengths = self.rows.limits.diff()
+            number = torch.arange(len(lengths)).repeat_interleave(lengths)
+            mask = (number[:, None] == number[None, :]).tril()
+        query, key, value = (self._in_rows(each) for each in (query, key, value))
+        out = functional.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+        )
+        return out.transpose(1, 2).reshape(self.rows.tokens, -1)
 
 
 @contextmanager
@@ -104,25 +134,3 @@ def _in_fixed_order() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warns)
-
-
-def _heads(each: Tensor, width: int) -> Tensor:
-    """[tokens, heads, width]."""
-    return each.unflatten(1, (-1, width))
-
-
-def _shaped(*each: Tensor, rows: Rows, width: int) -> tuple[Tensor, ...]:
-    """[rows, heads, length, width]."""
-    return tuple(one.unflatten(1, (-1, width)).unflatten(0, (rows.rows, rows.length)).transpose(1, 2) for one in each)
-
-
-def _plainly(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float) -> Tensor:
-    mask = None
-    if rows.limits is not None:
-        lengths = rows.limits.diff()
-        number = torch.arange(len(lengths)).repeat_interleave(lengths)
-        mask = (number[:, None] == number[None, :]).tril()
-    out = functional.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=True
-    )
-    return out.transpose(1, 2).reshape(rows.tokens, -1)

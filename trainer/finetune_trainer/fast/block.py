@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+import torch
+
 from finetune_trainer.fast import ops
-from finetune_trainer.fast.attention import Attended, attend, attend_backward
+from finetune_trainer.fast.attention import Attended, Causal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,7 +88,7 @@ class Attention:
     out: Linears
     head_norms: tuple[Norm, ...]
     """Of each head of query and of key; of most models none."""
-    widths: tuple[int, int, int]
+    widths: list[int]
     """Of query, key and value."""
     head_width: int
     scale: float
@@ -104,7 +106,7 @@ class Attention:
             raw = self.inputs.multiply(buffer, normed, _empty(x, self.inputs.outputs))
             heads = self._turn(raw, batch)
         if attended is None:
-            attended = attend(heads.query, heads.key, heads.value, batch.rows, self.head_width, self.scale)
+            attended = self._causal(batch).forward(heads.query, heads.key, heads.value)
         wide = _empty(x, self.out.inputs + self.out.room)
         wide[:, : self.out.inputs].copy_(attended.out)
         self.out.extend(self.out.load(x), wide, seeds[3:4])
@@ -121,9 +123,7 @@ class Attention:
         heads = looked.heads
         above = self.out.backward(self.out.load(x), gradient, seeds[3:4])
         self.out.learn(gradient, looked.wide, seeds[3:4], keep)
-        parts = attend_backward(
-            above, heads.query, heads.key, heads.value, looked.attended, batch.rows, self.head_width, self.scale
-        )
+        parts = self._causal(batch).backward(above, heads.query, heads.key, heads.value, looked.attended)
         joined = _empty(x, self.inputs.outputs + self.inputs.room)
         self._turn_back(parts, heads, joined[:, : self.inputs.outputs], batch)
         normed = self.inputs.backward(self.inputs.load(x), joined, seeds[:3])
@@ -131,28 +131,31 @@ class Attention:
         residual = gradient[:, : self.out.outputs]
         ops.normalize_backward(normed, x, self.norm.weight, looked.factors, below, residual)
 
+    def _causal(self, batch: Batch) -> Causal:
+        return Causal(batch.rows, self.head_width, self.scale)
+
     def _turn(self, raw: Tensor, batch: Batch) -> Heads:
-        query, key, value = raw.split(self.widths, 1)
+        query, key, value = torch.split(raw, self.widths, 1)
         if not self.head_norms:
             turning = raw[:, : sum(self.widths[:2])]
             ops.rotate(turning, batch.cosines, batch.sines, turning)
             return Heads(query, key, value, raw)
         both = _empty(raw, sum(self.widths[:2]))
-        normed = both.split(self.widths[:2], 1)
+        normed = torch.split(both, self.widths[:2], 1)
         factors = tuple(
             ops.normalize(each, norm.weight, norm.epsilon, out)
             for each, norm, out in zip((query, key), self.head_norms, normed, strict=True)
         )
         ops.rotate(both, batch.cosines, batch.sines, both)
-        return Heads(*normed, value, raw, factors)
+        return Heads(normed[0], normed[1], value, raw, factors)
 
     def _turn_back(self, gradients: Sequence[Tensor], heads: Heads, out: Tensor, batch: Batch) -> None:
         """The gradients of what the product gave, side by side, from those of query, key and value."""
-        *turned, straight = out.split(self.widths, 1)
+        *turned, straight = torch.split(out, self.widths, 1)
         straight.copy_(gradients[2])
         for gradient, part in zip(gradients, turned, strict=False):
             ops.rotate(gradient, batch.cosines, batch.sines, part, back=True)
-        raw = heads.raw.split(self.widths, 1)
+        raw = torch.split(heads.raw, self.widths, 1)
         for part, each, norm, factors in zip(turned, raw, self.head_norms, heads.factors, strict=False):
             ops.normalize_backward(part, each, norm.weight, factors, part)
 

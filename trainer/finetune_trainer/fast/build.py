@@ -20,9 +20,9 @@ OLDEST_CAPABILITY = (8, 0)
 COMPILERS = ("cc", "gcc", "clang")
 
 
-def is_fast(resolved: Resolved, device: torch.device) -> bool:
+def is_fast(resolved: Resolved, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a training takes the fast path on this machine. The log says so, or why not."""
-    reason = why_not_here(device) if resolved.fast_path else resolved.plain_because
+    reason = why_not_here(device, dtype) if resolved.fast_path else resolved.plain_because or "prepared without it"
     if reason is None:
         log.info("training the fast way (training.fastPath): blocks by hand")
     else:
@@ -39,7 +39,7 @@ def build_fast(adapted: Any, resolved: Resolved, dtype: torch.dtype) -> FastMode
     return FastModel(adapted, plans[resolved.gradient_checkpointing], dtype)
 
 
-def why_not_here(device: torch.device) -> str | None:
+def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
     """What this machine lacks, in words; None where nothing."""
     import torch  # noqa: PLC0415 - slow
 
@@ -47,6 +47,8 @@ def why_not_here(device: torch.device) -> str | None:
         return "there is no GPU"
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
         return "the GPU is older than NVIDIA's Ampere, or another maker's"
+    if dtype is not torch.bfloat16:
+        return f"products are computed in {str(dtype).removeprefix('torch.')}"
     if find_spec("triton") is None:
         return "there is no Triton, whose kernels it has"
     if not any(map(shutil.which, COMPILERS)):

@@ -4,8 +4,9 @@ A row is a token. Computed is in fp32, and rounded where transformers' modules r
 What each computes is written in torch beside its call, in `fast/ops.py`.
 """
 
-# ruff: noqa: N803, ANN001, ANN202, PLR0913 - a kernel's arguments are pointers and strides; constants are in capitals
-# mypy: disable-error-code="no-untyped-def,misc"
+# ruff: noqa: N803, ANN001, ANN201, PLR0913, SIM102 - a kernel's arguments are pointers and strides; constants are in
+# capitals, and stand alone in a condition
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 
@@ -230,7 +231,7 @@ def attention_backward_keys(
     to_keys = tl.zeros((COLUMNS, WIDTH), tl.float32)
     to_values = tl.zeros((COLUMNS, WIDTH), tl.float32)
     steps = (length - start + ROWS - 1) // ROWS
-    for number in range(0, group * steps):
+    for number in range(group * steps):
         looking = head * group + number // steps
         rows = start + (number % steps) * ROWS + tl.arange(0, ROWS)
         known = rows < length
@@ -243,7 +244,9 @@ def attention_backward_keys(
         shares = tl.exp2(products - (log * LOG2_E)[None, :])
         shares = tl.where((places[:, None] <= rows[None, :]) & known[None, :], shares, 0.0)
         above = tl.load(
-            gradient + lines[:, None] * gradient_stride + looking * WIDTH + width[None, :], mask=known[:, None], other=0.0
+            gradient + lines[:, None] * gradient_stride + looking * WIDTH + width[None, :],
+            mask=known[:, None],
+            other=0.0,
         )
         to_values += tl.dot(shares.to(above.dtype), above)
         slopes = tl.dot(values, tl.trans(above))

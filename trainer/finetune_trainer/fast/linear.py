@@ -97,7 +97,7 @@ class Linears:
         return any(layer.rank and layer.dropout for layer in self.layers)
 
     def load(self, like: Tensor) -> Tensor:
-        """The buffer with weights and adapters as they are now, [outputs + room, inputs + room] in the dtype of `like`."""
+        """The buffer [outputs + room, inputs + room], adapters as they are now; of 4 bits in the dtype of `like`."""
         buffer, current = self._held, self._turn == self._scratch.turn
         self._turn = self._scratch.turn
         if buffer is not None:
@@ -129,7 +129,7 @@ class Linears:
             extra[:, self._ranks].fill_(1.0)
 
     def multiply(self, buffer: Tensor, x: Tensor, out: Tensor) -> Tensor:
-        """x [tokens, inputs + room], its extra columns filled, times the weights, into `out` [tokens, outputs]."""
+        """X [tokens, inputs + room], its extra columns filled, times the weights, into `out` [tokens, outputs]."""
         return torch.mm(x, buffer[: self.outputs].T, out=out)
 
     def multiply_add(self, buffer: Tensor, x: Tensor, residual: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class Linears:
             row, rank = row + layer.outputs, rank + layer.rank
 
     def _move_in(self) -> Tensor:
-        weight = self.layers[0].base.weight
+        weight: Tensor = self.layers[0].base.weight
         buffer = weight.new_zeros(self._shape)
         for layer, rows, _ in self._parts():
             view = buffer[rows, : self.inputs]

@@ -57,12 +57,12 @@ class FastModel:
         self._drops = any(linears.drops for block in self._blocks for linears in _linears(block))
 
     def loss(self, inputs: Mapping[str, Any], count: Tensor | float) -> Tensor:
-        """Sum of the losses of a micro-batch in nats, divided by `count`; its backward pass fills the adapters' gradients.
+        """Sum of the losses of a micro-batch in nats, divided by `count`; its backward pass gives adapters gradients.
 
         `inputs` as `Collator` makes them: input_ids and labels [rows, length]; packed sequences lie in one row, with
         cu_seq_lens_q, max_length_q and position_ids.
         """
-        total: Tensor = _Loss.apply(self, inputs, *self.trained)
+        total: Tensor = _Loss.apply(self, inputs, *self.trained)  # type: ignore[no-untyped-call]
         return total / count
 
     @torch.no_grad()
@@ -120,6 +120,7 @@ class FastModel:
             torch.mm(logits, self._head.weight, out=normed)
             below = out[start : start + HEAD_ROWS, : x.shape[1]]
             ops.normalize_backward(normed, some, self._norm.weight, factors, below)
+            del logits, normed
         return torch.cat(losses).sum(), out
 
 
@@ -146,11 +147,15 @@ def _build_block(layer: Any, scratch: Scratch) -> Block:  # noqa: ANN401 - a dec
         inputs=inputs,
         out=_join(scratch, looks.o_proj),
         head_norms=tuple(_norm(each) for each in norms),
-        widths=(inputs.layers[0].outputs, inputs.layers[1].outputs, inputs.layers[2].outputs),
+        widths=[layer.outputs for layer in inputs.layers],
         head_width=looks.head_dim,
         scale=looks.scaling,
     )
-    mlp = Mlp(_norm(layer.post_attention_layernorm), _join(scratch, gated.gate_proj, gated.up_proj), _join(scratch, gated.down_proj))
+    mlp = Mlp(
+        _norm(layer.post_attention_layernorm),
+        _join(scratch, gated.gate_proj, gated.up_proj),
+        _join(scratch, gated.down_proj),
+    )
     return Block(attention, mlp)
 
 

@@ -44,7 +44,7 @@ def normalize(x: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
     return factors.flatten()
 
 
-def normalize_backward(
+def normalize_backward(  # noqa: PLR0913 - what the forward pass had
     gradient: Tensor, x: Tensor, weight: Tensor, factors: Tensor, out: Tensor, residual: Tensor | None = None
 ) -> None:
     """Into `out` the gradient of x from that of its norm, plus `residual`."""

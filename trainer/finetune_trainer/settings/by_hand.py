@@ -200,14 +200,16 @@ def _through_attention(sizes: Sizes, resolved: Resolved, model: ModelFacts, batc
 
 
 def _kernel(sizes: Sizes, resolved: Resolved, model: ModelFacts, batch: Batch) -> int:
-    """Of a token, in attention's backward pass: sums of query's gradient and of the rows in fp32.
+    """Of a token, in attention's backward pass: a sum of a row and head in fp32.
 
-    Where heads share keys, gradients of key and value for each of them. FlashAttention (packed rows) in a fixed order
-    has a sum for each share of the processors that heads leave idle.
+    Of packed rows FlashAttention's besides: query's gradient in fp32, in a fixed order once for each share of the
+    processors that heads leave idle, and gradients of key and value for each head that shares them.
     """
     width, heads = sizes.out.columns, max(model.heads, 1)
+    if not resolved.packing:
+        return FP32 * heads
     sequences = max(batch.total // resolved.max_length, 1)
-    sums = math.ceil(PROCESSORS / (sequences * heads)) if resolved.packing else 1
+    sums = math.ceil(PROCESSORS / (sequences * heads))
     grouped = 2 * C * width if sizes.inputs.rows < 3 * width else 0
     return sums * FP32 * width + FP32 * heads + grouped
 
@@ -223,11 +225,9 @@ def _learned(group: Group) -> int:
 
 
 def _head(model: ModelFacts, batch: Batch) -> int:
-    """The last stream, targets and losses; logits of a piece and its normed input, beside those of the piece before."""
-    piece = min(batch.total, HEAD_ROWS)
-    pieces = 2 if batch.total > piece else 1
+    """The last stream, targets and losses; logits of a piece and its normed input."""
     tokens = C * model.hidden + TARGET + FP32
-    return tokens * batch.total + pieces * piece * C * ((model.vocabulary or 0) + model.hidden)
+    return tokens * batch.total + min(batch.total, HEAD_ROWS) * C * ((model.vocabulary or 0) + model.hidden)
 
 
 def _angles(sizes: Sizes, resolved: Resolved, model: ModelFacts, batch: Batch) -> int:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+HEAD_WIDTHS = (16, 32, 64, 128, 256)
+"""What the kernels of attention take."""
 QUANTIZED_BLOCK = 64
 """Weights that share a scale in NF4 and FP4: a row must have whole blocks of them."""
 UNEVEN = ("rank_pattern", "alpha_pattern", "lora_bias")
@@ -27,7 +29,8 @@ UNEVEN = ("rank_pattern", "alpha_pattern", "lora_bias")
 
 def with_path(config: JobConfig, resolved: Resolved, model: ModelFacts, longest: int) -> Resolved:
     """The settings with the path that they lead to. `longest`: tokens of the longest row."""
-    return resolved.model_copy(update={"fast_path": why_plain(config, resolved, model, longest) is None})
+    reason = why_plain(config, resolved, model, longest)
+    return resolved.model_copy(update={"fast_path": reason is None, "plain_because": reason})
 
 
 def why_plain(config: JobConfig, resolved: Resolved, model: ModelFacts, longest: int) -> str | None:
@@ -64,6 +67,8 @@ def _of_the_model(resolved: Resolved, model: ModelFacts, longest: int) -> Iterat
         yield f"{model.architecture} has other blocks than a Llama"
     if model.activation != "silu":
         yield f"its MLPs have {model.activation}, not silu"
+    if _head_width(model) not in HEAD_WIDTHS:
+        yield f"its heads have {_head_width(model)} dimensions"
     if model.attention_dropout:
         yield "its attention has dropout"
     if model.window is not None and longest > model.window:
@@ -71,6 +76,12 @@ def _of_the_model(resolved: Resolved, model: ModelFacts, longest: int) -> Iterat
     in_4_bits = resolved.base_format in BITSANDBYTES
     if in_4_bits and any(columns % QUANTIZED_BLOCK for columns in model.linear_layers.values()):
         yield f"{QUANTIZED_BLOCK} does not divide the columns of its layers, which are held in {resolved.base_format}"
+
+
+def _head_width(model: ModelFacts) -> int:
+    """Dimensions of a head; 0 where no output of attention is known."""
+    widths = (columns for name, columns in model.linear_layers.items() if name.endswith("o_proj"))
+    return next(widths, 0) // max(model.heads, 1)
 
 
 def _of_the_adapter(lora: ResolvedLora, model: ModelFacts) -> Iterator[str]:

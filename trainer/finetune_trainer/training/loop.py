@@ -63,7 +63,7 @@ class Loop(TrainerCallback):
         self._learning_rate = 0.0
         self._random: dict[str, Any] = {}
         self._saved = 0
-        self._memory = MemoryWatch(context, trainer.args.device)
+        self._memory = MemoryWatch(context, trainer.args.device, fast=trainer.fast is not None)
         self.published: Line | None = None
         """The measurement of the weights that the model has at the end; None if nothing is held out."""
 

@@ -56,15 +56,16 @@ def correct(expected_bytes: int, measured_bytes: int, largest_bytes: int) -> Ste
     return StepMemory(expected_bytes=expected_bytes, measured_bytes=measured_bytes, peak_bytes=measured_bytes + more)
 
 
-def check_first_steps(context: Context, seen: Batch, measured_bytes: int) -> StepMemory | None:
+def check_first_steps(context: Context, seen: Batch, measured_bytes: int, *, fast: bool = False) -> StepMemory | None:
     """What the largest micro-batch will take, now that `seen`, the largest so far, has taken so much.
 
-    None where prepare could not estimate the job.
+    `fast`: whether the fast path was taken, which prepare cannot know for sure. None where it could not estimate.
     """
     prepared = manifest.read(context.work.data).result
     if prepared.estimate is None or prepared.data is None:
         return None
-    facts, resolved = describe_config(context.work.model), context.resolved
+    facts = describe_config(context.work.model)
+    resolved = context.resolved.model_copy(update={"fast_path": fast})
     largest = batch_of(resolved, prepared.data)
     expected, most = (estimate(facts, resolved, batch).peak_bytes for batch in (seen, largest))
     return correct(expected, measured_bytes, most)
@@ -73,9 +74,9 @@ def check_first_steps(context: Context, seen: Batch, measured_bytes: int) -> Ste
 class MemoryWatch:
     """Watches the first steps of a run on a GPU, then tells; does nothing without one."""
 
-    def __init__(self, context: Context, device: torch.device) -> None:
-        """Nothing is measured before the first step begins."""
-        self._context, self._device = context, device
+    def __init__(self, context: Context, device: torch.device, *, fast: bool = False) -> None:
+        """Nothing is measured before the first step begins. `fast`: whether the fast path is taken."""
+        self._context, self._device, self._fast = context, device, fast
         self._steps = 0
 
     def begin_step(self) -> None:
@@ -95,7 +96,8 @@ class MemoryWatch:
         self._steps += 1
         if self._device.type != "cuda" or self._steps != WATCHED_STEPS:
             return
-        found = check_first_steps(self._context, seen, torch.cuda.max_memory_allocated(self._device))
+        measured = torch.cuda.max_memory_allocated(self._device)
+        found = check_first_steps(self._context, seen, measured, fast=self._fast)
         if found is None:
             return
         self._context.report.update(measured_peak_bytes=found.peak_bytes)

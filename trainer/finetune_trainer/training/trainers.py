@@ -38,7 +38,7 @@ def build_trainer(  # noqa: PLR0913 - the pieces of a training
     """
     import_peft()
     peft_config = build_lora(resolved, base)
-    fast = is_fast(resolved, base.device)
+    fast = is_fast(resolved, base.device, dtype)
     build = partial(_build_sft, resolved, fast) if resolved.dpo is None else partial(_build_dpo, reference)
     with unrounded(base):
         trainer = build(
@@ -69,7 +69,7 @@ def _galore(model: Any, resolved: Resolved) -> tuple[type, dict[str, Any]]:  # n
     return build_galore(model, resolved)
 
 
-def _build_sft(resolved: Resolved, fast: bool, **pieces: Any) -> Exact:  # noqa: ANN401, FBT001 - what TRL's trainers take
+def _build_sft(resolved: Resolved, fast: bool, **pieces: Any) -> Exact:  # noqa: ANN401 - what TRL's trainers take
     from finetune_trainer.training.sft import SftTrainer  # noqa: PLC0415 - slow
 
     return SftTrainer(data_collator=Collator(resolved, in_one_row=fast), **pieces)
