@@ -1,6 +1,6 @@
 """Losses and gradients beside those that autograd finds on the PEFT model itself.
 
-In float64, where the loss and the norms are the plain formula: transformers computes these in fp32 whatever the dtype is.
+In float64, where loss and norms are the plain formula: transformers computes these in fp32 whatever the dtype is.
 """
 
 from __future__ import annotations
