@@ -170,7 +170,8 @@ def test_adapters_that_changed_are_seen_at_the_next_turn(packed: bool) -> None:
     "other",
     [
         pytest.param(THREE, id="laid out the same"),
-        pytest.param([Sketch(3), Sketch(6, rank=5), Sketch(4, rank=1, biased=True)], id="adapters elsewhere"),
+        pytest.param([Sketch(6, biased=True), Sketch(3, rank=2), Sketch(4, rank=5)], id="an adapter elsewhere"),
+        pytest.param([Sketch(6, rank=2), Sketch(3, biased=True), Sketch(4, rank=5)], id="a bias elsewhere"),
         pytest.param([Sketch(13, biased=True)], id="a bias and no adapter"),
     ],
 )
