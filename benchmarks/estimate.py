@@ -3,7 +3,7 @@
 Each run takes three steps of two micro-batches with the trainer's own pieces, on models of the shapes of Llama-3.2-1B
 and Qwen3-0.6B with random weights made on the GPU. Printed are, in GiB, the estimated peak of a step, the measured one
 (the most that torch's allocator gave out) and their ratio; the same of a measurement of held-out rows; what the
-allocator reserved beyond the peak, and what CUDA itself takes.
+allocator reserved beyond the peak, and what CUDA itself takes. Adapters are trained by both paths.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import gc
 import logging
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +32,14 @@ from finetune_trainer.settings.activations import Batch
 from finetune_trainer.settings.estimate import estimate
 from finetune_trainer.settings.resolve import SourceFacts, resolve
 from finetune_trainer.training.trainers import build_trainer
+from tests.gpu.bench import LLAMA_1B, TOKENIZER
 from tests.tiny import make_tokenizer
 
 GIB = 2**30
 STEPS, PASSES = 3, 2
 """The second step is the first that begins with the optimizer's states, the second pass the first with gradients."""
-WORDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 SHAPES: dict[str, Any] = {
-    "llama": LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        **WORDS,
-    ),
+    "llama": LlamaConfig(**LLAMA_1B, **TOKENIZER),
     "qwen3": Qwen3Config(
         vocab_size=151_936,
         hidden_size=1024,
@@ -60,7 +50,7 @@ SHAPES: dict[str, Any] = {
         head_dim=128,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
-        **WORDS,
+        **TOKENIZER,
     ),
 }
 
@@ -78,11 +68,12 @@ class Run:
     training: dict[str, Any] = field(default_factory=dict)
     packed: bool = False
     shape: str = "llama"
+    fast_path: str = "Off"
 
     @property
     def name(self) -> str:
         """The run for people."""
-        kind = " packed" if self.packed else ""
+        kind = (" fast" if self.fast_path == "Auto" else "") + (" packed" if self.packed else "")
         return f"{self.shape} {self.method}{kind} {self.rows}x{self.tokens} {self.checkpointing}"
 
 
@@ -111,6 +102,10 @@ GRID = (
     Run("LoRA", 8, 512, "Off", LORA, shape="qwen3"),
     Run("Full", 8, 512, "Full", FULL, shape="qwen3"),
 )
+FAST_GRID = tuple(
+    replace(run, fast_path="Auto") for run in GRID if run.settings["type"] in ("QLoRA", "LoRA") and run.settings != INT8
+)
+"""The runs of them that the fast path takes, by it."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +113,8 @@ class Outcome:
     """What a run was estimated to take, and took. Bytes."""
 
     run: Run
+    fast: bool
+    """Whether the fast path was to be taken, by the settings as prepare fixes them."""
     expected: Estimate
     peak: int
     measuring: int
@@ -129,15 +126,16 @@ class Outcome:
         """A line of the table."""
         expected, measuring = self.expected.peak_bytes, self.expected.measuring_bytes
         return (
-            f"{self.run.name:<38} {expected / GIB:>8.2f} {self.peak / GIB:>8.2f} {expected / self.peak:>6.3f} "
+            f"{self.run.name:<38} {'fast' if self.fast else 'plain':<5} "
+            f"{expected / GIB:>8.2f} {self.peak / GIB:>8.2f} {expected / self.peak:>6.3f} "
             f"{measuring / GIB:>10.2f} {self.measuring / GIB:>8.2f} {measuring / self.measuring:>6.3f} "
             f"{self.reserved / self.peak - 1:>10.1%} {self.context / GIB:>8.2f} {self.seconds:>7.1f}"
         )
 
 
 HEADING = (
-    f"{'run':<38} {'estimate':>8} {'measured':>8} {'ratio':>6} {'evaluation':>10} {'measured':>8} {'ratio':>6} "
-    f"{'+ reserved':>10} {'context':>8} {'seconds':>7}"
+    f"{'run':<38} {'path':<5} {'estimate':>8} {'measured':>8} {'ratio':>6} "
+    f"{'evaluation':>10} {'measured':>8} {'ratio':>6} {'+ reserved':>10} {'context':>8} {'seconds':>7}"
 )
 
 
@@ -168,6 +166,7 @@ def settle(run: Run, facts: ModelFacts) -> Resolved:
             "maxLength": run.tokens,
             "maxSteps": STEPS,
             "gradientCheckpointing": run.checkpointing,
+            "fastPath": run.fast_path,
             **run.training,
         },
     }
@@ -205,7 +204,7 @@ def measure(run: Run, folder: Path, scratch: Path) -> Outcome:
     ids = rows.column(INPUT_IDS).to_numpy()[:2]
     trainer.measure([token_row(each, np.ones(len(each), dtype=np.bool_)) for each in ids])
     measuring = torch.cuda.max_memory_allocated() - before
-    return Outcome(run, expected, peak, measuring, reserved, context, time.monotonic() - began)
+    return Outcome(run, resolved.fast_path, expected, peak, measuring, reserved, context, time.monotonic() - began)
 
 
 def forget() -> None:
@@ -230,7 +229,7 @@ def main() -> None:
         for shape in SHAPES:
             make_model(root / shape, shape)
             forget()
-        for run in GRID:
+        for run in (*GRID, *FAST_GRID):
             if not only or any(word in run.name for word in only):
                 try:
                     print(measure(run, root / run.shape, root / "scratch"), flush=True)

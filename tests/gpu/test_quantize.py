@@ -10,11 +10,14 @@ import torch
 from benchmarks.quantizers.process import quantize_ours
 from benchmarks.quantizers.subject import make_random
 from finetune_trainer.models.finished import load_quantized
-from finetune_trainer.models.gptq_blocks import WIDTH, compile_kernel, update_block
+from finetune_trainer.models.gptq_blocks import compile_kernel, update_block
 from finetune_trainer.models.loading import load_finished
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+WIDTH = 128
+"""Columns of a block."""
 
 
 @pytest.mark.parametrize(("rows", "size", "bits"), [(1, 128, 4), (1001, 64, 4), (2048, 32, 8)])

@@ -87,6 +87,7 @@ def _table(job: Job, chosen: Resolved) -> Iterator[str]:
         f"computed in {chosen.compute_dtype}, {chosen.optimizer}, {chosen.parallelism.strategy} on "
         f"{chosen.parallelism.world_size} GPUs; micro-batch {needed.micro_batch_size} of {needed.length:,} tokens"
         f"{', packed' if chosen.packing else ''}, checkpointing {needed.gradient_checkpointing}"
+        f"{', fast path' if chosen.fast_path else ''}"
     )
     yield ""
     for name, field in Estimate.model_fields.items():

@@ -23,6 +23,7 @@ from finetune_trainer.runtime.manifest import Manifest, Result
 from finetune_trainer.runtime.memory import gib
 from finetune_trainer.settings import resolve
 from finetune_trainer.settings.estimate import why_none
+from finetune_trainer.settings.fast import why_plain
 from finetune_trainer.settings.fit import Job, fit
 from finetune_trainer.settings.outcome import check_gguf, check_original
 from finetune_trainer.sources import fetch_source, forget
@@ -70,6 +71,8 @@ def run(config: JobConfig, context: Context) -> Manifest:
         )
         resolved = resolve.resolve(config, sources, facts, prepared.facts, added_tokens)
         resolved, needed = fit(Job(config, facts, prepared.facts), resolved)
+        plain = why_plain(config, resolved, facts, prepared.facts.length_max)
+        log.info("the fast path is %s", "taken" if plain is None else f"not taken: {plain}")
         tokens.check_embedded(tokenizer, prepared.highest_token, facts.vocabulary, added_tokens)
         tokenizer.save_pretrained(folder / context.work.tokenizer.name)
         with context.committing():

@@ -229,6 +229,9 @@ class Resolved(Model):
     compute_dtype: str
     attention: str
     gradient_checkpointing: str = Field(description="Full, Selective or Off.")
+    fast_path: bool = Field(
+        default=False, description="Whether the trainer's own forward and backward pass is taken, not autograd's."
+    )
     neftune_noise_alpha: float | None = None
     base_format: str = Field(description="How the base weights are held: NF4, FP4, GPTQ, Int8, BF16, FP16 or FP32.")
     double_quantization: bool

@@ -32,11 +32,13 @@ from finetune_trainer.data.tokenized import INPUT_IDS, LENGTHS, TRAIN, read_rows
 from finetune_trainer.evaluate import Comparison, compare, finished_dtype, read_token_rows
 from finetune_trainer.models import gguf_export
 from finetune_trainer.models.awq_clips import clip_by_moments
+from finetune_trainer.models.awq_packing import pack_in_groups
+from finetune_trainer.models.awq_scales import activation_bytes, search_in_place
 from finetune_trainer.models.finished import GENERATION_CONFIG, copy_companions, copy_licence, load_quantized
 from finetune_trainer.models.folder import CONFIG, load_tokenizer
 from finetune_trainer.models.gptq_blocks import round_in_blocks
 from finetune_trainer.models.gptq_scales import search_side_by_side
-from finetune_trainer.models.loading import load_finished, set_up_torch, working_device
+from finetune_trainer.models.loading import GPU_SLACK_BYTES, load_finished, set_up_torch, working_device
 from finetune_trainer.progress import Measured
 from finetune_trainer.runtime.apart import call_apart
 from finetune_trainer.runtime.errors import GateFailed, InvalidConfig, VerificationFailed, translate
@@ -62,8 +64,6 @@ ERROR_POWER = 2.0
 gptqmodel (7.6) takes the one that the largest weight just fits in."""
 AWQ_BLOCK_TOKENS, AWQ_BLOCKS = 512, 128
 """What AWQ looks at most: as much as its authors take (https://github.com/mit-han-lab/llm-awq)."""
-AWQ_BLOCKS_AT_ONCE = 8
-"""In a forward pass: one by one a GPU waits for Python. All are of one length, so that nothing is padded."""
 NEW_TOKENS = 24
 COMPARED_TEXTS = 32
 """Held-out rows that two tokenizers must cut alike."""
@@ -186,9 +186,9 @@ def write_quantized(
     """Quantize `finished` into `folder`, in the format that transformers, vLLM and gptqmodel read.
 
     Returns the tokens that were looked at: AWQ leaves out what fills no block, and what is too much.
-    On a GPU gptqmodel holds a layer at a time, which is less than the slack that is asked for. Short rows count as
-    well: by itself it drops those of up to 10 tokens and divides by the number of the others (7.6; the argument of
-    `quantize` that says otherwise does nothing).
+    On a GPU gptqmodel holds a layer at a time, which is less than the slack that is asked for; what AWQ looks at stays
+    there too, if there is room. Short rows count as well: by itself gptqmodel drops those of up to 10 tokens and
+    divides by the number of the others (7.6; the argument of `quantize` that says otherwise does nothing).
     """
     with tempfile.TemporaryDirectory(prefix="quantize-") as aside, redirect_stdout(io.StringIO()):
         gptqmodel = import_gptqmodel(Path(aside))
@@ -197,21 +197,32 @@ def write_quantized(
         model = gptqmodel.GPTQModel.load(str(finished), build_settings(gptqmodel, settings, device, aside))
         shape = model.model.config.get_text_config()
         layers = int(shape.num_hidden_layers)
-        batch = 1
         if settings.method == QuantizeMethod.AWQ:
-            batch = AWQ_BLOCKS_AT_ONCE
             calibration = in_blocks(calibration, getattr(shape, "max_position_embeddings", AWQ_BLOCK_TOKENS))
+            needed = activation_bytes(model.model, _count_tokens(calibration))
+            model.quantize_config.scale_search_chunked_activations = not _has_room(device, needed)
         context.report.begin(f"quantizing to {settings.bits} bits on {len(calibration)} rows", layers, "layers")
         model.layer_callback = LayerCallback(context)
         model.prepare_dataset = partial(model.prepare_dataset, calibration_data_min_length=0)
         with _beating_with_modules(context):
-            model.quantize(calibration, batch_size=batch, backend=_packer(gptqmodel, settings))
+            model.quantize(calibration, batch_size=1, backend=_packer(gptqmodel, settings))
         context.raise_if_stopping()
         model.save(str(folder))
         del model
         _release_memory()
     clean(folder)
+    return _count_tokens(calibration)
+
+
+def _count_tokens(calibration: list[dict[str, list[int]]]) -> int:
     return sum(len(row["input_ids"]) for row in calibration)
+
+
+def _has_room(device: torch.device, needed: int) -> bool:
+    """Whether the device is a GPU with so many bytes free, and slack for the rest."""
+    import torch  # noqa: PLC0415 - slow
+
+    return device.type == "cuda" and needed + GPU_SLACK_BYTES <= torch.cuda.mem_get_info(device)[0]
 
 
 def _release_memory() -> None:
@@ -287,10 +298,16 @@ def import_gptqmodel(aside: Path) -> Any:  # noqa: ANN401 - a module
 
 
 def quicken(gptqmodel: Any) -> None:  # noqa: ANN401 - a module
-    """GPTQ tries scales side by side and rounds a block of columns in one launch; AWQ clips by second moments."""
+    """GPTQ tries scales side by side and rounds a block of columns in one launch.
+
+    AWQ searches scales where the model is, clips by second moments and packs a group of columns at a time.
+    """
     search_side_by_side(gptqmodel.quantization.quantizer.Quantizer)
     round_in_blocks(importlib.import_module("gptqmodel.quantization.gptq_cuda"))
-    clip_by_moments(importlib.import_module("gptqmodel.looper.awq_processor").AWQProcessor)
+    awq: Any = importlib.import_module("gptqmodel.looper.awq_processor")
+    search_in_place(awq.AWQProcessor)
+    clip_by_moments(awq.AWQProcessor)
+    pack_in_groups(awq.AwqTorchLinear)
 
 
 def clean(folder: Path) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GIB = 2**30
+PLAIN = {"fastPath": "Off"}
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -200,7 +201,7 @@ def test_a_block_keeps_what_autograd_saves(case: Case, tmp_path: Path) -> None:
         shape = {"model_type": case.family, **FAMILIES[case.family], "num_hidden_layers": layers}
         folder = write_config(tmp_path / str(layers), shape)
         facts = describe_config(folder)
-        resolved = settle(facts, **case.fields)
+        resolved = settle(facts, training=PLAIN, **case.fields)
         saved.append(saved_bytes(folder, resolved, case.held, rows, tokens))
         block = blocks_of(facts)[-1]
         kept = kept_by_block(block, resolved, facts, Batch(rows, tokens, masked=False))
@@ -320,13 +321,15 @@ jobs = st.fixed_dictionaries(
         "fields": st.sampled_from(METHODS),
         "optimizer": st.sampled_from(("AdamW", "AdamW8bit", "PagedAdamW8bit", "Adafactor", "SGD")),
         "way": st.sampled_from(("Off", "Selective", "Full")),
+        "path": st.sampled_from(("Auto", "Off")),
     }
 )
 
 
 def job_of(model: ModelFacts, job: dict[str, Any]) -> Resolved:
     galore = job["fields"]["method"]["type"] == "GaLore"
-    training = {"gradientCheckpointing": job["way"]} | ({} if galore else {"optimizer": job["optimizer"]})
+    training = {"gradientCheckpointing": job["way"], "fastPath": job["path"]}
+    training |= {} if galore else {"optimizer": job["optimizer"]}
     return settle(model, training=training, **job["fields"])
 
 
@@ -347,7 +350,7 @@ def test_more_rows_and_longer_rows_never_take_less(
 def test_computing_again_never_keeps_more_than_it_makes_anew(
     model: ModelFacts, job: dict[str, Any], rows: int, tokens: int
 ) -> None:
-    off, full = (job_of(model, job | {"way": way}) for way in ("Off", "Full"))
+    off, full = (job_of(model, job | {"way": way, "path": "Off"}) for way in ("Off", "Full"))
     batch = Batch(rows, tokens, masked=False)
     one_block = max(kept_by_block(block, off, model, batch) for block in blocks_of(model))
     entries = len(blocks_of(model)) * rows * tokens * model.hidden * 4
@@ -361,7 +364,8 @@ def test_computing_again_never_keeps_more_than_it_makes_anew(
 @given(models(), st.integers(1, 8), st.integers(8, 2048))
 def test_fewer_bits_and_fewer_trained_weights_take_less(model: ModelFacts, rows: int, tokens: int) -> None:
     ladder = [of_method("QLoRA", r=4), of_method("LoRA", "BF16", r=4), of_method("Full", "FP32")]
-    held = [estimate(model, settle(model, **fields), Batch(rows, tokens, masked=False)) for fields in ladder]
+    plain = [settle(model, training=PLAIN, **fields) for fields in ladder]
+    held = [estimate(model, each, Batch(rows, tokens, masked=False)) for each in plain]
     for less, more in pairwise(held):
         assert less.weights_bytes <= more.weights_bytes
     assert held[0].gradients_bytes == held[1].gradients_bytes

@@ -24,7 +24,7 @@ from finetune_trainer.settings.resolve import SourceFacts, resolve
 from finetune_trainer.training.exact import batch_seen
 from finetune_trainer.training.memory import MEMORY_NAME, MemoryWatch, check_first_steps, correct
 from tests.tiny import make_config, make_tiny_model
-from tests.unit.trainer.test_estimate import LLAMA_8B, write_config
+from tests.unit.trainer.test_estimate import LLAMA_8B, PLAIN, write_config
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,18 +59,24 @@ def fitted(
 
 
 @pytest.mark.parametrize(
-    ("memory", "length", "chosen"),
+    ("memory", "length", "path", "chosen"),
     [
-        ("10Gi", 512, (8, "Full")),
-        ("12Gi", 512, (16, "Full")),
-        ("79Gi", 512, (16, "Off")),
-        ("24Gi", 2048, (8, "Full")),
-        ("40Gi", 2048, (2, "Off")),
-        ("79Gi", 2048, (4, "Off")),
+        ("10Gi", 512, "Off", (8, "Full")),
+        ("12Gi", 512, "Off", (16, "Full")),
+        ("79Gi", 512, "Off", (16, "Off")),
+        ("24Gi", 2048, "Off", (8, "Full")),
+        ("40Gi", 2048, "Off", (2, "Off")),
+        ("79Gi", 2048, "Off", (4, "Off")),
+        ("10Gi", 512, "Auto", (8, "Full")),
+        ("24Gi", 2048, "Auto", (2, "Off")),
+        ("40Gi", 2048, "Auto", (4, "Off")),
+        ("79Gi", 2048, "Auto", (8, "Off")),
     ],
 )
-def test_an_8b_qlora_fills_the_gpu(memory: str, length: int, chosen: tuple[int, str], llama_8b: ModelFacts) -> None:
-    resolved, needed = fitted(llama_8b, memory, length)
+def test_an_8b_qlora_fills_the_gpu(
+    memory: str, length: int, path: str, chosen: tuple[int, str], llama_8b: ModelFacts
+) -> None:
+    resolved, needed = fitted(llama_8b, memory, length, training={"fastPath": path})
     assert needed is not None
     assert (resolved.micro_batch_size, resolved.gradient_checkpointing) == chosen
     assert needed.total_bytes <= (needed.gpu_memory_bytes or 0)
@@ -144,19 +150,19 @@ def test_nothing_is_chosen_and_nobody_refused_where_the_blocks_are_not_known(lla
 )
 def test_what_would_fit_is_told(memory: str, method: str, said: str, llama_8b: ModelFacts) -> None:
     with pytest.raises(OutOfMemory, match="even with micro-batch 1 and full checkpointing") as refusal:
-        fitted(llama_8b, memory, method=method)
+        fitted(llama_8b, memory, method=method, training=PLAIN)
     assert said in str(refusal.value)
     assert len(str(refusal.value)) < 600
 
 
 def test_shorter_rows_are_told_where_they_would_do(llama_8b: ModelFacts) -> None:
     with pytest.raises(OutOfMemory, match=r"training\.maxLength \d+ \(about"):
-        fitted(llama_8b, "8.8Gi", 8192, training={"maxLength": 8192})
+        fitted(llama_8b, "8.8Gi", 8192, training={"maxLength": 8192, **PLAIN})
 
 
 def peak_gib(model: ModelFacts, **fields: Any) -> float:
     """Of a step with micro-batch 1 and full checkpointing."""
-    training = {"perDeviceTrainBatchSize": 1, "gradientCheckpointing": "Full"}
+    training = {"perDeviceTrainBatchSize": 1, "gradientCheckpointing": "Full", **fields.pop("training", {})}
     _, needed = fitted(model, None, training=training, **fields)
     assert needed is not None
     return needed.peak_bytes / 2**30
@@ -164,8 +170,13 @@ def peak_gib(model: ModelFacts, **fields: Any) -> float:
 
 @pytest.mark.parametrize(
     ("share", "fields"),
-    [(0.9, {}), (0.7, {"objective": {"type": "DPO"}}), (0.7, {"parallelism": {"gpusPerNode": 2}})],
-    ids=["measured", "derived: pairs", "derived: several GPUs"],
+    [
+        (0.9, {"training": {"fastPath": "Off"}}),
+        (0.7, {}),
+        (0.7, {"objective": {"type": "DPO"}}),
+        (0.7, {"parallelism": {"gpusPerNode": 2}}),
+    ],
+    ids=["measured", "derived: fast path", "derived: pairs", "derived: several GPUs"],
 )
 def test_a_job_is_refused_only_if_a_step_cannot_fit_whatever_the_estimate_is_off(
     share: float, fields: dict[str, Any], llama_8b: ModelFacts
@@ -178,8 +189,8 @@ def test_a_job_is_refused_only_if_a_step_cannot_fit_whatever_the_estimate_is_off
 
 def test_what_is_told_to_fit_fits(llama_8b: ModelFacts) -> None:
     with pytest.raises(OutOfMemory, match=r"method\.type QLoRA"):
-        fitted(llama_8b, "12Gi", method="LoRA")
-    _, needed = fitted(llama_8b, "12Gi", method="QLoRA")
+        fitted(llama_8b, "12Gi", method="LoRA", training=PLAIN)
+    _, needed = fitted(llama_8b, "12Gi", method="QLoRA", training=PLAIN)
     assert needed is not None
     assert needed.total_bytes <= (needed.gpu_memory_bytes or 0)
 
@@ -188,11 +199,11 @@ def test_what_is_told_to_fit_fits(llama_8b: ModelFacts) -> None:
 
 
 def test_prepare_ends_a_job_that_no_setting_fits_into_a_pretended_gpu(desk: Desk, config: dict[str, Any]) -> None:
-    code, word = desk.run("prepare", config | {"parallelism": GPU, "pod": {"gpuMemory": "50Mi"}})
+    code, word = desk.run("prepare", config | {"parallelism": GPU, "pod": {"gpuMemory": "40Mi"}})
     assert code == ExitCode.OUT_OF_MEMORY
     assert word is not None
     assert word.reason is Reason.OUT_OF_MEMORY
-    assert "pod.gpuMemory is 0.05 GiB" in word.message
+    assert "pod.gpuMemory is 0.04 GiB" in word.message
     assert not desk.work.joinpath("data").exists()
 
 
@@ -235,7 +246,7 @@ def test_the_command_finds_the_config_in_the_source_and_marks_the_choice(
 
 def test_the_command_says_what_would_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_config(tmp_path / "8b", LLAMA_8B)
-    code, _ = command(tmp_path, capsys, folder, method={"type": "LoRA"}, pod={"gpuMemory": "12Gi"})
+    code, _ = command(tmp_path, capsys, folder, method={"type": "LoRA"}, pod={"gpuMemory": "10Gi"})
     assert code == ExitCode.OUT_OF_MEMORY
     assert command(tmp_path, capsys, tmp_path)[0] == ExitCode.NOT_FOUND
     assert command(tmp_path, capsys, folder, parallelism={"gpusPerNode": 0})[0] == ExitCode.INVALID_CONFIG

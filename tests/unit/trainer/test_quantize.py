@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +24,7 @@ from torch.cuda._utils import _nvrtc_compile as nvrtc_compile
 from finetune_trainer import quantize
 from finetune_trainer.config import Quantize
 from finetune_trainer.evaluate import IGNORED, Comparison, TokenRow, compare
-from finetune_trainer.models import awq_clips, gptq_blocks, gptq_scales
+from finetune_trainer.models import awq_clips, awq_scales, gptq_blocks, gptq_scales
 from finetune_trainer.models.finished import load_quantized, verify_layers
 from finetune_trainer.models.loading import load_finished, set_up_torch
 from finetune_trainer.progress import ExitCode, Reason, ResolvedQuantize, Stage
@@ -229,6 +230,70 @@ def test_limits_by_second_moments_are_as_good_as_those_of_the_library(
     assert ours.shape == theirs.shape
     assert (errors(ours) <= errors(theirs) * (1 + 1e-4)).all()
     assert errors(ours).sum() < 0.95 * errors(weights.abs().amax().expand_as(ours)).sum(), "it looked for none"
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["zero points", "no zero points"])
+@pytest.mark.parametrize("hint", [None, 0.25])
+def test_scales_searched_where_the_model_is_are_those_of_the_library(
+    tmp_path: Path, symmetric: bool, hint: float | None
+) -> None:
+    gptqmodel = quantize.import_gptqmodel(tmp_path)
+    quantize.quicken(gptqmodel)
+    processors = importlib.import_module("gptqmodel.looper.awq_processor").AWQProcessor
+    processor = processors.__new__(processors)
+    processor.qcfg = gptqmodel.quantization.config.AWQConfig(bits=4, group_size=32, sym=symmetric)
+    processor._scale_context = SimpleNamespace(prev_scale=hint)
+    processor._quant_batch_size, processor.duo_scaling = 1, True
+    processor.gptq_model, processor.model = SimpleNamespace(rotary_embedding=None), None
+    torch.manual_seed(7)
+    scaled = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+    block = torch.nn.Sequential(scaled, torch.nn.SiLU(), torch.nn.Linear(64, 64, dtype=torch.bfloat16))
+    inputs = torch.randn(3, 40, 64).mul(torch.arange(1, 65)).bfloat16()
+    weight_mean, input_mean = scaled.weight.abs().mean(0).detach(), inputs.abs().mean((0, 1))
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+
+    def search(find: Callable[..., tuple[torch.Tensor, float]]) -> tuple[torch.Tensor, float]:
+        with torch.inference_mode():
+            expected = [block(some) for some in torch.split(inputs, 1)]
+            return find(processor, inputs, weight_mean, input_mean, block, [scaled], expected, {})
+
+    ours, theirs = (search(find) for find in (awq_scales.find_scales, processors._compute_best_scale.__wrapped__))
+    assert torch.equal(ours[0], theirs[0])
+    assert ours[1] == theirs[1]
+    assert same_bits(dict(block.state_dict()), before), "the weights are not what they were"
+
+
+def test_a_search_on_the_device_finds_the_scales_of_one_in_the_hosts_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "AWQ_BLOCK_TOKENS", 64)
+    written = []
+    for room in (False, True):
+        monkeypatch.setattr(quantize, "_has_room", lambda *_, room=room: room)
+        _, folder = make_quantized(tmp_path / str(room), "Qwen3ForCausalLM", make_settings("AWQ"))
+        written.append(load_file(folder / "model.safetensors"))
+    assert same_bits(*written)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("biased", [False, True])
+def test_codes_packed_in_groups_have_the_bits_of_the_library(tmp_path: Path, dtype: torch.dtype, biased: bool) -> None:
+    gptqmodel = quantize.import_gptqmodel(tmp_path)
+    quantize.quicken(gptqmodel)
+    packers = importlib.import_module("gptqmodel.nn_modules.qlinear.torch_awq").AwqTorchLinear
+    draw = torch.Generator().manual_seed(7)
+    linear = torch.nn.Linear(96, 64, bias=biased, dtype=dtype)
+    scales = torch.rand(64, 3, generator=draw).add(0.5).mul(0.01).to(dtype)
+    zeros = torch.randint(0, 16, (64, 3), generator=draw).to(dtype)
+
+    def pack(how: Callable[..., None]) -> dict[str, torch.Tensor]:
+        layer = packers(bits=4, group_size=32, sym=False, desc_act=False, in_features=96, out_features=64, bias=biased)
+        how(layer, linear, scales, zeros)
+        return dict(layer.state_dict())
+
+    ours, theirs = pack(packers.pack), pack(packers.pack.__wrapped__)
+    assert set(ours) == {"qweight", "qzeros", "scales"} | ({"bias"} if biased else set())
+    assert same_bits(ours, theirs)
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["zero points", "no zero points"])

@@ -62,6 +62,13 @@ class GradientCheckpointing(StrEnum):
     OFF = "Off"
 
 
+class FastPath(StrEnum):
+    """Whether the blocks of a Llama with adapters are computed by the trainer's own code."""
+
+    AUTO = "Auto"
+    OFF = "Off"
+
+
 class Every(Model):
     """How often: in optimizer steps, or as a share of the run."""
 
@@ -172,6 +179,12 @@ class Training(Model):
         default=None,
         description="Full: recompute all activations; Selective: all but products; Auto: Full on a GPU, Off on CPU; "
         "with pod.gpuMemory what is faster of those that fit. Default Auto.",
+    )
+    fast_path: FastPath | None = Field(
+        default=None,
+        description="Auto: adapters on a Llama, Mistral, Qwen2 or Qwen3 in 16 or 4 bits on one GPU are trained by the "
+        "trainer's own forward and backward pass, which is faster and keeps less of a pass; all else, and "
+        "Off, by autograd. Default Auto.",
     )
     neftune_noise_alpha: float | None = Field(
         default=None, gt=0, le=1000, description="Noise on embeddings while training (NEFTune). Default none."

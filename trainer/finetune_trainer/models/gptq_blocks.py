@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WIDTH = 128
-"""Columns of a block."""
 ROWS_OF_A_LAUNCH = 4
 """A warp each."""
 ROUNDED_AS_TORCH_DOES = ["--fmad=false"]

@@ -208,6 +208,8 @@ class Activations:
     """Gradients of values on their way through one block, and the widened weight of one layer."""
     freed: int
     """Of `kept`, gone by the time of a block's backward pass."""
+    gone: int = 0
+    """Of `kept`, gone by that of the first block, which comes last."""
 
 
 def count_activations(model: ModelFacts, resolved: Resolved, batch: Batch) -> Activations:

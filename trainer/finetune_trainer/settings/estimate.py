@@ -19,6 +19,7 @@ from finetune_trainer.config import Sharding, Strategy
 from finetune_trainer.models.loading import MEASURED_TOKENS
 from finetune_trainer.progress import Estimate
 from finetune_trainer.settings.activations import FP32, SIZES, Batch, count_activations
+from finetune_trainer.settings.by_hand import count_by_hand, count_scratch
 from finetune_trainer.settings.holdings import count_holdings
 from finetune_trainer.settings.layout import KNOWN, blocks_of
 
@@ -63,7 +64,8 @@ def estimate(
     model: ModelFacts, resolved: Resolved, batch: Batch, measured: int = 0, gpu_memory_bytes: int | None = None
 ) -> Estimate:
     """What each GPU holds with these settings. `measured`: tokens of held-out rows that are measured at a time."""
-    holdings, activations = count_holdings(model, resolved), count_activations(model, resolved, batch)
+    count = count_by_hand if resolved.fast_path else count_activations
+    holdings, activations = count_holdings(model, resolved), count(model, resolved, batch)
     weights = _share(holdings.weights, resolved, sharded=True)
     gradients = _share(holdings.gradients, resolved, sharded=resolved.lora is None)
     states = _share(holdings.resident, resolved, sharded=resolved.lora is None)
@@ -101,11 +103,14 @@ def _passing(resolved: Resolved, casts: int, activations: Activations, blocks: i
     """What a pass adds to what is held: at the head, or in the backward pass of a block.
 
     `casts`: autocast's copies of weights; FSDP gathers in the dtype computed in instead. With checkpointing they are
-    gone by the backward pass, but for those of the block.
+    gone by the backward pass, but for those of the block. The fast path gathers all gradients of a pass before any is
+    added to those of earlier ones.
     """
     kept = activations.kept + (gradients if resolved.gradient_accumulation_steps > 1 else 0)
     of_block = casts if resolved.gradient_checkpointing == "Off" else math.ceil(casts / max(blocks, 1))
     backward = activations.block + activations.passing - activations.freed + of_block
+    if resolved.fast_path:
+        backward += max(gradients - activations.gone, 0)
     return kept + max(activations.head + casts, backward)
 
 
@@ -123,7 +128,7 @@ def _collected(model: ModelFacts, resolved: Resolved, holdings: Holdings) -> int
     """What is whole for a while: DDP's buckets, one copy of the gradients; FSDP's blocks in the dtype computed in.
 
     Of FSDP (Full) two blocks at a time, the next is fetched early (Zhao et al. 2023, arXiv:2304.11277), with their
-    gradients in fp32, embeddings and head; of GradOp all weights.
+    gradients in fp32, embeddings and head; of GradOp all weights. Of the fast path layers of 4 bits, widened.
     """
     match resolved.parallelism.strategy:
         case Strategy.DDP:
@@ -136,4 +141,4 @@ def _collected(model: ModelFacts, resolved: Resolved, holdings: Holdings) -> int
             ends = (model.vocabulary or 0) * model.hidden * (1 if model.tied else 2)
             return compute * (2 * block + ends) + FP32 * block
         case _:
-            return 0
+            return count_scratch(model, resolved) if resolved.fast_path else 0

@@ -31,6 +31,7 @@ from finetune_trainer.config import (
 from finetune_trainer.runtime.errors import InvalidConfig, OutOfMemory
 from finetune_trainer.runtime.memory import gib
 from finetune_trainer.settings.estimate import batch_of, estimate, measured_tokens, why_none
+from finetune_trainer.settings.fast import with_path
 from finetune_trainer.settings.methods import resolve_lora
 
 if TYPE_CHECKING:
@@ -154,7 +155,8 @@ def check_any_fits(job: Job, resolved: Resolved, memory_bytes: int) -> None:
 def _tolerance(resolved: Resolved) -> float:
     one = resolved.parallelism.world_size == 1 and resolved.dpo is None
     usual = resolved.base_format != BaseFormat.GPTQ and resolved.attention in ("Auto", "SDPA")
-    return TOLERANCE if one and usual and not resolved.added_tokens else DERIVED_TOLERANCE
+    measured = one and usual and not resolved.added_tokens and not resolved.fast_path
+    return TOLERANCE if measured else DERIVED_TOLERANCE
 
 
 def _least(resolved: Resolved) -> Resolved:
@@ -183,7 +185,8 @@ def _lighter(job: Job, resolved: Resolved) -> Iterator[tuple[str, Resolved]]:
     lora = _adapter_for(job, resolved)
     if lora is not None and resolved.base_format not in (BaseFormat.NF4, BaseFormat.FP4, BaseFormat.GPTQ):
         update = {**in_4_bits, "lora": lora, "galore": None}
-        yield "method.type QLoRA", resolved.model_copy(update=update)
+        changed = resolved.model_copy(update=update)
+        yield "method.type QLoRA", with_path(job.config, changed, job.model, job.data.length_max)
 
 
 def _adapter_for(job: Job, resolved: Resolved) -> ResolvedLora | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from finetune_trainer.config import Optimizer
 from finetune_trainer.settings.activations import FP32, SIZES, taps, widths_of
+from finetune_trainer.settings.by_hand import count_room
 from finetune_trainer.settings.layout import layers_of
 from finetune_trainer.settings.methods import matches
 
@@ -76,8 +77,9 @@ def count_holdings(model: ModelFacts, resolved: Resolved) -> Holdings:
     copies = 2 if resolved.dpo is not None and resolved.lora is None else 1
     references = 2 if resolved.dpo is not None and model.adapter is not None else 1
     states = [count_states(tensor, resolved, size) for tensor in trained]
+    room = count_room(model, resolved) if resolved.fast_path else 0
     return Holdings(
-        weights=copies * count_weights(model, resolved),
+        weights=copies * count_weights(model, resolved) + room,
         adapter=references * adapter,
         gradients=size * numel,
         optimizer=sum(total for total, _ in states),
@@ -225,8 +227,11 @@ def _stepping(trained: tuple[Trained, ...], resolved: Resolved, size: int) -> in
 
 
 def _casts(model: ModelFacts, resolved: Resolved, trained: int, size: int) -> int:
-    """Of adapters, or of linear layers; the embeddings are looked up as they are, the head is cast tile by tile."""
+    """Of adapters, or of linear layers; the embeddings are looked up as they are, the head is cast tile by tile.
+
+    The fast path has its copies of adapters beside the weights.
+    """
     compute = SIZES[resolved.compute_dtype]
-    if compute >= size:
+    if compute >= size or resolved.fast_path:
         return 0
     return compute * (trained if resolved.lora is not None else sum(layer.numel for layer in layers_of(model)))

@@ -34,6 +34,7 @@ from finetune_trainer.progress import (
 )
 from finetune_trainer.runtime.errors import InvalidConfig
 from finetune_trainer.settings.devices import resolve_parallelism
+from finetune_trainer.settings.fast import with_path
 from finetune_trainer.settings.methods import (
     check_added_tokens,
     check_method,
@@ -99,7 +100,7 @@ def resolve(
     total_steps, epochs = resolve_length(training, sequences, global_batch)
     check_held_out(config, data.eval_rows)
     checkpoint = training.checkpoint or Checkpoint()
-    return Resolved(
+    settled = Resolved(
         model_digest=sources.model_digest,
         model_revision=sources.model_revision,
         data_digest=sources.data_digest,
@@ -147,6 +148,7 @@ def resolve(
         merge=resolve_merge(config),
         quantize=resolve_quantize(config, model),
     )
+    return with_path(config, settled, model, data.length_max)
 
 
 def check_early(config: JobConfig, model: ModelFacts) -> None:

@@ -53,10 +53,10 @@ class Collator:
     micro-batch lie behind each other in one, and their limits are told, or each layer would look for them.
     """
 
-    def __init__(self, resolved: Resolved) -> None:
-        """The settings decide on the form."""
+    def __init__(self, resolved: Resolved, *, in_one_row: bool = False) -> None:
+        """`in_one_row`: packed sequences lie behind each other whatever the kernel of attention is."""
         self._packed = resolved.packing
-        self._flat = resolved.packing and resolved.attention == "FlashAttention2"
+        self._flat = resolved.packing and (in_one_row or resolved.attention == "FlashAttention2")
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Tensors [rows, longest], or [1, all tokens]."""

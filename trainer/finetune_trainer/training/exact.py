@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from finetune_trainer.data.order import RowOrder
     from finetune_trainer.evaluate import HeldOut
+    from finetune_trainer.fast.model import FastModel
 
 
 def batch_seen(inputs: Mapping[str, Any]) -> Batch:
@@ -67,6 +68,8 @@ class Exact(Trainer, ABC):
     step_tokens: int = 0
     largest_batch: Batch = Batch(0, 0, masked=False)
     """Of the micro-batches so far that with the most tokens."""
+    fast: FastModel | None = None
+    """Computes losses and gradients in place of autograd, where it can."""
     drill: Callable[[int], None] | None = None
     """Called with the number of the step before each of its micro-batches; it may raise."""
     step_gradient_norm: float = 0.0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback
 
+from finetune_trainer.fast.build import build_fast, is_fast
 from finetune_trainer.models import sharding
 from finetune_trainer.models.loading import import_peft
 from finetune_trainer.training.adapters import build_lora, train_in_fp32, unrounded
@@ -37,7 +38,8 @@ def build_trainer(  # noqa: PLR0913 - the pieces of a training
     """
     import_peft()
     peft_config = build_lora(resolved, base)
-    build = partial(_build_sft, resolved) if resolved.dpo is None else partial(_build_dpo, reference)
+    fast = is_fast(resolved, base.device)
+    build = partial(_build_sft, resolved, fast) if resolved.dpo is None else partial(_build_dpo, reference)
     with unrounded(base):
         trainer = build(
             model=base,
@@ -55,6 +57,8 @@ def build_trainer(  # noqa: PLR0913 - the pieces of a training
     if resolved.galore is not None:
         trainer.optimizer_cls_and_kwargs = _galore(trainer.model, resolved)
     trainer.weights_are_set()
+    if fast:
+        trainer.fast = build_fast(trainer.model, resolved, dtype)
     trainer.row_order = build_order(rows, resolved)
     return trainer
 
@@ -65,10 +69,10 @@ def _galore(model: Any, resolved: Resolved) -> tuple[type, dict[str, Any]]:  # n
     return build_galore(model, resolved)
 
 
-def _build_sft(resolved: Resolved, **pieces: Any) -> Exact:  # noqa: ANN401 - what TRL's trainers take
+def _build_sft(resolved: Resolved, fast: bool, **pieces: Any) -> Exact:  # noqa: ANN401, FBT001 - what TRL's trainers take
     from finetune_trainer.training.sft import SftTrainer  # noqa: PLC0415 - slow
 
-    return SftTrainer(data_collator=Collator(resolved), **pieces)
+    return SftTrainer(data_collator=Collator(resolved, in_one_row=fast), **pieces)
 
 
 def _build_dpo(reference: Any, **pieces: Any) -> Exact:  # noqa: ANN401 - what TRL's trainers take

@@ -1,0 +1,54 @@
+"""Whether the fast path can be used on this machine, and the fast path of a model that trains."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from finetune_trainer.fast.model import FastModel
+    from finetune_trainer.progress import Resolved
+
+log = logging.getLogger(__name__)
+
+OLDEST_CAPABILITY = (8, 0)
+"""Ampere: the first GPUs with bf16 and the attention kernels."""
+COMPILERS = ("cc", "gcc", "clang")
+
+
+def is_fast(resolved: Resolved, device: torch.device) -> bool:
+    """Whether a training takes the fast path on this machine. The log says so, or why not."""
+    reason = why_not_here(device) if resolved.fast_path else resolved.plain_because
+    if reason is None:
+        log.info("training the fast way (training.fastPath): blocks by hand")
+    else:
+        log.info("training the plain way, by autograd: %s", reason)
+    return reason is None
+
+
+def build_fast(adapted: Any, resolved: Resolved, dtype: torch.dtype) -> FastModel:  # noqa: ANN401 - a PEFT model
+    """The fast path of a model that trains."""
+    from finetune_trainer.fast.block import Plan  # noqa: PLC0415 - brings torch
+    from finetune_trainer.fast.model import FastModel  # noqa: PLC0415 - brings torch
+
+    plans = {"Full": Plan.INPUT, "Selective": Plan.ATTENTION, "Off": Plan.PRODUCTS}
+    return FastModel(adapted, plans[resolved.gradient_checkpointing], dtype)
+
+
+def why_not_here(device: torch.device) -> str | None:
+    """What this machine lacks, in words; None where nothing."""
+    import torch  # noqa: PLC0415 - slow
+
+    if device.type != "cuda":
+        return "there is no GPU"
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+        return "the GPU is older than NVIDIA's Ampere, or another maker's"
+    if find_spec("triton") is None:
+        return "there is no Triton, whose kernels it has"
+    if not any(map(shutil.which, COMPILERS)):
+        return "there is no C compiler, which Triton needs"
+    return None

@@ -1,0 +1,236 @@
+"""Bytes that the fast path takes: what its blocks keep, what its backward pass makes anew, what passes by. Pure.
+
+Counted tensor by tensor from `fast/block.py`, `linear.py` and `model.py`, which hold nothing else: no autograd, no
+autocast. Layers with the same input are one buffer [rows + room, columns + room], and what they are given has room for
+the adapters' columns beside it. Of checkpointing Full keeps a block's input alone, Selective what attention gave as
+well, Off all that took a product.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from finetune_trainer.settings.activations import FOUR_BITS, FP32, SIZES, Activations, taps
+from finetune_trainer.settings.layout import blocks_of
+
+if TYPE_CHECKING:
+    from finetune_trainer.models.folder import ModelFacts
+    from finetune_trainer.progress import Resolved
+    from finetune_trainer.settings.activations import Batch
+    from finetune_trainer.settings.layout import Block, Layer
+
+C = SIZES["BF16"]
+"""Bytes of a number, but for what is said to be in fp32."""
+MULTIPLE = 64
+"""Of the room: `fast.linear.MULTIPLE`."""
+HEAD_ROWS = 1024
+"""Tokens whose logits are made at once: `fast.model.HEAD_ROWS`."""
+TARGET = 8
+"""Bytes of a token's id."""
+PROCESSORS = 132
+"""Streaming multiprocessors of an H100: FlashAttention in a fixed order has a sum for each share of them."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that share their input."""
+
+    rows: int
+    """Of all of them."""
+    columns: int
+    room: int
+    """For the adapters and a bias."""
+    shared: bool
+    """Whether there are several."""
+
+    @property
+    def numel(self) -> int:
+        """Numbers in their buffer."""
+        return (self.rows + self.room) * (self.columns + self.room)
+
+    @property
+    def given(self) -> int:
+        """Bytes of a token's input with its room."""
+        return C * (self.columns + self.room)
+
+    @property
+    def above(self) -> int:
+        """Bytes of the gradient of a token's output with its room."""
+        return C * (self.rows + self.room)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A block as the fast path sees it. Bytes of a token."""
+
+    inputs: Group
+    """Query, key, value."""
+    out: Group
+    both: Group
+    """Gate, up."""
+    down: Group
+    heads: int
+    """Query, key and value, once more where heads have norms, and factors of these."""
+    attended: int
+    """What attention gives, and a log-sum-exp a head in fp32."""
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """All of them."""
+        return (self.inputs, self.out, self.both, self.down)
+
+    @property
+    def stream(self) -> int:
+        """What goes from block to block."""
+        return C * self.out.rows
+
+
+def sizes_of(block: Block, model: ModelFacts, resolved: Resolved) -> Sizes:
+    """The sizes of a Llama's block."""
+    attention, mlp = block.modules
+    within = [norm for norm in block.norms if norm.within]
+    inputs = _group(attention.first, model, resolved)
+    return Sizes(
+        inputs=inputs,
+        out=_group((attention.last,), model, resolved),
+        both=_group(mlp.first, model, resolved),
+        down=_group((mlp.last,), model, resolved),
+        heads=C * inputs.rows + sum(C * norm.width + FP32 * norm.groups for norm in within),
+        attended=C * attention.last.columns + FP32 * model.heads,
+    )
+
+
+def _group(layers: tuple[Layer, ...], model: ModelFacts, resolved: Resolved) -> Group:
+    ranks = sum(resolved.lora.r for _ in taps(resolved.lora, layers)) if resolved.lora is not None else 0
+    extra = ranks + any(layer.name in model.biased for layer in layers)
+    room = math.ceil(extra / MULTIPLE) * MULTIPLE
+    return Group(sum(layer.rows for layer in layers), layers[0].columns, room, len(layers) > 1)
+
+
+# What is held besides the weights
+
+
+def count_room(model: ModelFacts, resolved: Resolved) -> int:
+    """What buffers of 16-bit weights have more than the weights themselves."""
+    if resolved.base_format in FOUR_BITS:
+        return 0
+    groups = [group for block in blocks_of(model) for group in sizes_of(block, model, resolved).groups]
+    return C * sum(group.numel - group.rows * group.columns for group in groups)
+
+
+def count_scratch(model: ModelFacts, resolved: Resolved) -> int:
+    """Buffers that 4-bit weights are widened into: one of each shape."""
+    if resolved.base_format not in FOUR_BITS:
+        return 0
+    groups = {group for block in blocks_of(model) for group in sizes_of(block, model, resolved).groups}
+    shapes = {(group.rows + group.room, group.columns + group.room) for group in groups}
+    return C * sum(rows * columns for rows, columns in shapes)
+
+
+# A pass
+
+
+def count_by_hand(model: ModelFacts, resolved: Resolved, batch: Batch) -> Activations:
+    """What a pass keeps and takes. Its first gradient lies beside what the blocks keep until the pass is over."""
+    sizes = [sizes_of(block, model, resolved) for block in blocks_of(model)]
+    each = [kept_by_hand(one, resolved) * batch.total for one in sizes]
+    first_gradient = max(one.down.above for one in sizes) * batch.total
+    again = max(_again(one, resolved) for one in sizes) * batch.total
+    backward = max(_backward(one, resolved, model, batch) for one in sizes)
+    return Activations(
+        kept=sum(each) + first_gradient + _angles(sizes[0], resolved, model, batch),
+        head=_head(model, batch),
+        block=again,
+        passing=backward - again,
+        freed=0,
+        gone=sum(each[1:]) - (first_gradient if len(each) > 1 else 0),
+    )
+
+
+def kept_by_hand(sizes: Sizes, resolved: Resolved) -> int:
+    """Bytes of a token that a block keeps for its backward pass."""
+    kept = sizes.stream
+    if resolved.gradient_checkpointing != "Full":
+        kept += sizes.attended
+    if resolved.gradient_checkpointing == "Off":
+        kept += sizes.heads + sizes.stream + sizes.both.above
+    return kept
+
+
+def _again(sizes: Sizes, resolved: Resolved) -> int:
+    """Of a token: all that a block's forward pass makes and its backward pass takes, less what was kept."""
+    return _looked(sizes) + _opened(sizes) - (kept_by_hand(sizes, resolved) - sizes.stream)
+
+
+def _looked(sizes: Sizes) -> int:
+    """Of attention: its input normed and the factors of that, heads, what it gave and that again with room."""
+    return sizes.inputs.given + FP32 + sizes.heads + sizes.attended + sizes.out.given
+
+
+def _opened(sizes: Sizes) -> int:
+    """Of the MLP: the stream before it, that normed and the factors of it, gate and up."""
+    return sizes.stream + sizes.both.given + FP32 + sizes.both.above
+
+
+def _backward(sizes: Sizes, resolved: Resolved, model: ModelFacts, batch: Batch) -> int:
+    """The most that a block's backward pass holds beside what was kept."""
+    drops = resolved.lora is not None and resolved.lora.dropout > 0
+    again = _again(sizes, resolved)
+    kept_of_mlp = sizes.stream + sizes.both.above if resolved.gradient_checkpointing == "Off" else 0
+    between = sizes.out.above
+    mlp = again + between + _through_mlp(sizes, drops=drops)
+    attention = again - (_opened(sizes) - kept_of_mlp) + between + sizes.down.above
+    attention += _through_attention(sizes, resolved, model, batch, drops=drops)
+    return max(mlp * batch.total + _learned(sizes.both), attention * batch.total + _learned(sizes.inputs))
+
+
+def _through_mlp(sizes: Sizes, *, drops: bool) -> int:
+    """Of a token: down's input and its gradient, and the gradient of the normed input."""
+    inner = sizes.down.given + C * sizes.down.columns
+    dropped = C * sizes.down.columns if drops else 0
+    return inner + max(_below(sizes.both, drops=drops), dropped)
+
+
+def _through_attention(sizes: Sizes, resolved: Resolved, model: ModelFacts, batch: Batch, *, drops: bool) -> int:
+    """Of a token: the gradient of what attention gave, those of heads; a kernel's own, or what is made of them."""
+    made = sizes.inputs.above + _below(sizes.inputs, drops=drops)
+    return C * (sizes.out.columns + sizes.inputs.rows) + max(_kernel(sizes, resolved, model, batch), made)
+
+
+def _kernel(sizes: Sizes, resolved: Resolved, model: ModelFacts, batch: Batch) -> int:
+    """Of a token, in attention's backward pass: sums of query's gradient and of the rows in fp32.
+
+    Where heads share keys, gradients of key and value for each of them. FlashAttention (packed rows) in a fixed order
+    has a sum for each share of the processors that heads leave idle.
+    """
+    width, heads = sizes.out.columns, max(model.heads, 1)
+    sequences = max(batch.total // resolved.max_length, 1)
+    sums = math.ceil(PROCESSORS / (sequences * heads)) if resolved.packing else 1
+    grouped = 2 * C * width if sizes.inputs.rows < 3 * width else 0
+    return sums * FP32 * width + FP32 * heads + grouped
+
+
+def _below(group: Group, *, drops: bool) -> int:
+    """Of a token: the gradient of the input, and of a dropped one that through an adapter, two where there are more."""
+    return C * group.columns * ((3 if group.shared else 2) if drops else 1)
+
+
+def _learned(group: Group) -> int:
+    """Gradients of the adapters side by side, in fp32, before each has its own."""
+    return FP32 * group.room * (group.rows + group.columns)
+
+
+def _head(model: ModelFacts, batch: Batch) -> int:
+    """The last stream, targets and losses; logits of a piece and its normed input, beside those of the piece before."""
+    piece = min(batch.total, HEAD_ROWS)
+    pieces = 2 if batch.total > piece else 1
+    tokens = C * model.hidden + TARGET + FP32
+    return tokens * batch.total + pieces * piece * C * ((model.vocabulary or 0) + model.hidden)
+
+
+def _angles(sizes: Sizes, resolved: Resolved, model: ModelFacts, batch: Batch) -> int:
+    """Cosines and sines of each place in a row; of packed rows of each token."""
+    places = batch.total if resolved.packing else batch.tokens
+    return 2 * C * (sizes.out.columns // max(model.heads, 1)) * places

@@ -1,0 +1,88 @@
+"""Whether a training takes the fast path (`fast/`), as far as prepare can know. Pure.
+
+The fast path computes what the plain one does, for the common case alone: adapters on the linear layers of a Llama,
+one GPU. Positions are turned by the model's own tables, so whatever scales them will do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from finetune_trainer.config import BITSANDBYTES, BaseFormat, ComputeDtype, FastPath, LoraBias
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from finetune_trainer.config import JobConfig
+    from finetune_trainer.models.folder import ModelFacts
+    from finetune_trainer.progress import Resolved, ResolvedLora
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+QUANTIZED_BLOCK = 64
+"""Weights that share a scale in NF4 and FP4: a row must have whole blocks of them."""
+UNEVEN = ("rank_pattern", "alpha_pattern", "lora_bias")
+"""What PEFT says in an adapter's settings where its parts are not all of one kind."""
+
+
+def with_path(config: JobConfig, resolved: Resolved, model: ModelFacts, longest: int) -> Resolved:
+    """The settings with the path that they lead to. `longest`: tokens of the longest row."""
+    return resolved.model_copy(update={"fast_path": why_plain(config, resolved, model, longest) is None})
+
+
+def why_plain(config: JobConfig, resolved: Resolved, model: ModelFacts, longest: int) -> str | None:
+    """Why the plain path is taken, for the log; None: the fast one is. `longest`: tokens of the longest row."""
+    if config.training is not None and config.training.fast_path is FastPath.OFF:
+        return "training.fastPath is Off"
+    if resolved.lora is None:
+        return f"{resolved.method} trains the weights themselves"
+    reasons = (*_of_the_run(resolved), *_of_the_model(resolved, model, longest), *_of_the_adapter(resolved.lora, model))
+    return next(iter(reasons), None)
+
+
+def _of_the_run(resolved: Resolved) -> Iterator[str]:
+    if resolved.dpo is not None:
+        yield "DPO has a loss of its own"
+    if resolved.base_format not in (*BITSANDBYTES, BaseFormat.BF16):
+        yield f"the base is held in {resolved.base_format}"
+    if resolved.compute_dtype != ComputeDtype.BF16:
+        yield f"products are computed in {resolved.compute_dtype}"
+    if resolved.parallelism.gpus_per_node == 0:
+        yield "there is no GPU"
+    if resolved.parallelism.world_size > 1:
+        yield f"{resolved.parallelism.world_size} processes share the work"
+    if resolved.attention not in ("Auto", "SDPA"):
+        yield f"model.attention is {resolved.attention}"
+    if resolved.neftune_noise_alpha is not None:
+        yield "NEFTune puts noise on the embeddings"
+    if resolved.added_tokens:
+        yield "embeddings of added tokens train"
+
+
+def _of_the_model(resolved: Resolved, model: ModelFacts, longest: int) -> Iterator[str]:
+    if model.architecture not in ARCHITECTURES:
+        yield f"{model.architecture} has other blocks than a Llama"
+    if model.activation != "silu":
+        yield f"its MLPs have {model.activation}, not silu"
+    if model.attention_dropout:
+        yield "its attention has dropout"
+    if model.window is not None and longest > model.window:
+        yield f"rows of {longest:,} tokens are longer than its attention's window of {model.window:,}"
+    in_4_bits = resolved.base_format in BITSANDBYTES
+    if in_4_bits and any(columns % QUANTIZED_BLOCK for columns in model.linear_layers.values()):
+        yield f"{QUANTIZED_BLOCK} does not divide the columns of its layers, which are held in {resolved.base_format}"
+
+
+def _of_the_adapter(lora: ResolvedLora, model: ModelFacts) -> Iterator[str]:
+    if lora.use_dora:
+        yield "DoRA scales the weights"
+    if lora.bias != LoraBias.NONE:
+        yield "biases train"
+    if lora.modules_to_save:
+        yield f"{lora.modules_to_save[0]} trains whole"
+    if lora.target_parameters:
+        yield f"{lora.target_parameters[0]} is no layer"
+    if others := [name for name in lora.target_modules if name.rpartition(".")[2] not in LAYERS]:
+        yield f"{others[0]} is none of a Llama's linear layers"
+    if any((model.adapter or {}).get(name) for name in UNEVEN):
+        yield "the adapter to go on from has parts of several kinds"
