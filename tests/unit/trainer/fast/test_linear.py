@@ -49,7 +49,7 @@ def make_peft(
     sketches: list[Sketch], inputs: int, dtype: torch.dtype = torch.float64, *, packed: bool = False
 ) -> list[Any]:
     """PEFT's layers, adapters of random values, and dropout of the places that a layer's number chooses."""
-    base = torch.nn.ModuleDict()
+    base: Any = torch.nn.ModuleDict()
     for number, sketch in enumerate(sketches):
         layer = torch.nn.Linear(inputs, sketch.outputs, bias=sketch.biased, dtype=dtype)
         base[f"layer{number}"] = pack_linear(layer.weight.data, layer.bias) if packed else layer
@@ -90,7 +90,8 @@ def learn(linears: Linears, above: Tensor, wide: Tensor) -> tuple[Tensor, dict[A
     """The gradient of the input, and those of adapters."""
     gradient = above.new_full((len(above), linears.outputs + linears.room), torch.nan)
     gradient[:, : linears.outputs] = above
-    seeds, found = range(len(linears.layers)), {}
+    found: dict[Any, Tensor] = {}
+    seeds = range(len(linears.layers))
     below = linears.backward(linears.load(above), gradient, seeds)
     linears.learn(gradient, wide, seeds, found.__setitem__)
     return below, found

@@ -52,14 +52,16 @@ Gradients = dict[str, Tensor]
 
 
 def norm_plainly(module: Any, x: Tensor) -> Tensor:
-    return module.weight * x / (x.square().mean(-1, keepdim=True) + module.variance_epsilon).sqrt()
+    weight: Tensor = module.weight
+    return weight * x / (x.square().mean(-1, keepdim=True) + module.variance_epsilon).sqrt()
 
 
 def make_base(family: str = "Llama", **changes: Any) -> Any:
     """A model of random values, biases and norms too, in float64 throughout."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{**SIZE, **FAMILIES[family], **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    kind: Any = getattr(transformers, f"{family}ForCausalLM")
+    model = kind._from_config(config, dtype=torch.float64)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.data.uniform_(*((-1, 1) if "bias" in name else (0.5, 1.5)))
@@ -114,13 +116,13 @@ def by_autograd(adapted: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Gradien
     logits = adapted(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     targets = batch["labels"][:, 1:].flatten()
     loss = functional.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum") / COUNT
-    loss.backward()
+    torch.autograd.backward(loss)
     return loss.detach(), take_gradients(adapted)
 
 
 def by_hand(adapted: Any, batch: dict[str, Any], plan: Plan = Plan.PRODUCTS) -> tuple[Tensor, Gradients]:
     loss = FastModel(adapted, plan, torch.float64).loss(batch, COUNT)
-    loss.backward()
+    torch.autograd.backward(loss)
     return loss.detach(), take_gradients(adapted)
 
 
@@ -164,10 +166,10 @@ def test_in_float32_they_are_those_of_transformers_itself() -> None:
         module.__dict__.pop("forward", None)
     batch = make_batch(11, 8)
     loss = adapted(**batch, num_items_in_batch=torch.tensor(COUNT)).loss
-    loss.backward()
+    torch.autograd.backward(loss)
     expected = loss.detach(), take_gradients(adapted)
     loss = FastModel(adapted, Plan.PRODUCTS, torch.float32).loss(batch, COUNT)
-    loss.backward()
+    torch.autograd.backward(loss)
     assert_alike((loss.detach(), take_gradients(adapted)), expected, tolerance=1e-4)
 
 
@@ -252,7 +254,7 @@ def test_a_count_on_the_device_is_as_good_as_a_number() -> None:
     adapted, batch = adapt(make_base()), make_batch(5)
     expected = by_hand(adapted, batch)
     loss = FastModel(adapted, Plan.PRODUCTS, torch.float64).loss(batch, torch.tensor(COUNT))
-    loss.backward()
+    torch.autograd.backward(loss)
     assert_same_bits((loss.detach(), take_gradients(adapted)), expected)
 
 
@@ -262,7 +264,7 @@ def test_gradients_of_micro_batches_add_up() -> None:
     (first, some), (second, others) = (by_autograd(adapted, batch) for batch in batches)
     losses = [model.loss(batch, COUNT) for batch in batches]  # both forward passes before the first one back
     for loss in losses:
-        loss.backward()
+        torch.autograd.backward(loss)
     expected = {name: some[name] + others[name] for name in some}
     assert_alike(((losses[0] + losses[1]).detach(), take_gradients(adapted)), (first + second, expected))
 
@@ -274,7 +276,7 @@ def test_steps_of_an_optimizer_are_followed() -> None:
     for _ in range(3):
         expected = by_autograd(adapted, batch)
         loss = model.loss(batch, COUNT)
-        loss.backward()
+        torch.autograd.backward(loss)
         found = {name: each.grad.clone() for name, each in adapted.named_parameters() if each.grad is not None}
         assert_alike((loss.detach(), found), expected)
         optimizer.step()
@@ -288,7 +290,7 @@ def test_the_model_itself_stays_as_it_is(family: str) -> None:
     trained = {name: each for name, each in adapted.named_parameters() if each.requires_grad}
     logits = adapted(**batch).logits
     model = FastModel(adapted, Plan.PRODUCTS, torch.float64)
-    model.loss(batch, COUNT).backward()
+    torch.autograd.backward(model.loss(batch, COUNT))
     assert torch.equal(adapted(**batch).logits, logits)
     after = adapted.state_dict()
     assert after.keys() == before.keys()
