@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import bitsandbytes as bnb
+import bitsandbytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,6 +15,7 @@ def pack_linear(
 ) -> Any:
     """bitsandbytes' Linear4bit of a weight [outputs, inputs]; `nested`: the scales of `size` weights have 8 bits."""
     outputs, inputs = weight.shape
+    bnb: Any = bitsandbytes
     layer = bnb.nn.Linear4bit(inputs, outputs, bias=bias is not None, compute_dtype=weight.dtype)
     layer.weight = bnb.nn.Params4bit(
         weight.clone(), requires_grad=False, quant_type=kind, compress_statistics=nested, blocksize=size

@@ -53,7 +53,8 @@ Gradients = dict[str, Tensor]
 
 def norm_plainly(module: Any, x: Tensor) -> Tensor:
     weight: Tensor = module.weight
-    return weight * x / (x.square().mean(-1, keepdim=True) + module.variance_epsilon).sqrt()
+    epsilon: float = module.variance_epsilon
+    return weight * x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt()
 
 
 def make_base(family: str = "Llama", **changes: Any) -> Any:

@@ -31,7 +31,7 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 
 
 def norm_plainly(x: Tensor, weight: Tensor) -> Tensor:
-    heads = x.unflatten(1, (-1, len(weight)))
+    heads = x.reshape(len(x), -1, len(weight))
     return (weight * heads / (heads.square().mean(-1, keepdim=True) + EPSILON).sqrt()).flatten(1)
 
 
@@ -63,7 +63,8 @@ def test_gradient_of_a_norm(tokens: int, heads: int, width: int, residual: bool,
 def rotate_plainly(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """As transformers does, with rows of `cosines` again and again."""
     period, width = cosines.shape
-    shaped = x.unflatten(1, (-1, width)).unflatten(0, (-1, period)).transpose(1, 2)
+    shaped = x.reshape(-1, period, x.shape[1] // width, width).transpose(1, 2)
+    turned: Tensor
     turned, _ = apply_rotary_pos_emb(shaped, shaped, cosines[None], sines[None])
     return turned.transpose(1, 2).reshape(x.shape)
 
