@@ -61,7 +61,8 @@ Outcome = Figures | str
 
 def run_process(run: Run) -> Outcome:
     """Train in a process of its own."""
-    paths = os.pathsep.join(str(ROOT / name) for name in ("", "trainer"))
+    known = os.environ.get("PYTHONPATH")
+    paths = os.pathsep.join([*(str(ROOT / name) for name in ("", "trainer")), *([known] if known else [])])
     environment = {**os.environ, "PYTHONPATH": paths, **({"CUDA_VISIBLE_DEVICES": ""} if run.device == "cpu" else {})}
     done = subprocess.run(  # noqa: S603 - our own words
         [sys.executable, "-m", "benchmarks.gpu.process", json.dumps(asdict(run))],

@@ -248,10 +248,10 @@ class Block:
             kept.heads, kept.middle, kept.whole = looked.heads, middle, opened.whole
         return self.mlp.finish(middle, opened, seeds), kept
 
-    def backward(self, gradient: Tensor, kept: Kept, batch: Batch, keep: Keep) -> Tensor:
-        """The gradient before the block from that after it, [tokens, width + room of `down`] each.
+    def backward(self, gradient: Tensor, kept: Kept, batch: Batch, keep: Keep, room: int) -> Tensor:
+        """The gradient before the block [tokens, width + room] from that after it [tokens, width + room of `down`].
 
-        The room is there for the block below.
+        `room`: what the block below wants.
         """
         x, seeds = kept.x, kept.seeds
         looked = self.attention.look(x, batch, seeds, kept.heads, kept.attended)
@@ -261,7 +261,7 @@ class Block:
         between = _empty(x, width + out.room)
         self.mlp.backward(gradient, middle, opened, seeds, between[:, :width], keep)
         del opened, middle
-        below = _empty(x, width + self.mlp.down.room)
+        below = _empty(x, width + room)
         self.attention.backward(between, x, looked, batch, seeds, below[:, :width], keep)
         return below
 

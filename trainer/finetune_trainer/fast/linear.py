@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Keep: TypeAlias = "Callable[[torch.nn.Parameter, Tensor], None]"
 """Takes a parameter and its gradient of a micro-batch, in fp32, alone in its memory."""
+Layout: TypeAlias = "tuple[int, tuple[tuple[int, int, bool], ...]]"
+"""Inputs, and of each layer its outputs, its rank and whether it has a bias."""
 MULTIPLE = 64
 """Extra columns come in so many: what tensor cores take at once."""
 
@@ -55,16 +57,19 @@ class Scratch:
     def __init__(self) -> None:
         self.turn = 0
         """Adapters change between two forward passes: what was placed in an earlier one is stale."""
-        self._buffers: dict[tuple[int, int], Tensor] = {}
-        self._owners: dict[tuple[int, int], Linears] = {}
+        self._buffers: dict[Layout, Tensor] = {}
+        self._owners: dict[Layout, Linears] = {}
 
-    def take(self, owner: Linears, shape: tuple[int, int], like: Tensor) -> tuple[Tensor, bool]:
-        """A buffer of that shape, of zeros at first, and whether it still holds what `owner` put there."""
-        if shape not in self._buffers:
-            self._buffers[shape] = like.new_zeros(shape)
-        held = self._owners.get(shape) is owner
-        self._owners[shape] = owner
-        return self._buffers[shape], held
+    def take(self, owner: Linears, like: Tensor) -> tuple[Tensor, bool]:
+        """A buffer for `owner`, of zeros at first, and whether it still holds what `owner` put there.
+
+        Layers share it that are laid out alike: what is 0 beside the adapters of one is 0 beside those of all.
+        """
+        if owner.layout not in self._buffers:
+            self._buffers[owner.layout] = like.new_zeros(owner.shape)
+        held = self._owners.get(owner.layout) is owner
+        self._owners[owner.layout] = owner
+        return self._buffers[owner.layout], held
 
 
 class Linears:
@@ -81,7 +86,10 @@ class Linears:
         self._ranks = sum(layer.rank for layer in layers)
         self._biased = any(layer.base.bias is not None for layer in layers)
         self.room = -(-(self._ranks + self._biased) // MULTIPLE) * MULTIPLE
-        self._shape = (self.outputs + self.room, self.inputs + self.room)
+        self.shape = (self.outputs + self.room, self.inputs + self.room)
+        """Of the buffer."""
+        each = ((layer.outputs, layer.rank, layer.base.bias is not None) for layer in layers)
+        self.layout: Layout = (self.inputs, tuple(each))
         self._packed = hasattr(layers[0].base.weight, "quant_state")
         self._scratch, self._turn = scratch, -1
         self._held = None if self._packed else self._move_in()
@@ -104,7 +112,7 @@ class Linears:
             if not current:
                 self._place(buffer)
             return buffer
-        buffer, there = self._scratch.take(self, self._shape, like)
+        buffer, there = self._scratch.take(self, like)
         if not (current and there):
             for layer, rows, ranks in self._parts():
                 ops.widen(layer.base, buffer, rows.start, self._beside(layer, rows, ranks))
@@ -129,7 +137,7 @@ class Linears:
             extra[:, self._ranks].fill_(1.0)
 
     def multiply(self, buffer: Tensor, x: Tensor, out: Tensor) -> Tensor:
-        """X [tokens, inputs + room], its extra columns filled, times the weights, into `out` [tokens, outputs]."""
+        """Input [tokens, inputs + room], its extra columns filled, times the weights, into `out` [tokens, outputs]."""
         return torch.mm(x, buffer[: self.outputs].T, out=out)
 
     def multiply_add(self, buffer: Tensor, x: Tensor, residual: Tensor) -> Tensor:
@@ -180,7 +188,7 @@ class Linears:
 
     def _move_in(self) -> Tensor:
         weight: Tensor = self.layers[0].base.weight
-        buffer = weight.new_zeros(self._shape)
+        buffer = weight.new_zeros(self.shape)
         for layer, rows, _ in self._parts():
             view = buffer[rows, : self.inputs]
             layer.base.weight.data = view.copy_(layer.base.weight.data)

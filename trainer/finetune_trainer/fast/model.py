@@ -89,8 +89,9 @@ class FastModel:
             found[id(parameter)] = gradient
 
         gradient = passed.gradient.mul_(scale)
-        for block in reversed(self._blocks):
-            gradient = block.backward(gradient, passed.kept.pop(), passed.batch, keep)
+        rooms = [0, *(block.mlp.down.room for block in self._blocks[:-1])]
+        for block, room in zip(reversed(self._blocks), reversed(rooms), strict=True):
+            gradient = block.backward(gradient, passed.kept.pop(), passed.batch, keep, room)
         return [found[id(parameter)].to(parameter.dtype) for parameter in self.trained]
 
     def _batch(self, inputs: Mapping[str, Any], x: Tensor) -> Batch:

@@ -1,0 +1,196 @@
+"""The fast path on a GPU: kernels in bf16, gradients beside autograd's, the same bits again, and a whole job."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from finetune_trainer.fast import ops
+from finetune_trainer.fast.block import Plan
+from finetune_trainer.fast.model import FastModel
+from finetune_trainer.models.loading import import_peft, set_up_torch
+from tests.gpu.bench import LLAMA_1B, TOKENIZER, Bench, Outcome, make_job
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BF16_ERROR = 0.004
+"""Of a rounding to bf16, relative to what is rounded, as a norm over many numbers: 2⁻⁸."""
+COSINE = 0.999
+Gradients = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deterministic() -> None:
+    set_up_torch()
+
+
+def draw(*shape: int) -> torch.Tensor:
+    """Columns of a wider buffer, as the blocks have them."""
+    return torch.randn(shape[0], shape[1] + 64, device="cuda", dtype=torch.bfloat16)[:, : shape[1]]
+
+
+def normalize() -> list[torch.Tensor]:
+    x, above, residual = draw(300, 4096), draw(300, 4096), draw(300, 4096)
+    weight = torch.rand(4096, device="cuda", dtype=torch.bfloat16) + 0.5
+    out, below = torch.empty_like(x), torch.empty_like(x)
+    factors = ops.normalize(x, weight, 1e-5, out)
+    ops.normalize_backward(above, x, weight, factors, below, residual)
+    return [out, factors, below]
+
+
+def rotate() -> list[torch.Tensor]:
+    x, angles = draw(300, 40 * 128), torch.randn(100, 128, device="cuda")
+    forward, back = torch.empty_like(x), torch.empty_like(x)
+    ops.rotate(x, angles.cos(), angles.sin(), forward)
+    ops.rotate(x, angles.cos(), angles.sin(), back, back=True)
+    return [forward, back]
+
+
+def gate() -> list[torch.Tensor]:
+    both, above = draw(300, 2 * 14_336), draw(300, 14_336)
+    out, again = torch.empty_like(above), torch.empty_like(above)
+    ops.gate(both, out)
+    ops.gate_backward(above, both, again)
+    return [out, both, again]
+
+
+def surprise() -> list[torch.Tensor]:
+    logits, targets = 4 * draw(300, 128_256), torch.randint(128_256, (300,), device="cuda")
+    targets[::7] = -100
+    losses = ops.surprise(logits, targets)
+    return [losses, logits]
+
+
+@pytest.mark.parametrize("operation", [normalize, rotate, gate, surprise])
+def test_a_kernel_gives_what_torch_does(
+    operation: Callable[[], list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    by_kernel = operation()
+    monkeypatch.setattr(ops, "_by_kernel", lambda _: False)
+    torch.manual_seed(0)
+    for found, expected in zip(by_kernel, operation(), strict=True):
+        assert (found.float() - expected.float()).norm() <= BF16_ERROR * expected.float().norm()
+
+
+def adapt(form: str, dropout: float = 0.0) -> Any:  # noqa: ANN401 - a PEFT model
+    """Two blocks as wide as Llama-3.2-1B's with an adapter that is not at its start."""
+    torch.manual_seed(0)
+    shape = LLAMA_1B | {"num_hidden_layers": 2, "vocab_size": 8192}
+    with torch.device("cuda"):
+        model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**shape, **TOKENIZER), dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    if form == "NF4":
+        _to_4_bits(model)
+    peft = import_peft()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", lora_dropout=dropout))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float().cuda().normal_(0, 0.02)
+    return adapted.train()
+
+
+def _to_4_bits(model: Any) -> None:  # noqa: ANN401 - a transformers model
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit  # noqa: PLC0415 - slow
+
+    for name, layer in list(model.model.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            narrow = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16)
+            narrow.weight = Params4bit(layer.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+            parent, _, own = name.rpartition(".")
+            setattr(model.model.get_submodule(parent), own, narrow.cuda())
+    model.is_loaded_in_4bit = True
+
+
+def take(adapted: Any, loss: torch.Tensor) -> Gradients:  # noqa: ANN401 - a PEFT model
+    """The gradients of a loss, which are gone from the model then."""
+    torch.autograd.backward(loss)
+    found = {name: each.grad.clone() for name, each in adapted.named_parameters() if each.grad is not None}
+    adapted.zero_grad()
+    return found
+
+
+def cosine(some: Gradients, others: Gradients) -> float:
+    left, right = (torch.cat([each[name].flatten() for name in some]) for each in (some, others))
+    return float(left @ right / (left.norm() * right.norm()))
+
+
+def rows(length: int = 300) -> dict[str, torch.Tensor]:
+    """Four rows, one of them padded."""
+    ids = torch.randint(8192, (4, length), generator=torch.Generator().manual_seed(1)).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, length // 2 :] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def count(batch: dict[str, Any]) -> torch.Tensor:
+    counted: torch.Tensor = (batch["labels"][:, 1:] != -100).sum()
+    return counted
+
+
+@pytest.mark.parametrize("form", ["NF4", "BF16"])
+@pytest.mark.parametrize("plan", list(Plan))
+def test_gradients_are_autograds(form: str, plan: Plan) -> None:
+    adapted, batch = adapt(form), rows()
+    with torch.autocast("cuda", torch.bfloat16):
+        plain = adapted(**batch, num_items_in_batch=count(batch)).loss
+    expected = take(adapted, plain)
+    loss = FastModel(adapted, plan, torch.bfloat16).loss(batch, count(batch))
+    assert float(loss) == pytest.approx(float(plain), rel=1e-3)
+    assert cosine(take(adapted, loss), expected) >= COSINE
+
+
+def pack(batch: dict[str, torch.Tensor], lengths: list[int]) -> dict[str, Any]:
+    """The tokens as sequences of these lengths, one after another."""
+    ids = batch["input_ids"].reshape(1, -1)[:, : sum(lengths)]
+    limits = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).cuda()
+    labels = ids.clone()
+    labels[0, limits[:-1].long()] = -100
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].cuda()
+    return {
+        "input_ids": ids, "labels": labels, "position_ids": positions, "cu_seq_lens_q": limits,
+        "max_length_q": max(lengths),
+    }  # fmt: skip
+
+
+def test_packed_sequences_are_each_alone() -> None:
+    adapted, packed = adapt("BF16"), pack(rows(), [100, 37, 400, 3])
+    limits = packed["cu_seq_lens_q"].tolist()
+    alone = []
+    for start, end in pairwise(limits):
+        some = packed["input_ids"][:, start:end]
+        with torch.autocast("cuda", torch.bfloat16):
+            alone.append(adapted(input_ids=some, labels=some, num_items_in_batch=count(packed)).loss)
+    expected = take(adapted, torch.stack(alone).sum())
+    loss = FastModel(adapted, Plan.INPUT, torch.bfloat16).loss(packed, count(packed))
+    assert float(loss) == pytest.approx(float(torch.stack(alone).sum()), rel=1e-3)
+    assert cosine(take(adapted, loss), expected) >= COSINE
+
+
+@pytest.mark.parametrize("form", ["NF4", "BF16"])
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_same_again_gives_the_same_bits(form: str, packed: bool, dropout: float) -> None:  # noqa: FBT001 - a parameter
+    adapted = adapt(form, dropout)
+    batch: dict[str, Any] = pack(rows(2048), [2000, 500, 3000, 1000]) if packed else rows(2048)
+    fast, found = FastModel(adapted, Plan.INPUT, torch.bfloat16), []
+    for _ in range(5):
+        torch.manual_seed(3)
+        found.append(take(adapted, fast.loss(batch, count(batch))))
+    assert all(torch.equal(each[name], found[0][name]) for each in found for name in found[0])
+
+
+@pytest.mark.parametrize("method", [{"type": "QLoRA"}, {"type": "LoRA"}], ids=["QLoRA", "LoRA"])
+def test_a_job_learns_as_much_as_by_autograd(
+    method: dict[str, Any], bench: Bench, told: Callable[[Outcome], Outcome]
+) -> None:
+    ways = {
+        way: told(bench.train(f"{method['type']} {way}", make_job("1b", method, fastPath=way)))
+        for way in ("Auto", "Off")
+    }
+    assert ways["Auto"].first_loss == pytest.approx(ways["Off"].first_loss, rel=0.003)
+    assert ways["Auto"].last_loss == pytest.approx(ways["Off"].last_loss, rel=0.1)  # in steep fall: 20 steps from 12.3 to 1.2
