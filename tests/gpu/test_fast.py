@@ -78,7 +78,7 @@ def test_a_kernel_gives_what_torch_does(
         assert (found.float() - expected.float()).norm() <= BF16_ERROR * expected.float().norm()
 
 
-def adapt(form: str, dropout: float = 0.0) -> Any:  # noqa: ANN401 - a PEFT model
+def adapt(form: str, dropout: float = 0.0) -> Any:
     """Two blocks as wide as Llama-3.2-1B's with an adapter that is not at its start."""
     torch.manual_seed(0)
     shape = LLAMA_1B | {"num_hidden_layers": 2, "vocab_size": 8192}
@@ -94,19 +94,19 @@ def adapt(form: str, dropout: float = 0.0) -> Any:  # noqa: ANN401 - a PEFT mode
     return adapted.train()
 
 
-def _to_4_bits(model: Any) -> None:  # noqa: ANN401 - a transformers model
+def _to_4_bits(model: Any) -> None:
     from bitsandbytes.nn.modules import Linear4bit, Params4bit  # noqa: PLC0415 - slow
 
     for name, layer in list(model.model.named_modules()):
         if isinstance(layer, torch.nn.Linear):
-            narrow = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16)
+            narrow = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
             narrow.weight = Params4bit(layer.weight.data.cpu(), requires_grad=False, quant_type="nf4")
             parent, _, own = name.rpartition(".")
             setattr(model.model.get_submodule(parent), own, narrow.cuda())
     model.is_loaded_in_4bit = True
 
 
-def take(adapted: Any, loss: torch.Tensor) -> Gradients:  # noqa: ANN401 - a PEFT model
+def take(adapted: Any, loss: torch.Tensor) -> Gradients:
     """The gradients of a loss, which are gone from the model then."""
     torch.autograd.backward(loss)
     found = {name: each.grad.clone() for name, each in adapted.named_parameters() if each.grad is not None}
@@ -174,7 +174,7 @@ def test_packed_sequences_are_each_alone() -> None:
 @pytest.mark.parametrize("form", ["NF4", "BF16"])
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_the_same_again_gives_the_same_bits(form: str, packed: bool, dropout: float) -> None:  # noqa: FBT001 - a parameter
+def test_the_same_again_gives_the_same_bits(form: str, packed: bool, dropout: float) -> None:
     adapted = adapt(form, dropout)
     batch: dict[str, Any] = pack(rows(2048), [2000, 500, 3000, 1000]) if packed else rows(2048)
     fast, found = FastModel(adapted, Plan.INPUT, torch.bfloat16), []
@@ -193,4 +193,6 @@ def test_a_job_learns_as_much_as_by_autograd(
         for way in ("Auto", "Off")
     }
     assert ways["Auto"].first_loss == pytest.approx(ways["Off"].first_loss, rel=0.003)
-    assert ways["Auto"].last_loss == pytest.approx(ways["Off"].last_loss, rel=0.1)  # in steep fall: 20 steps from 12.3 to 1.2
+    assert ways["Auto"].last_loss == pytest.approx(
+        ways["Off"].last_loss, rel=0.1
+    )  # in steep fall: 20 steps from 12.3 to 1.2

@@ -232,6 +232,7 @@ def measure_loss(model: Any, rows: Sequence[TokenRow], poll: Callable[[int, int]
             logprobs, targets = _logprobs(model, batch)
             loss -= counts * float(logprobs.gather(-1, targets[:, None]).to(torch.float64).sum())
             count += counts * len(targets)
+            del logprobs  # or they would be held beside the next ones
     loss, tokens = total([loss, count])
     return loss / max(tokens, 1)
 
@@ -259,6 +260,7 @@ def compare(
             )
             sums = [known + float(term.to(torch.float64).sum()) for known, term in zip(sums, terms, strict=True)]
             count += len(targets)
+            del p, q, terms  # or they would be held beside the next ones
     return Comparison(*(known / max(count, 1) for known in sums))
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.estimate import GRID, SHAPES
+from benchmarks.estimate import FAST_GRID, GRID, SHAPES
 from benchmarks.estimate import settle as settle_run
 from finetune_trainer.models.folder import CONFIG, ModelFacts, describe_config
 from finetune_trainer.models.loading import load_base
@@ -259,6 +259,19 @@ PEAKS_GIB = {
     "llama GaLore 8x512 Full": 8.31,
     "qwen3 LoRA 8x512 Off": 9.32,
     "qwen3 Full 8x512 Full": 11.17,
+    "llama QLoRA fast 8x512 Full": 1.97,
+    "llama QLoRA fast 8x512 Off": 4.73,
+    "llama QLoRA fast 2x4096 Full": 2.63,
+    "llama QLoRA fast 2x4096 Off": 8.07,
+    "llama LoRA fast 8x512 Full": 3.27,
+    "llama LoRA fast 8x512 Off": 6.03,
+    "llama LoRA fast 2x4096 Full": 3.93,
+    "llama LoRA fast 2x4096 Off": 9.37,
+    "llama QLoRA fast 8x512 Selective": 2.22,
+    "llama LoRA fast 8x512 Selective": 3.52,
+    "llama QLoRA r=64 dropout fast 8x512 Off": 5.28,
+    "llama QLoRA fast packed 2x2048 Off": 4.73,
+    "qwen3 LoRA fast 8x512 Off": 5.45,
 }
 """Peaks of a step on an H100 with torch 2.11, as `python -m benchmarks.estimate` printed them: benchmarks/README.md."""
 
@@ -266,8 +279,8 @@ PEAKS_GIB = {
 def test_peaks_that_were_measured_on_an_h100_come_out(tmp_path: Path) -> None:
     """The formulas alone: nothing is measured here."""
     facts = {name: describe_config(write_config(tmp_path / name, shape.to_dict())) for name, shape in SHAPES.items()}
-    assert {run.name for run in GRID} == set(PEAKS_GIB)
-    for run in GRID:
+    assert {run.name for run in (*GRID, *FAST_GRID)} == set(PEAKS_GIB)
+    for run in (*GRID, *FAST_GRID):
         model = facts[run.shape]
         found = estimate(model, settle_run(run, model), Batch(run.rows, run.tokens, masked=run.packed))
         assert found.peak_bytes / GIB == pytest.approx(PEAKS_GIB[run.name], rel=0.025), run.name

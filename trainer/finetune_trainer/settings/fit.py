@@ -155,7 +155,7 @@ def check_any_fits(job: Job, resolved: Resolved, memory_bytes: int) -> None:
 def _tolerance(resolved: Resolved) -> float:
     one = resolved.parallelism.world_size == 1 and resolved.dpo is None
     usual = resolved.base_format != BaseFormat.GPTQ and resolved.attention in ("Auto", "SDPA")
-    measured = one and usual and not resolved.added_tokens and not resolved.fast_path
+    measured = one and usual and not resolved.added_tokens
     return TOLERANCE if measured else DERIVED_TOLERANCE
 
 

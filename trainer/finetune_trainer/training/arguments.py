@@ -11,6 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
+from finetune_trainer.config import Optimizer
 from finetune_trainer.runtime.distributed import world_size
 from finetune_trainer.runtime.errors import InvalidConfig
 
@@ -68,10 +69,15 @@ DPO_LOSSES = {
 
 
 def build_arguments(
-    resolved: Resolved, dtype: torch.dtype, device: torch.device, scratch: Path
+    resolved: Resolved, dtype: torch.dtype, device: torch.device, scratch: Path, *, fast: bool = False
 ) -> SFTConfig | DPOConfig:
-    """The settings in TRL's terms. Rows are tokenized, masked and packed already, and never cut."""
+    """The settings in TRL's terms. Rows are tokenized, masked and packed already, and never cut.
+
+    `fast`: whether the fast path is taken; a step of AdamW is one launch there.
+    """
     shared = _shared(resolved, dtype, device, scratch)
+    if fast and resolved.optimizer == Optimizer.ADAMW:
+        shared["optim"] = "adamw_torch_fused"
     if resolved.dpo is None:
         return SFTConfig(
             **shared,

@@ -43,7 +43,7 @@ def build_trainer(  # noqa: PLR0913 - the pieces of a training
     with unrounded(base):
         trainer = build(
             model=base,
-            args=build_arguments(resolved, dtype, base.device, scratch),
+            args=build_arguments(resolved, dtype, base.device, scratch, fast=fast),
             train_dataset=as_dataset(rows),
             processing_class=tokenizer,
             peft_config=peft_config,
