@@ -32,10 +32,10 @@ def is_fast(resolved: Resolved, device: torch.device, dtype: torch.dtype) -> boo
 
 def build_fast(adapted: Any, resolved: Resolved, dtype: torch.dtype) -> FastModel:  # noqa: ANN401 - a PEFT model
     """The fast path of a model that trains."""
+    import torch  # noqa: PLC0415 - slow
+
     from finetune_trainer.fast.block import Plan  # noqa: PLC0415 - brings torch
     from finetune_trainer.fast.model import FastModel  # noqa: PLC0415 - likewise
-
-    import torch  # noqa: PLC0415 - slow
 
     plans = {"Full": Plan.INPUT, "Selective": Plan.ATTENTION, "Off": Plan.PRODUCTS}
     fast = FastModel(adapted, plans[resolved.gradient_checkpointing], dtype)
