@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from benchmarks.estimate import FAST_GRID, SHAPES
 from benchmarks.estimate import settle as settle_run
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 ONE_GPU = {"gpusPerNode": 1}
 PLANS = {"Full": Plan.INPUT, "Selective": Plan.ATTENTION, "Off": Plan.PRODUCTS}
 WHOLE_BLOCKS = {**SMALL, "intermediate_size": 128}
+NAMED = MistralConfig.from_dict({**SMALL, "layer_types": ["full_attention"] * 2})
+"""Mistral's window is that of all layers, whatever they are called."""
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +118,18 @@ def test_other_jobs_take_the_plain_path_and_say_why(fields: dict[str, Any], why:
     [
         ({"activation": "gelu"}, "its MLPs have gelu, not silu"),
         ({"attention_dropout": 0.1}, "its attention has dropout"),
+        ({"own_code": True}, "its LlamaForCausalLM is the model's own code"),
         ({"window": 511}, "rows of 512 tokens are longer than its attention's window of 511"),
         ({"window": 512}, None),
         ({"architecture": "Gemma2ForCausalLM"}, "Gemma2ForCausalLM has other blocks than a Llama"),
         ({"adapter": {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]}},
          "lm_head is none of a Llama's linear layers"),
         ({"adapter": {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj"], "alpha_pattern": {"q_proj": 4}}},
-         "the adapter to go on from has parts of several kinds"),
+         "the adapter to go on from has alpha_pattern"),
+        ({"adapter": {"r": 8, "lora_alpha": 8, "target_modules": r"lm_head|model\.layers\.0\.self_attn.q_proj"}},
+         r"lm_head|model\.layers\.0\.self_attn.q_proj is none of a Llama's linear layers"),
+        ({"adapter": {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj"], "alora_invocation_tokens": [5]}},
+         "the adapter to go on from has alora_invocation_tokens"),
         ({"has_biases": True, "adapter": {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "all"}},
          "biases train"),
         ({"adapter": {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj"], "target_parameters": ["mlp.w"]}},
@@ -143,6 +150,11 @@ def test_rows_that_4_bit_blocks_do_not_divide_take_the_plain_path(tmp_path: Path
     assert settle(odd, **method("LoRA"))[1] is None
 
 
+def test_heads_of_256_take_the_plain_path(tmp_path: Path) -> None:
+    wide = describe_config(write_config(tmp_path, {"model_type": "qwen3", **WHOLE_BLOCKS, "head_dim": 256}))
+    assert settle(wide)[1] == "its heads have 256 dimensions"
+
+
 def test_added_tokens_take_the_plain_path(llama: ModelFacts) -> None:
     assert settle(llama, added_tokens=(320, 321))[1] == "embeddings of added tokens train"
 
@@ -152,9 +164,9 @@ def test_added_tokens_take_the_plain_path(llama: ModelFacts) -> None:
     [
         ({"model_type": "mistral", **SMALL}, 4096),
         ({"model_type": "mistral", **SMALL, "sliding_window": None}, None),
+        (NAMED.to_dict(), 4096),
         ({"model_type": "qwen2", **SMALL}, None),
         ({"model_type": "qwen2", **SMALL, "use_sliding_window": True, "max_window_layers": 1}, 4096),
-        ({"model_type": "qwen2", **SMALL, "use_sliding_window": True, "max_window_layers": 2}, None),
         ({"model_type": "llama", **SMALL}, None),
     ],
 )
