@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import sysconfig
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from benchmarks.estimate import FAST_GRID, SHAPES
 from benchmarks.estimate import settle as settle_run
+from finetune_trainer.fast import build as build_module
 from finetune_trainer.fast import linear
 from finetune_trainer.fast import model as fast_model
 from finetune_trainer.fast.block import Plan
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 ONE_GPU = {"gpusPerNode": 1}
 PLANS = {"Full": Plan.INPUT, "Selective": Plan.ATTENTION, "Off": Plan.PRODUCTS}
 WHOLE_BLOCKS = {**SMALL, "intermediate_size": 128}
+NAMED = MistralConfig.from_dict({**SMALL, "layer_types": ["full_attention"] * 2})
+"""Mistral's window is that of all layers, whatever they are called."""
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +121,18 @@ def test_other_jobs_take_the_plain_path_and_say_why(fields: dict[str, Any], why:
     [
         ({"activation": "gelu"}, "its MLPs have gelu, not silu"),
         ({"attention_dropout": 0.1}, "its attention has dropout"),
+        ({"own_code": True}, "its LlamaForCausalLM is the model's own code"),
         ({"window": 511}, "rows of 512 tokens are longer than its attention's window of 511"),
         ({"window": 512}, None),
         ({"architecture": "Gemma2ForCausalLM"}, "Gemma2ForCausalLM has other blocks than a Llama"),
         ({"adapter": {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]}},
          "lm_head is none of a Llama's linear layers"),
         ({"adapter": {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj"], "alpha_pattern": {"q_proj": 4}}},
-         "the adapter to go on from has parts of several kinds"),
+         "the adapter to go on from has alpha_pattern"),
+        ({"adapter": {"r": 8, "lora_alpha": 8, "target_modules": r"lm_head|model\.layers\.0\.self_attn.q_proj"}},
+         r"lm_head|model\.layers\.0\.self_attn.q_proj is none of a Llama's linear layers"),
+        ({"adapter": {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj"], "alora_invocation_tokens": [5]}},
+         "the adapter to go on from has alora_invocation_tokens"),
         ({"has_biases": True, "adapter": {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "all"}},
          "biases train"),
         ({"adapter": {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj"], "target_parameters": ["mlp.w"]}},
@@ -143,6 +153,11 @@ def test_rows_that_4_bit_blocks_do_not_divide_take_the_plain_path(tmp_path: Path
     assert settle(odd, **method("LoRA"))[1] is None
 
 
+def test_heads_of_256_take_the_plain_path(tmp_path: Path) -> None:
+    wide = describe_config(write_config(tmp_path, {"model_type": "qwen3", **WHOLE_BLOCKS, "head_dim": 256}))
+    assert settle(wide)[1] == "its heads have 256 dimensions"
+
+
 def test_added_tokens_take_the_plain_path(llama: ModelFacts) -> None:
     assert settle(llama, added_tokens=(320, 321))[1] == "embeddings of added tokens train"
 
@@ -152,9 +167,9 @@ def test_added_tokens_take_the_plain_path(llama: ModelFacts) -> None:
     [
         ({"model_type": "mistral", **SMALL}, 4096),
         ({"model_type": "mistral", **SMALL, "sliding_window": None}, None),
+        (NAMED.to_dict(), 4096),
         ({"model_type": "qwen2", **SMALL}, None),
         ({"model_type": "qwen2", **SMALL, "use_sliding_window": True, "max_window_layers": 1}, 4096),
-        ({"model_type": "qwen2", **SMALL, "use_sliding_window": True, "max_window_layers": 2}, None),
         ({"model_type": "llama", **SMALL}, None),
     ],
 )
@@ -282,3 +297,50 @@ def test_gradients_of_a_pass_lie_beside_those_of_earlier_ones(llama: ModelFacts)
     found = estimate(llama, two, batch)
     held = CUBLAS_BYTES + found.weights_bytes + found.adapter_bytes + found.optimizer_bytes
     assert found.peak_bytes > held + 2 * found.gradients_bytes
+
+
+# Where it can be taken
+
+
+@pytest.fixture
+def able(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of Python's headers on a machine that has all that is wanted."""
+    (tmp_path / "Python.h").touch()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(build_module, "find_spec", lambda name: name)
+    monkeypatch.setattr(shutil, "which", {"gcc": "/usr/bin/gcc"}.get)
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    return tmp_path
+
+
+def why_not_on_a_gpu() -> str | None:
+    return build_module.why_not_here(torch.device("cuda"), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("able")
+def test_a_gpu_with_triton_a_compiler_and_headers_will_do() -> None:
+    assert why_not_on_a_gpu() is None
+    assert build_module.why_not_here(torch.device("cpu"), torch.bfloat16) == "there is no GPU"
+    assert build_module.why_not_here(torch.device("cuda"), torch.float16) == "products are computed in float16"
+
+
+@pytest.mark.parametrize("found", ["cc", ""])
+@pytest.mark.usefixtures("able")
+def test_a_compiler_that_triton_does_not_look_for_is_none(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", {found: f"/usr/bin/{found}"}.get)
+    assert why_not_on_a_gpu() == "there is no C compiler, which Triton needs"
+    monkeypatch.setenv("CC", "cc")
+    assert (why_not_on_a_gpu() is None) == (found == "cc")
+
+
+def test_a_compiler_without_pythons_headers_will_not_do(able: Path) -> None:
+    able.joinpath("Python.h").unlink()
+    assert why_not_on_a_gpu() == "there is no Python.h, which Triton needs (the python3-dev of this Python)"
+
+
+@pytest.mark.usefixtures("able")
+def test_a_gpu_of_before_ampere_will_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert why_not_on_a_gpu() == "the GPU is older than NVIDIA's Ampere, or another maker's"

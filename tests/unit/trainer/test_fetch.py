@@ -10,6 +10,7 @@ import pytest
 
 from finetune_trainer.config import REMOTE_CODE_VARIABLE
 from finetune_trainer.fetch import REVISION_FILE
+from finetune_trainer.models.folder import describe_config
 from finetune_trainer.progress import ExitCode
 from finetune_trainer.runtime import manifest
 from tests.tiny import make_config
@@ -171,6 +172,7 @@ def test_a_models_own_code_is_run_where_both_consent(
     code, word = desk.run("prepare", trusting)
     assert code == ExitCode.COMPLETED, word
     assert "modeling_fox.py" in names_in(desk.work / "model")
+    assert describe_config(desk.work / "model").own_code
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,7 +20,8 @@ log = logging.getLogger(__name__)
 
 OLDEST_CAPABILITY = (8, 0)
 """Ampere: the first GPUs with bf16 and the attention kernels."""
-COMPILERS = ("cc", "gcc", "clang")
+COMPILERS = ("gcc", "clang")
+"""What Triton (3.7) looks for where CC names none; what starts a kernel is a C file that includes Python.h."""
 
 
 def is_fast(resolved: Resolved, device: torch.device, dtype: torch.dtype) -> bool:
@@ -53,8 +57,15 @@ def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the GPU is older than NVIDIA's Ampere, or another maker's"
     if dtype is not torch.bfloat16:
         return f"products are computed in {str(dtype).removeprefix('torch.')}"
+    return _why_no_kernels()
+
+
+def _why_no_kernels() -> str | None:
+    compilers = (os.environ["CC"],) if "CC" in os.environ else COMPILERS
     if find_spec("triton") is None:
         return "there is no Triton, whose kernels it has"
-    if not any(map(shutil.which, COMPILERS)):
+    if not any(map(shutil.which, compilers)):
         return "there is no C compiler, which Triton needs"
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").is_file():
+        return "there is no Python.h, which Triton needs (the python3-dev of this Python)"
     return None

@@ -43,7 +43,7 @@ class FastModel:
     """Computes losses and gradients of the adapters of a PEFT model."""
 
     def __init__(self, adapted: Any, plan: Plan, dtype: torch.dtype) -> None:  # noqa: ANN401 - a PEFT model
-        """`adapted`: a PEFT model whose blocks are a Llama's (`fast/applies.py`). `dtype`: what is computed in.
+        """`adapted`: a PEFT model whose blocks are a Llama's (`settings/fast.py`). `dtype`: what is computed in.
 
         Frozen weights of 16 bits move (`fast/linear.py`); what they are does not change.
         """

@@ -148,7 +148,7 @@ def copy_licence(base: Path, folder: Path) -> None:
 def load_quantized(folder: Path, device: torch.device) -> Any:  # noqa: ANN401 - a causal language model
     """A GPTQ, AWQ or GGUF model, in fp32 on CPU and 16 bits on a GPU, to be measured.
 
-    With the kernels that are written in torch: others are compiled as they are used, and a pod has no compiler.
+    With the kernels that are written in torch: others are compiled as they are used, and a pod has none for C++.
     VerificationFailed unless every quantized layer of the files is one of the model.
     """
     import torch  # noqa: PLC0415 - slow

@@ -102,9 +102,11 @@ class ModelFacts:
     """Of the MLPs, by transformers' name."""
     attention_dropout: float = 0.0
     window: int | None = None
-    """Tokens that attention looks back at, in the layers that do not look at all of them; None: all look at all."""
+    """Tokens that attention looks back at, in some layers or in all; None: all look at all."""
     biased: tuple[str, ...] = ()
     """Full names of the linear layers that have a bias."""
+    own_code: bool = False
+    """Whether its class is none of transformers' own, whatever it is called."""
 
     @property
     def linear_names(self) -> tuple[str, ...]:
@@ -355,15 +357,10 @@ def _facts(model: Any, config: Any, folder: Path) -> ModelFacts:  # noqa: ANN401
         norms={name: module.weight.numel() for module, name in names.items() if _is_norm(module)},
         activation=str(getattr(text, "hidden_act", "")),
         attention_dropout=getattr(text, "attention_dropout", None) or 0.0,
-        window=_window(text),
+        window=getattr(text, "sliding_window", None),
         biased=tuple(name for name, module in linear.items() if getattr(module, "bias", None) is not None),
+        own_code=type(model).__module__.partition(".")[0] != "transformers",
     )
-
-
-def _window(text: Any) -> int | None:  # noqa: ANN401 - transformers' config
-    """Layers are named by what they look at where they differ (Qwen2's max_window_layers)."""
-    kinds = getattr(text, "layer_types", None)
-    return getattr(text, "sliding_window", None) if kinds is None or "sliding_attention" in kinds else None
 
 
 def _is_norm(module: Any) -> bool:  # noqa: ANN401 - a torch module

@@ -45,7 +45,7 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 def set_up_torch() -> None:
     """Settings of the process that must stand before torch is imported: no network, no compiler, deterministic.
 
-    - bitsandbytes and gptqmodel compile pieces of torch at run time; a pod has no compiler and gains nothing here.
+    - bitsandbytes and gptqmodel compile pieces of torch at run time, which gains nothing here.
     - Threads: libraries count the machine's cores, not those that the pod may use.
     - cuBLAS is only deterministic with a fixed workspace (torch.use_deterministic_algorithms).
     """

@@ -6,6 +6,7 @@ one GPU. Positions are turned by the model's own tables, so whatever scales them
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from finetune_trainer.config import BITSANDBYTES, BaseFormat, ComputeDtype, FastPath, LoraBias
@@ -18,13 +19,17 @@ if TYPE_CHECKING:
     from finetune_trainer.progress import Resolved, ResolvedLora
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-HEAD_WIDTHS = (16, 32, 64, 128, 256)
-"""What the kernels of attention take."""
+LAYER = re.compile(r"(\w+\.)*(q|k|v|o|gate|up|down)_proj")
+"""An end of a name of the layers that adapters may be on; a pattern (PEFT takes them) could mean others besides."""
+HEAD_WIDTHS = (16, 32, 64, 128)
+"""What the kernels of attention take on every GPU: 256 want 136 kB of shared memory, of which many have 101."""
 QUANTIZED_BLOCK = 64
 """Weights that share a scale in NF4 and FP4: a row must have whole blocks of them."""
-UNEVEN = ("rank_pattern", "alpha_pattern", "lora_bias")
-"""What PEFT says in an adapter's settings where its parts are not all of one kind."""
+FURTHER = (
+    *("rank_pattern", "alpha_pattern", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora"),
+    *("use_bdlora", "velora_config", "monteclora_config", "arrow_config", "kasa_config"),
+)
+"""What makes an adapter more than A and B of one rank and scale, in PEFT's words (0.21)."""
 
 
 def with_path(config: JobConfig, resolved: Resolved, model: ModelFacts, longest: int) -> Resolved:
@@ -65,6 +70,8 @@ def _of_the_run(resolved: Resolved) -> Iterator[str]:
 def _of_the_model(resolved: Resolved, model: ModelFacts, longest: int) -> Iterator[str]:
     if model.architecture not in ARCHITECTURES:
         yield f"{model.architecture} has other blocks than a Llama"
+    if model.own_code:
+        yield f"its {model.architecture} is the model's own code"
     if model.activation != "silu":
         yield f"its MLPs have {model.activation}, not silu"
     if _head_width(model) not in HEAD_WIDTHS:
@@ -93,7 +100,7 @@ def _of_the_adapter(lora: ResolvedLora, model: ModelFacts) -> Iterator[str]:
         yield f"{lora.modules_to_save[0]} trains whole"
     if lora.target_parameters:
         yield f"{lora.target_parameters[0]} is no layer"
-    if others := [name for name in lora.target_modules if name.rpartition(".")[2] not in LAYERS]:
+    if others := [name for name in lora.target_modules if not LAYER.fullmatch(name)]:
         yield f"{others[0]} is none of a Llama's linear layers"
-    if any((model.adapter or {}).get(name) for name in UNEVEN):
-        yield "the adapter to go on from has parts of several kinds"
+    if further := [name for name in FURTHER if (model.adapter or {}).get(name)]:
+        yield f"the adapter to go on from has {further[0]}"
