@@ -418,6 +418,7 @@ def test_keys_that_are_not_there_are_asked_for(bucket: Bucket, shop: Shop) -> No
     _, word = shop.publish(an_entry(bucket, "Adapter"))
     assert word.reason is Reason.NOT_FOUND
     assert "output.publish[0].s3.credentialsSecretRef" in word.message
+    assert f"{shop.desk.root}/secrets/publish-0" in word.message
 
 
 def test_stand_in_service_keys_that_may_not_delete_are_told_all_that_they_need(shop: Shop) -> None:
