@@ -177,8 +177,8 @@ def _add_sources(command: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("/secrets"),
         metavar="DIR",
-        help="where secrets are, one folder a source or tracker: model/token, dataset-0/AWS_ACCESS_KEY_ID, wandb/key "
-        "(default: %(default)s)",
+        help="where secrets are, one folder a source, tracker or place of output.publish: model/token, "
+        "dataset-0/AWS_ACCESS_KEY_ID, wandb/key, publish-0/token (default: %(default)s)",
     )
 
 

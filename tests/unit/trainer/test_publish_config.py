@@ -136,3 +136,15 @@ def test_two_entries_do_not_share(case: str) -> None:
 def test_two_branches_of_one_repository_are_two_places() -> None:
     other = {"name": "too", "artifact": "Merged", "huggingFace": HUB["huggingFace"] | {"revision": "merged"}}
     assert len(Output.model_validate({"publish": [ADAPTER | HUB, other]}).publish or ()) == 2
+
+
+def test_a_quantized_form_that_is_not_made_is_told_with_those_that_are() -> None:
+    entry = {"name": "out", "artifact": "Quantized", "quantizeName": "gptq8"} | S3
+    job = {
+        "model": {"huggingFace": {"repo": "acme/base"}},
+        "datasets": [{"huggingFace": {"repo": "acme/rows"}}],
+        "quantize": [{"name": "gptq4", "method": "GPTQ"}],
+        "output": {"publish": [entry]},
+    }
+    with pytest.raises(InvalidConfig, match=r"publish\[0\]\.quantizeName: .* 'gptq8' \(has: gptq4\)"):
+        parse_config(job)

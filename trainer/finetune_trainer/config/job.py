@@ -140,7 +140,8 @@ class JobConfig(Model):
         made = {entry.name for entry in self.quantize or ()}
         for _, field, entry in self.destinations():
             if entry.artifact is PublishedArtifact.QUANTIZED and entry.quantize_name not in made:
-                msg = f"{field}: quantize has no entry named '{entry.quantize_name}'"
+                there = ", ".join(sorted(made)) or "none"
+                msg = f"{field}.quantizeName: quantize has no entry named '{entry.quantize_name}' (has: {there})"
                 raise ValueError(msg)
             if entry.artifact is PublishedArtifact.ADAPTER and not self.trains_adapter:
                 msg = f"{field}: {self.method_type} trains the model itself, publish Merged"

@@ -7,6 +7,7 @@ sees any of it before the commit.
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,8 @@ class HubSink:
             yield
         except RuntimeError as error:
             raise error.__cause__ or error from None
+        except json.JSONDecodeError:
+            raise
         except ValueError as error:
             msg = f"{self.where}: the hub does not take {file.name}: {' '.join(str(error).split())[:300]}. "
             raise AccessDenied(msg + "See the quota of its owner.") from error

@@ -196,7 +196,8 @@ class S3Sink:
     def _open_uploads(self, file: Outgoing) -> list[str]:
         """Uploads of the file that were begun and not completed, the newest first."""
         key = self._bucket.root + file.name
-        tree = parse(self._bucket.ask("GET", self._bucket.url("", {"uploads": "", "prefix": key})).content, self.where)
+        answer = self._bucket.ask("GET", self._bucket.url("", {"uploads": "", "prefix": key}))
+        tree = parse(answer.content, "ListMultipartUploadsResult", self.where)
         found = [
             (upload.findtext("{*}Initiated") or "", upload.findtext("{*}UploadId") or "")
             for upload in tree.iterfind("{*}Upload")
@@ -205,7 +206,8 @@ class S3Sink:
         return [upload for _, upload in sorted(found, reverse=True)]
 
     def _begin(self, file: Outgoing) -> str:
-        tree = parse(self._bucket.ask("POST", self._url(file, {"uploads": ""}), MARK).content, self.where)
+        answer = self._bucket.ask("POST", self._url(file, {"uploads": ""}), MARK)
+        tree = parse(answer.content, "InitiateMultipartUploadResult", self.where)
         if not (upload := tree.findtext("{*}UploadId")):
             msg = f"{self.where}: the service names no upload. Correct the endpoint."
             raise TrainerError(msg)
@@ -216,7 +218,8 @@ class S3Sink:
         found, after = dict[int, str](), "0"
         while True:
             url = self._url(file, {"uploadId": upload, "part-number-marker": after})
-            tree = parse(self._bucket.ask("GET", url, refusal=self._upload_refusal).content, self.where)
+            answer = self._bucket.ask("GET", url, refusal=self._upload_refusal)
+            tree = parse(answer.content, "ListPartsResult", self.where)
             for part in tree.iterfind("{*}Part"):
                 found[int(part.findtext("{*}PartNumber") or 0)] = (part.findtext("{*}ETag") or "").strip('"')
             after = tree.findtext("{*}NextPartNumberMarker") or ""

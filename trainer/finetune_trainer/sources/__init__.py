@@ -116,7 +116,7 @@ def build_remote(slot: str, field: str, source: Source, context: Context) -> Rem
 def read_token(slot: str, field: str, hub: HuggingFaceSource | ModelScopeSource, context: Context) -> str | None:
     """The token for a hub. InvalidConfig; NotFound if there is none and there should be."""
     token = read_credential(context.secrets, slot, TOKEN_FILE, f"{field}.tokenSecretRef")
-    _require(token, hub.token_secret_ref, f"{field}.tokenSecretRef")
+    _require(token, hub.token_secret_ref, f"{field}.tokenSecretRef", context.secrets / slot)
     return token
 
 
@@ -127,7 +127,7 @@ def read_keys(slot: str, field: str, bucket: S3Source, context: Context) -> Cred
     where = f"{field}.credentialsSecretRef"
     keys = {name: read_credential(context.secrets, slot, name, where) for name in S3_CREDENTIALS}
     credentials = read_credentials(keys, bucket.region, field)
-    _require(credentials, bucket.credentials_secret_ref, where)
+    _require(credentials, bucket.credentials_secret_ref, where, context.secrets / slot)
     return credentials
 
 
@@ -136,15 +136,15 @@ def read_login(slot: str, field: str, artifact: OciSource, context: Context) -> 
     from finetune_trainer.sources.oci import read_docker_config  # noqa: PLC0415 - its client is slow to load
 
     text = read_secret(context.secrets, slot, DOCKER_CONFIG_FILE)
-    _require(text, artifact.credentials_secret_ref, f"{field}.credentialsSecretRef")
+    _require(text, artifact.credentials_secret_ref, f"{field}.credentialsSecretRef", context.secrets / slot)
     return read_docker_config(text, artifact.reference, field) if text else None
 
 
-def _require(found: object, reference: object, field: str) -> None:
+def _require(found: object, reference: object, field: str, folder: Path) -> None:
     """NotFound if the config names a secret and there is nothing of it."""
     if found is None and reference is not None:
         msg = f"{field}: the secret is empty or not mounted. Give the Secret the keys that are needed; "
-        raise NotFound(msg + "on a workstation, put each into a file below --secrets.")
+        raise NotFound(msg + f"on a workstation, put each into a file of its name in {folder}.")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ that the library names. Files in LFS are proven by their SHA-256, the small ones
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import contextmanager
 from functools import cached_property
@@ -106,12 +107,19 @@ class Hub:
         """The hub's refusals, each with what the user can do."""
         from huggingface_hub import errors  # noqa: PLC0415 - slow
 
-        remedy = f"Check network, proxy and {ENDPOINT_VARIABLE}, or use a volume source."
+        remedy = f"Check network, proxy and {ENDPOINT_VARIABLE}{self._way_around}."
         with reaching(self.where, f"the hub at {self._endpoint}", remedy):
             try:
                 yield
+            except json.JSONDecodeError as error:  # a page of a proxy, or of a server that is going down
+                msg = f"{self.where}: {self._endpoint} does not answer as a hub does ({error}). {remedy}"
+                raise Unavailable(msg) from error
             except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
                 raise self._refusal(error) from error
+
+    @property
+    def _way_around(self) -> str:
+        return ", or use a volume source" if self._verb == "read" else ""
 
     def _refusal(self, error: Exception) -> TrainerError:  # noqa: PLR0911 - a word for each refusal
         from huggingface_hub import errors  # noqa: PLC0415 - slow
@@ -119,7 +127,7 @@ class Hub:
         status = getattr(getattr(error, "response", None), "status_code", 0)
         token = f"{self._field}.tokenSecretRef"
         if isinstance(error, errors.OfflineModeIsEnabled):
-            return Unavailable(f"{self.where}: HF_HUB_OFFLINE is set. Unset it, or use a volume source.")
+            return Unavailable(f"{self.where}: HF_HUB_OFFLINE is set. Unset it{self._way_around}.")
         if isinstance(error, errors.GatedRepoError):
             return AccessDenied(
                 f"{self.where} is gated. Accept its terms on its page ({self.page}), and give the token of that "
@@ -148,7 +156,7 @@ class Hub:
             return Unavailable(f"{self.where}: somebody else writes to it ({status}). It is worth another try.")
         if is_passing(status):
             return Unavailable(f"{self.where}: the hub answers {status}. It is worth another try later.")
-        return TrainerError(f"{self.where}: the hub answers {status}: {str(error).splitlines()[0]}")
+        return TrainerError(f"{self.where}: the hub answers {status}: {str(error).splitlines()[0]}{_own_words(error)}")
 
 
 def _own_words(error: Exception) -> str:

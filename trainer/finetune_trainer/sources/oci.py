@@ -230,7 +230,15 @@ class Oci:
             return AccessDenied(f"{self.where}: the registry takes no more ({status}). Raise its quota, or free it.")
         if http.is_passing(status):
             return Unavailable(f"{self.where}: the registry answers {status}. It is worth another try later.")
-        return TrainerError(f"{self.where}: the registry at {self._host} answers {status}{_codes(response)}.")
+        if status == http.TOO_LARGE:
+            return AccessDenied(
+                f"{self.where}: the registry, or a proxy before it, takes no file of this size ({status}). "
+                "Raise its limit (nginx: client_max_body_size)."
+            )
+        return TrainerError(
+            f"{self.where}: the registry at {self._host} answers {status}{_codes(response)}. "
+            f"Correct {self._field}.reference, or see the registry's log."
+        )
 
 
 def split_reference(reference: str) -> tuple[str, str, str]:

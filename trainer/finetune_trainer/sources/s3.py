@@ -38,6 +38,7 @@ EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 MD5_ETAG, PARTS_ETAG = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{32}-\d+")
 REFUSED_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "XAdminUserNotFound"}
 """The last is versitygw's word for a key that nobody has."""
+ACTIONS = {"read": "list and read it", "write": "list, read, write and delete below it"}
 OTHER_REGION = {
     "PermanentRedirect",
     "AuthorizationHeaderMalformed",
@@ -128,7 +129,7 @@ class S3:
         asked = {"list-type": "2", "prefix": prefix, "encoding-type": "url"} | ({"max-keys": str(most)} if most else {})
         page: dict[str, str] = {}
         while True:
-            tree = parse(self.ask("GET", self.url("", asked | page)).content, self.where)
+            tree = parse(self.ask("GET", self.url("", asked | page)).content, "ListBucketResult", self.where)
             decode = unquote_plus if tree.findtext("{*}EncodingType") == "url" else str
             for entry in tree.iterfind("{*}Contents"):
                 yield decode(entry.findtext("{*}Key") or ""), int(entry.findtext("{*}Size") or 0)
@@ -236,11 +237,13 @@ class S3:
             return AccessDenied(
                 f"{self.where}: the bucket takes no more ({code or status}). Raise its quota, or free it."
             )
+        if code == "RequestTimeTooSkewed":
+            return Unavailable(f"{self.where}: the clock of this machine is not the S3 service's ({code}). Set it.")
         if status in {http.UNAUTHORIZED, http.FORBIDDEN}:
             who = "these keys" if self._credentials else "anybody"
             return AccessDenied(
                 f"{self.where}: {who} may not {self._verb} it ({code or status}). "
-                f"Give keys that may list and {self._verb} it in {secret}."
+                f"Give keys that may {ACTIONS[self._verb]} in {secret}."
             )
         if http.is_passing(status):
             return Unavailable(f"{self.where}: the S3 service answers {code or status}. It is worth another try later.")
@@ -286,13 +289,18 @@ def _is_encrypted_with_a_key(headers: httpx2.Headers) -> bool:
     return kind.startswith("aws:kms") or "x-amz-server-side-encryption-customer-algorithm" in headers
 
 
-def parse(content: bytes, where: str) -> ET.Element:
-    """What a service answers. InvalidConfig if it is no XML."""
+def parse(content: bytes, kind: str, where: str) -> ET.Element:
+    """What a service answers, an element of that kind. InvalidConfig if it is another, or no XML."""
+    remedy = "Correct the endpoint, or check the proxy."
     try:
-        return ET.fromstring(content)  # noqa: S314 - expat bounds what entities may grow to since 2.4
+        found = ET.fromstring(content)  # noqa: S314 - expat bounds what entities may grow to since 2.4
     except ET.ParseError as error:
-        msg = f"{where}: the service does not answer as S3 does ({error}). Correct the source's endpoint."
+        msg = f"{where}: the service does not answer as S3 does ({error}). {remedy}"
         raise InvalidConfig(msg) from error
+    if found.tag.rpartition("}")[2] != kind:  # a page that a proxy shows reads like an empty bucket
+        msg = f"{where}: the service does not answer as S3 does (<{found.tag}> is no {kind}). {remedy}"
+        raise InvalidConfig(msg)
+    return found
 
 
 def error_code(response: httpx2.Response) -> tuple[str, str]:

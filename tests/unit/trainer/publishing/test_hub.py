@@ -8,8 +8,8 @@ import pytest
 
 from finetune_trainer.progress import ExitCode, Reason
 from tests.unit.trainer.publishing.conftest import CARD, LARGE_BYTES, Shop
-from tests.unit.trainer.sources.servers import UP, Relay
-from tests.unit.trainer.sources.standins import COMMIT, StandInWritableHub
+from tests.unit.trainer.sources.servers import UP, Answer, Relay, Site
+from tests.unit.trainer.sources.standins import COMMIT, StandInWritableHub, refused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -147,3 +147,35 @@ def test_stand_in_hub_a_token_that_is_not_there_is_asked_for(hub: StandInWritabl
     _, word = shop.publish(an_entry("Adapter"))
     assert word.reason is Reason.NOT_FOUND
     assert not hub.made
+
+
+def test_stand_in_proxy_a_page_of_its_own_is_told_with_the_address(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(lambda _path, _headers: Answer(b"<html>Log in</html>"))
+    shop.give_secret("token", "hf_secret")
+    monkeypatch.setenv("HF_ENDPOINT", site.url)
+    _, word = shop.publish(an_entry("Adapter"))
+    assert word.reason is Reason.UNKNOWN
+    assert f"{site.url} does not answer as a hub does" in word.message
+    assert "HF_ENDPOINT" in word.message
+    assert "volume" not in word.message  # which is no way to publish
+    site.close()
+
+
+def test_stand_in_hub_a_page_in_place_of_an_answer_is_no_refusal_of_the_file(
+    hub: StandInWritableHub, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, answers = hub._batch, iter([Answer(b"<html>Bad gateway</html>")])
+    monkeypatch.setattr(hub, "_batch", lambda objects, host: next(answers, None) or batch(objects, host))
+    code, word = shop.publish(an_entry())
+    assert code == ExitCode.COMPLETED, word.message
+
+
+def test_stand_in_hub_a_commit_that_is_refused_is_told_in_its_words(
+    hub: StandInWritableHub, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = refused(400, "")
+    said.headers["X-Error-Message"] = "Invalid metadata in README.md"
+    monkeypatch.setattr(hub, "_commit", lambda *_change: said)
+    _, word = shop.publish(an_entry("Adapter"))
+    assert "the hub answers 400" in word.message
+    assert "Invalid metadata in README.md" in word.message

@@ -18,7 +18,7 @@ from finetune_trainer.runtime import manifest
 from finetune_trainer.runtime.errors import Interrupted
 from finetune_trainer.sources.s3 import S3
 from tests.unit.trainer.publishing.conftest import CARD, LARGE_BYTES, MARKER, MERGED, WEIGHTS, Shop
-from tests.unit.trainer.sources.servers import PART_BYTES, PASSWORD, UP, USER, Bucket, Relay
+from tests.unit.trainer.sources.servers import PART_BYTES, PASSWORD, UP, USER, Answer, Bucket, Relay, Site
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -418,3 +418,18 @@ def test_keys_that_are_not_there_are_asked_for(bucket: Bucket, shop: Shop) -> No
     _, word = shop.publish(an_entry(bucket, "Adapter"))
     assert word.reason is Reason.NOT_FOUND
     assert "output.publish[0].s3.credentialsSecretRef" in word.message
+    assert f"{shop.desk.root}/secrets/publish-0" in word.message
+
+
+def test_stand_in_service_keys_that_may_not_delete_are_told_all_that_they_need(shop: Shop) -> None:
+    site = Site(lambda _path, _headers: Answer(b"<Error><Code>AccessDenied</Code></Error>", 403))
+    give_keys(shop)
+    _, word = shop.publish(an_entry(Bucket(site.url, "out")))
+    assert word.reason is Reason.ACCESS_DENIED
+    assert "list, read, write and delete below it" in word.message
+    site.close()
+
+
+def give_keys(shop: Shop) -> None:
+    shop.give_secret("AWS_ACCESS_KEY_ID", USER)
+    shop.give_secret("AWS_SECRET_ACCESS_KEY", PASSWORD)

@@ -246,3 +246,21 @@ def test_a_docker_config_of_another_form_is_refused(text: str) -> None:
 def test_a_docker_config_may_name_user_and_password_apart() -> None:
     text = json.dumps({"auths": {"https://index.docker.io/v1/": {"username": "a", "password": "b"}}})
     assert read_docker_config(text, "docker.io/a/b", "model.oci") == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "words"),
+    [
+        pytest.param(413, AccessDenied, "Raise its limit", id="too large"),
+        pytest.param(405, TrainerError, "Correct model.oci.reference", id="not allowed"),
+    ],
+)
+def test_stand_in_registry_refusals_say_what_to_do(
+    errands: Errands, status: int, error: type[TrainerError], words: str
+) -> None:
+    site = Site(lambda _path, _headers: Answer(b"", status))
+    with pytest.raises(error) as caught:
+        errands.fetch("model", source(f"127.0.0.1:{site.port}/team/tiny:v1"))
+    assert f"{status}" in str(caught.value)
+    assert words in str(caught.value)
+    site.close()

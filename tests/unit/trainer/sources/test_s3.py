@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from finetune_trainer.runtime.errors import AccessDenied, InvalidConfig, NotFound, TrainerError, VerificationFailed
+from finetune_trainer.runtime.errors import (
+    AccessDenied,
+    InvalidConfig,
+    NotFound,
+    TrainerError,
+    Unavailable,
+    VerificationFailed,
+)
 from finetune_trainer.sources import s3
 from finetune_trainer.sources.base import Algorithm, Digest
 from tests.unit.trainer.sources.conftest import JUNK, TINY_MODEL, Errands, contents
@@ -224,4 +231,21 @@ def test_stand_in_service_bytes_that_are_not_those_of_the_etag_are_refused(erran
     with pytest.raises(VerificationFailed) as caught:
         errands.fetch("dataset-0", {"s3": {"uri": "s3://bucket/rows.jsonl", "endpoint": site.url}})
     assert "rows.jsonl is not what it should be" in str(caught.value)
+    site.close()
+
+
+def test_stand_in_proxy_a_page_of_its_own_is_not_an_empty_bucket(errands: Errands) -> None:
+    site = Site(lambda _path, _headers: Answer(b"<html>Log in</html>"))
+    with pytest.raises(InvalidConfig) as caught:
+        errands.fetch("model", {"s3": {"uri": "s3://bucket/models", "endpoint": site.url}})
+    assert "does not answer as S3 does (<html> is no ListBucketResult)" in str(caught.value)
+    assert "proxy" in str(caught.value)
+    site.close()
+
+
+def test_stand_in_service_a_clock_that_is_wrong_is_not_taken_for_keys_that_are(errands: Errands) -> None:
+    site = Site(lambda _path, _headers: Answer(b"<Error><Code>RequestTimeTooSkewed</Code></Error>", 403))
+    with pytest.raises(Unavailable) as caught:
+        errands.fetch("model", {"s3": {"uri": "s3://bucket/models", "endpoint": site.url}})
+    assert "clock" in str(caught.value)
     site.close()
