@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_trainer.runtime.errors import InvalidConfig
+
 if TYPE_CHECKING:
     import torch
 
@@ -35,7 +37,7 @@ def is_fast(resolved: Resolved, device: torch.device, dtype: torch.dtype) -> boo
 
 
 def build_fast(adapted: Any, resolved: Resolved, dtype: torch.dtype) -> FastModel:  # noqa: ANN401 - a PEFT model
-    """The fast path of a model that trains."""
+    """The fast path of a model that trains. InvalidConfig if it would leave out something that trains."""
     import torch  # noqa: PLC0415 - slow
 
     from finetune_trainer.fast.block import Plan  # noqa: PLC0415 - brings torch
@@ -43,6 +45,11 @@ def build_fast(adapted: Any, resolved: Resolved, dtype: torch.dtype) -> FastMode
 
     plans = {"Full": Plan.INPUT, "Selective": Plan.ATTENTION, "Off": Plan.PRODUCTS}
     fast = FastModel(adapted, plans[resolved.gradient_checkpointing], dtype)
+    known = set(map(id, fast.trained))
+    lost = [name for name, each in adapted.named_parameters() if each.requires_grad and id(each) not in known]
+    if lost:
+        msg = f"The fast path would not train {lost[0]}. Set training.fastPath: Off, and report this as a bug."
+        raise InvalidConfig(msg)
     torch.cuda.empty_cache()  # of the places that weights moved out of
     return fast
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from finetune_trainer.fast import build
+from finetune_trainer.runtime.errors import InvalidConfig
+from tests.unit.trainer.fast.test_model import adapt, make_base
 from tests.unit.trainer.runs import SETTINGS, replace_settings
 
 if TYPE_CHECKING:
@@ -65,3 +67,9 @@ def test_what_prepare_found_is_told_where_it_is_not_taken(caplog: pytest.LogCapt
     with caplog.at_level(logging.INFO):
         assert not build.is_fast(plain, GPU, torch.bfloat16)
     assert "DoRA scales the weights" in caplog.text
+
+
+def test_what_trains_outside_the_blocks_is_never_left_out_silently() -> None:
+    adapted = adapt(make_base(), target_modules=["q_proj", "lm_head"])
+    with pytest.raises(InvalidConfig, match=r"would not train .*lm_head"):
+        build.build_fast(adapted, FAST, torch.float32)
