@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.shapes import LLAMA_1B, LLAMA_8B
 from finetune_trainer.data.pack import pack_rows
 from finetune_trainer.data.tokenized import INPUT_IDS, LENGTHS, LOSS_MASK
 
@@ -29,26 +30,14 @@ class Shape:
 WORDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 FIRST_WORD = 3
 """Of those that rows are drawn from."""
-LLAMA_1B: dict[str, Any] = {
-    "vocab_size": 128_256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
+COMMON: dict[str, Any] = {
     "max_position_embeddings": 32_768,  # of which the speed does not depend, and our trainer takes no longer rows
     "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
     "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
     **WORDS,
 }
-LLAMA_8B = LLAMA_1B | {
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "tie_word_embeddings": False,
-}
-TINY = LLAMA_8B | {
+TINY = {
+    **LLAMA_8B,
     "vocab_size": 320,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -56,7 +45,11 @@ TINY = LLAMA_8B | {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-SHAPES = {"8b": Shape(LLAMA_8B), "1b": Shape(LLAMA_1B), "tiny": Shape(TINY, shorter=32)}
+SHAPES = {
+    "8b": Shape(LLAMA_8B | COMMON),
+    "1b": Shape(LLAMA_1B | COMMON),
+    "tiny": Shape(TINY | COMMON, shorter=32),
+}
 """`8b`: Llama-3-8B's. `1b`: Llama-3.2-1B's. `tiny`: to see the benchmark run."""
 
 

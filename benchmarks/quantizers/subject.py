@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.quantizers.environment import CACHE
+from benchmarks.shapes import LLAMA_1B
 from cluster.demo import fetch_model, make_dataset
 from finetune_trainer.__main__ import main as run_trainer
 from finetune_trainer.config import Quantize
@@ -33,17 +34,7 @@ if TYPE_CHECKING:
 METHODS = ("GPTQ", "AWQ")
 GEMMA3_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 SHAPES: dict[str, dict[str, Any]] = {
-    "1b": {
-        "vocab_size": 128_256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "max_position_embeddings": 131_072,
-        "tie_word_embeddings": True,
-    },
+    "1b": {**LLAMA_1B, "head_dim": 64, "max_position_embeddings": 131_072},
     "tiny": {
         "vocab_size": 320,
         "hidden_size": 128,

@@ -233,11 +233,19 @@ class Elector:
         self._alarm.cancel()
         self._until = float("-inf")
         try:
-            await self._put(self._observed, give_up(self._observed))
+            await self._give_up()
         except ERRORS as error:
             log.warning("The Lease was not released: %s", what(error))
         else:
             log.info("The Lease is released")
+
+    async def _give_up(self) -> None:
+        try:
+            await self._put(self._observed, give_up(self._observed))
+        except StaleError:  # by the last renewal, broken off before its answer was heard
+            await self._look()
+            if self._observed.holder == self.me:
+                await self._put(self._observed, give_up(self._observed))
 
     def _lose(self, why: str) -> NoReturn:
         self._until = float("-inf")

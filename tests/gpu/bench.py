@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks import shapes
 from finetune_trainer.__main__ import main
 from tests.tiny import make_config, make_jsonl, make_tokenizer
 
@@ -18,26 +19,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TOKENIZER: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-LLAMA_1B: dict[str, Any] = {
-    "vocab_size": 128_256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "rope_theta": 500_000.0,
-    "tie_word_embeddings": True,
-}
-"""Llama-3.2-1B."""
-LLAMA_8B: dict[str, Any] = {
-    **LLAMA_1B,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "tie_word_embeddings": False,
-}
-"""Llama-3-8B."""
+COMMON: dict[str, Any] = {"max_position_embeddings": 8192, "rope_theta": 500_000.0}
+LLAMA_1B = shapes.LLAMA_1B | COMMON
+LLAMA_8B = shapes.LLAMA_8B | COMMON
 STEPS = 20
 WARM_UP_STEPS = 3
 GIB = 2**30

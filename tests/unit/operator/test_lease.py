@@ -318,6 +318,21 @@ def test_a_holder_of_a_stand_in_told_to_stop_is_followed_at_once() -> None:
     in_its_own_time(story)
 
 
+def test_a_holder_told_to_stop_before_it_heard_of_its_last_renewal_by_a_stand_in_leaves_the_lease_to_others() -> None:
+    async def story() -> None:
+        server = StandIn()
+        first = await leading(server)
+        first.line.delay = lambda: 0.5
+        seen = len(server.writes)
+        while len(server.writes) == seen:
+            await asyncio.sleep(0.01)
+        first.stop.set()
+        await first.task
+        assert [holder for _, holder in server.writes[seen:]] == [first.elector.me, ""]
+
+    in_its_own_time(story)
+
+
 BREAKS = ("away", "hang", "deaf")
 
 

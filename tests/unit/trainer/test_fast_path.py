@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sysconfig
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from benchmarks.estimate import FAST_GRID, SHAPES
 from benchmarks.estimate import settle as settle_run
-from finetune_trainer.fast import build as build_module
 from finetune_trainer.fast import linear
 from finetune_trainer.fast import model as fast_model
 from finetune_trainer.fast.block import Plan
@@ -297,50 +294,3 @@ def test_gradients_of_a_pass_lie_beside_those_of_earlier_ones(llama: ModelFacts)
     found = estimate(llama, two, batch)
     held = CUBLAS_BYTES + found.weights_bytes + found.adapter_bytes + found.optimizer_bytes
     assert found.peak_bytes > held + 2 * found.gradients_bytes
-
-
-# Where it can be taken
-
-
-@pytest.fixture
-def able(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The folder of Python's headers on a machine that has all that is wanted."""
-    (tmp_path / "Python.h").touch()
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    monkeypatch.setattr(build_module, "find_spec", lambda name: name)
-    monkeypatch.setattr(shutil, "which", {"gcc": "/usr/bin/gcc"}.get)
-    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
-    return tmp_path
-
-
-def why_not_on_a_gpu() -> str | None:
-    return build_module.why_not_here(torch.device("cuda"), torch.bfloat16)
-
-
-@pytest.mark.usefixtures("able")
-def test_a_gpu_with_triton_a_compiler_and_headers_will_do() -> None:
-    assert why_not_on_a_gpu() is None
-    assert build_module.why_not_here(torch.device("cpu"), torch.bfloat16) == "there is no GPU"
-    assert build_module.why_not_here(torch.device("cuda"), torch.float16) == "products are computed in float16"
-
-
-@pytest.mark.parametrize("found", ["cc", ""])
-@pytest.mark.usefixtures("able")
-def test_a_compiler_that_triton_does_not_look_for_is_none(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", {found: f"/usr/bin/{found}"}.get)
-    assert why_not_on_a_gpu() == "there is no C compiler, which Triton needs"
-    monkeypatch.setenv("CC", "cc")
-    assert (why_not_on_a_gpu() is None) == (found == "cc")
-
-
-def test_a_compiler_without_pythons_headers_will_not_do(able: Path) -> None:
-    able.joinpath("Python.h").unlink()
-    assert why_not_on_a_gpu() == "there is no Python.h, which Triton needs (the python3-dev of this Python)"
-
-
-@pytest.mark.usefixtures("able")
-def test_a_gpu_of_before_ampere_will_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert why_not_on_a_gpu() == "the GPU is older than NVIDIA's Ampere, or another maker's"

@@ -63,11 +63,11 @@ def rotate(
     column = tl.arange(0, BLOCK)[None, :]
     inside = (head < heads) & (column < HALF)
     angles = (row % period) * 2 * HALF + column
-    near, far = column < HALF, column < HALF
-    cos_low = tl.load(cosines + angles, mask=near, other=0.0).to(tl.float32)
-    sin_low = tl.load(sines + angles, mask=near, other=0.0).to(tl.float32)
-    cos_high = tl.load(cosines + angles + HALF, mask=far, other=0.0).to(tl.float32)
-    sin_high = tl.load(sines + angles + HALF, mask=far, other=0.0).to(tl.float32)
+    known = column < HALF
+    cos_low = tl.load(cosines + angles, mask=known, other=0.0).to(tl.float32)
+    sin_low = tl.load(sines + angles, mask=known, other=0.0).to(tl.float32)
+    cos_high = tl.load(cosines + angles + HALF, mask=known, other=0.0).to(tl.float32)
+    sin_high = tl.load(sines + angles + HALF, mask=known, other=0.0).to(tl.float32)
     start = head * 2 * HALF + column
     low = tl.load(x + row * x_stride + start, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(x + row * x_stride + start + HALF, mask=inside, other=0.0).to(tl.float32)

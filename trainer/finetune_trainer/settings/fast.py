@@ -10,6 +10,7 @@ import re
 from typing import TYPE_CHECKING
 
 from finetune_trainer.config import BITSANDBYTES, BaseFormat, ComputeDtype, FastPath, LoraBias
+from finetune_trainer.settings.holdings import QUANTIZED_BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,8 +24,6 @@ LAYER = re.compile(r"(\w+\.)*(q|k|v|o|gate|up|down)_proj")
 """An end of a name of the layers that adapters may be on; a pattern (PEFT takes them) could mean others besides."""
 HEAD_WIDTHS = (16, 32, 64, 128)
 """What the kernels of attention take on every GPU: 256 want 136 kB of shared memory, of which many have 101."""
-QUANTIZED_BLOCK = 64
-"""Weights that share a scale in NF4 and FP4: a row must have whole blocks of them."""
 FURTHER = (
     *("rank_pattern", "alpha_pattern", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora"),
     *("use_bdlora", "velora_config", "monteclora_config", "arrow_config", "kasa_config"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sysconfig
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,17 +17,23 @@ from tests.unit.trainer.runs import SETTINGS, replace_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 FAST = replace_settings(SETTINGS, fast_path=True)
 
 
 @pytest.fixture(autouse=True)
-def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An H100 with all that is needed."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name == "gcc" else None)
+def able(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of Python's headers on a machine that has all that is wanted."""
+    (tmp_path / "Python.h").touch()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(build, "find_spec", lambda name: name)
+    monkeypatch.setattr(shutil, "which", {"gcc": "/usr/bin/gcc"}.get)
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    return tmp_path
 
 
 def test_a_gpu_with_a_compiler_takes_it(caplog: pytest.LogCaptureFixture) -> None:
@@ -57,11 +64,6 @@ def test_what_a_machine_lacks_is_told(
     assert word in caplog.text
 
 
-def test_without_a_gpu_and_in_another_dtype_it_is_not_taken() -> None:
-    assert build.why_not_here(CPU, torch.bfloat16) == "there is no GPU"
-    assert build.why_not_here(GPU, torch.float16) == "products are computed in float16"
-
-
 def test_what_prepare_found_is_told_where_it_is_not_taken(caplog: pytest.LogCaptureFixture) -> None:
     plain = replace_settings(SETTINGS, fast_path=False, plain_because="DoRA scales the weights")
     with caplog.at_level(logging.INFO):
@@ -73,3 +75,31 @@ def test_what_trains_outside_the_blocks_is_never_left_out_silently() -> None:
     adapted = adapt(make_base(), target_modules=["q_proj", "lm_head"])
     with pytest.raises(InvalidConfig, match=r"would not train .*lm_head"):
         build.build_fast(adapted, FAST, torch.float32)
+
+
+def why_not_on_a_gpu() -> str | None:
+    return build.why_not_here(GPU, torch.bfloat16)
+
+
+def test_a_gpu_with_triton_a_compiler_and_headers_will_do() -> None:
+    assert why_not_on_a_gpu() is None
+    assert build.why_not_here(CPU, torch.bfloat16) == "there is no GPU"
+    assert build.why_not_here(GPU, torch.float16) == "products are computed in float16"
+
+
+@pytest.mark.parametrize("found", ["cc", ""])
+def test_a_compiler_that_triton_does_not_look_for_is_none(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", {found: f"/usr/bin/{found}"}.get)
+    assert why_not_on_a_gpu() == "there is no C compiler, which Triton needs"
+    monkeypatch.setenv("CC", "cc")
+    assert (why_not_on_a_gpu() is None) == (found == "cc")
+
+
+def test_a_compiler_without_pythons_headers_will_not_do(able: Path) -> None:
+    able.joinpath("Python.h").unlink()
+    assert why_not_on_a_gpu() == "there is no Python.h, which Triton needs (the python3-dev of this Python)"
+
+
+def test_a_gpu_of_before_ampere_will_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert why_not_on_a_gpu() == "the GPU is older than NVIDIA's Ampere, or another maker's"
