@@ -139,6 +139,7 @@ class StandIn:
     stored: JSON | None = None
     version: int = 0
     writes: list[tuple[float, str]] = field(default_factory=list)
+    written: asyncio.Event = field(default_factory=asyncio.Event)
 
     def read(self) -> JSON:
         if self.stored is None:
@@ -166,6 +167,7 @@ class StandIn:
         self.version += 1
         self.stored = copy.deepcopy(body | {"metadata": body["metadata"] | {"resourceVersion": str(self.version)}})
         self.writes.append((now(), body["spec"].get("holderIdentity", "")))
+        self.written.set()
         return self.read()
 
 
@@ -323,9 +325,9 @@ def test_a_holder_told_to_stop_before_it_heard_of_its_last_renewal_by_a_stand_in
         server = StandIn()
         first = await leading(server)
         first.line.delay = lambda: 0.5
-        seen = len(server.writes)
-        while len(server.writes) == seen:
-            await asyncio.sleep(0.01)
+        server.written.clear()
+        await server.written.wait()
+        seen = len(server.writes) - 1
         first.stop.set()
         await first.task
         assert [holder for _, holder in server.writes[seen:]] == [first.elector.me, ""]
