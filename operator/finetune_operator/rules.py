@@ -21,6 +21,7 @@ from finetune_operator.api import (
 from finetune_trainer.config import (
     ADAPTER_METHODS,
     COMMIT_PATTERN,
+    FAST_FORMATS,
     FORMATS,
     NAME_PATTERN,
     NO_BRANCH,
@@ -269,6 +270,12 @@ BLOCKS: dict[str, tuple[Rule, ...]] = {
             f" && self.baseWeights.?format.orValue('{BaseFormat.NF4}') != '{BaseFormat.GPTQ}')",
             "method.baseWeights.doubleQuantization is for NF4 and FP4: drop it",
         ),
+        Rule(
+            f"!self.?fp8Products.orValue(false) || (self.?type.orValue('{MethodType.QLORA}')"
+            f" in {one_of(ADAPTER_METHODS)} && self.?computeDtype.orValue('Auto') in ['Auto', 'BF16']"
+            f" && self.?baseWeights.?format.orValue('{BaseFormat.BF16}') in {one_of(FAST_FORMATS)})",
+            "method.fp8Products is for QLoRA in NF4 or FP4 and LoRA in BF16, with computeDtype BF16: drop it",
+        ),
     ),
     "objective": (
         Rule(
@@ -412,6 +419,13 @@ WHOLE: tuple[Rule, ...] = (
     Rule(
         f"{OBJECTIVE} != 'DPO' || !self.?training.?neftuneNoiseAlpha.hasValue()",
         "training.neftuneNoiseAlpha is for objective SFT: drop it",
+    ),
+    Rule(
+        f"!self.?method.?fp8Products.orValue(false) || ({OBJECTIVE} == 'SFT'"
+        " && self.?training.?fastPath.orValue('Auto') == 'Auto' && self.?parallelism.?numNodes.orValue(1) == 1"
+        " && self.?parallelism.?gpusPerNode.orValue(1) == 1)",
+        "method.fp8Products is for SFT on one GPU (parallelism.numNodes and gpusPerNode 1) by the fast path "
+        "(training.fastPath Auto): drop it, or change the others",
     ),
     Rule(
         "!self.?training.?globalBatchSize.hasValue() || self.training.globalBatchSize"

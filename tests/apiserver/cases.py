@@ -362,6 +362,38 @@ BAD: dict[str, tuple[JSON, str]] = {
         spec(method={"type": "LoRA", "baseWeights": {"doubleQuantization": False}}),
         "doubleQuantization is for NF4 and FP4",
     ),
+    "products in FP8 of all weights": (
+        spec(method={"type": "Full", "fp8Products": True}),
+        "method.fp8Products is for QLoRA in NF4 or FP4 and LoRA in BF16",
+    ),
+    "products in FP8 of an Int8 base": (
+        spec(method={"type": "LoRA", "baseWeights": {"format": "Int8"}, "fp8Products": True}),
+        "method.fp8Products is for QLoRA in NF4 or FP4 and LoRA in BF16",
+    ),
+    "products in FP8 computed in FP32": (
+        spec(method={"computeDtype": "FP32", "fp8Products": True}),
+        "method.fp8Products is for QLoRA in NF4 or FP4 and LoRA in BF16",
+    ),
+    "products in FP8 on CPU": (
+        spec(method={"fp8Products": True}, parallelism={"gpusPerNode": 0}),
+        "method.fp8Products is for SFT on one GPU",
+    ),
+    "products in FP8 on two GPUs": (
+        spec(method={"fp8Products": True}, parallelism={"gpusPerNode": 2}),
+        "method.fp8Products is for SFT on one GPU",
+    ),
+    "products in FP8 on two nodes": (
+        spec(method={"fp8Products": True}, parallelism={"numNodes": 2}, output=SHARED),
+        "method.fp8Products is for SFT on one GPU",
+    ),
+    "products in FP8 of DPO": (
+        spec(method={"fp8Products": True}, objective=DPO),
+        "method.fp8Products is for SFT on one GPU",
+    ),
+    "products in FP8 by autograd": (
+        spec(method={"fp8Products": True}, training={"fastPath": "Off"}),
+        "method.fp8Products is for SFT on one GPU",
+    ),
     "a rank of zero": (spec(method={"lora": {"r": 0}}), "spec.method.lora.r"),
     "a dropout of one": (spec(method={"lora": {"dropout": 1}}), "spec.method.lora.dropout"),
     "an empty list of layers": (spec(method={"lora": {"targetModules": []}}), "should have at least 1 items"),

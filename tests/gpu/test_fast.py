@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 BF16_ERROR = 0.004
 """Of a rounding to bf16, relative to what is rounded, as a norm over many numbers: 2⁻⁸."""
 COSINE = 0.999
+FP8_COSINE = 0.95
+"""Of products in FP8, whose factors are rounded by 2.6% of their size."""
 Gradients = dict[str, torch.Tensor]
 
 
@@ -66,7 +68,12 @@ def surprise() -> list[torch.Tensor]:
     return [losses, logits]
 
 
-@pytest.mark.parametrize("operation", [normalize, rotate, gate, surprise])
+def narrow() -> list[torch.Tensor]:
+    x = draw(300, 14_336)
+    return [each.float() for matrix in (x, x.T) for each in ops.narrow(matrix)]
+
+
+@pytest.mark.parametrize("operation", [normalize, rotate, gate, surprise, narrow])
 def test_a_kernel_gives_what_torch_does(
     operation: Callable[[], list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +151,17 @@ def test_gradients_are_autograds(form: str, plan: Plan) -> None:
     assert cosine(take(adapted, loss), expected) >= COSINE
 
 
+@pytest.mark.parametrize("form", ["NF4", "BF16"])
+@pytest.mark.parametrize("plan", list(Plan))
+def test_gradients_in_fp8_have_nearly_the_direction_of_those_in_bf16(form: str, plan: Plan) -> None:
+    adapted, batch = adapt(form), rows()
+    plain = FastModel(adapted, plan, torch.bfloat16).loss(batch, count(batch))
+    expected = take(adapted, plain)
+    loss = FastModel(adapted, plan, torch.bfloat16, float8=True).loss(batch, count(batch))
+    assert float(loss) == pytest.approx(float(plain), rel=0.01)
+    assert cosine(take(adapted, loss), expected) >= FP8_COSINE
+
+
 def pack(batch: dict[str, torch.Tensor], lengths: list[int]) -> dict[str, Any]:
     """The tokens as sequences of these lengths, one after another."""
     ids = batch["input_ids"].reshape(1, -1)[:, : sum(lengths)]
@@ -174,10 +192,11 @@ def test_packed_sequences_are_each_alone() -> None:
 @pytest.mark.parametrize("form", ["NF4", "BF16"])
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_the_same_again_gives_the_same_bits(form: str, packed: bool, dropout: float) -> None:
+@pytest.mark.parametrize("float8", [False, True], ids=["BF16 products", "FP8 products"])
+def test_the_same_again_gives_the_same_bits(form: str, packed: bool, dropout: float, float8: bool) -> None:
     adapted = adapt(form, dropout)
     batch: dict[str, Any] = pack(rows(2048), [2000, 500, 3000, 1000]) if packed else rows(2048)
-    fast, found = FastModel(adapted, Plan.INPUT, torch.bfloat16), []
+    fast, found = FastModel(adapted, Plan.INPUT, torch.bfloat16, float8=float8), []
     for _ in range(5):
         torch.manual_seed(3)
         found.append(take(adapted, fast.loss(batch, count(batch))))

@@ -50,6 +50,7 @@ VALIDATORS = {
     "_exactly_one_source": "two sources",
     "_fields_are_of_the_method": "AWQ of 8 bits",
     "_files_or_split": "files and a split",
+    "_fp8_products_have_their_path": "products in FP8 by autograd",
     "_fsdp_settings_for_fsdp": "settings of FSDP for DDP",
     "_goes_together": "QLoRA on 16 bits",
     "_gpus_are_counted_once": "GPUs among the resources",

@@ -11,12 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from benchmarks.estimate import FAST_GRID, SHAPES
 from benchmarks.estimate import settle as settle_run
-from finetune_trainer.fast import linear
+from finetune_trainer.fast import linear, ops
 from finetune_trainer.fast import model as fast_model
 from finetune_trainer.fast.block import Plan
 from finetune_trainer.models.folder import describe_config
 from finetune_trainer.models.loading import import_peft, load_base
 from finetune_trainer.progress import DataFacts, Resolved
+from finetune_trainer.runtime.errors import InvalidConfig
 from finetune_trainer.runtime.parsing import parse_config
 from finetune_trainer.settings import by_hand
 from finetune_trainer.settings.activations import Batch
@@ -150,6 +151,29 @@ def test_rows_that_4_bit_blocks_do_not_divide_take_the_plain_path(tmp_path: Path
     assert settle(odd, **method("LoRA"))[1] is None
 
 
+def fp8(kind: str, held: str | None = None) -> dict[str, Any]:
+    asked = method(kind, held)
+    return {"method": {**asked["method"], "fp8Products": True}}
+
+
+@pytest.mark.parametrize("fields", [fp8("QLoRA"), fp8("QLoRA", "FP4"), fp8("LoRA"), fp8("LoRA", "BF16")])
+def test_products_in_fp8_are_for_the_fast_path(fields: dict[str, Any], llama: ModelFacts) -> None:
+    resolved, why = settle(llama, **fields)
+    assert (why, resolved.fast_path, resolved.fp8_products) == (None, True, True)
+    assert not settle(llama)[0].fp8_products
+
+
+def test_products_in_fp8_are_refused_where_the_path_is_not_taken(llama: ModelFacts) -> None:
+    with pytest.raises(InvalidConfig, match=r"method.fp8Products .* its MLPs have gelu, not silu. Drop fp8Products"):
+        settle(replace(llama, activation="gelu"), **fp8("LoRA"))
+
+
+def test_products_in_fp8_want_widths_that_16_divides(tmp_path: Path) -> None:
+    odd = describe_config(write_config(tmp_path, {"model_type": "llama", **SMALL, "intermediate_size": 136}))
+    with pytest.raises(InvalidConfig, match="16 does not divide the widths of its layers, which FP8 asks for"):
+        settle(odd, **fp8("LoRA"))
+
+
 def test_heads_of_256_take_the_plain_path(tmp_path: Path) -> None:
     wide = describe_config(write_config(tmp_path, {"model_type": "qwen3", **WHOLE_BLOCKS, "head_dim": 256}))
     assert settle(wide)[1] == "its heads have 256 dimensions"
@@ -188,6 +212,7 @@ def test_another_base_is_another_path(llama: ModelFacts) -> None:
 
 def test_constants_are_those_of_the_code() -> None:
     assert (by_hand.MULTIPLE, by_hand.HEAD_ROWS) == (linear.MULTIPLE, fast_model.HEAD_ROWS)
+    assert by_hand.FP8_MULTIPLE == ops.FLOAT8_MULTIPLE
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -276,6 +301,19 @@ def test_the_grid_of_the_fast_path_takes_it(tmp_path: Path) -> None:
     for run in FAST_GRID:
         plain = settle_run(replace(run, fast_path="Off"), facts[run.shape])
         assert settle_run(run, facts[run.shape]) == plain.model_copy(update=TAKEN), run.name
+
+
+def test_matrices_in_fp8_are_counted(llama: ModelFacts) -> None:
+    batch, (resolved, _) = Batch(4, 2048, masked=False), settle(llama, **fp8("LoRA"))
+    group = by_hand.sizes_of(blocks_of(llama)[0], llama, resolved).both
+    gradient, weights = (torch.zeros(rows, group.rows + group.ranks) for rows in (48, group.columns))
+    made = [each for matrix in (gradient, weights) for each in ops.narrow(matrix)]
+    assert group.narrowed(48) == sum(each.nbytes for each in made)
+    more = (
+        estimate(llama, resolved, batch).peak_bytes
+        - estimate(llama, settle(llama, **method("LoRA"))[0], batch).peak_bytes
+    )
+    assert more == group.narrowed(batch.total) - by_hand._learned(group)  # which come after one another
 
 
 def test_more_is_kept_where_less_is_computed_again(llama: ModelFacts) -> None:

@@ -47,6 +47,7 @@ from finetune_trainer.config.job import JobConfig
 from finetune_trainer.config.method import (
     ADAPTER_METHODS,
     BITSANDBYTES,
+    FAST_FORMATS,
     FLOATING,
     FORMATS,
     FOUR_BIT,
@@ -154,6 +155,7 @@ __all__ = [
     "DEFAULT_SEED",
     "DOCKER_CONFIG_FILE",
     "DRILL_OUT_OF_MEMORY_VARIABLE",
+    "FAST_FORMATS",
     "FLOATING",
     "FORMATS",
     "FOUR_BIT",

@@ -21,7 +21,7 @@ from finetune_trainer.config.outcome import Merge, MergeBase, MergePolicy, Quant
 from finetune_trainer.config.pod import Pod
 from finetune_trainer.config.publish import Output, Publish, PublishedArtifact
 from finetune_trainer.config.tracking import Tracking
-from finetune_trainer.config.training import Packing, Parallelism, Strategy, Training
+from finetune_trainer.config.training import FastPath, Packing, Parallelism, Strategy, Training
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,6 +82,19 @@ class JobConfig(Model):
             raise ValueError(msg)
         if self.method is not None and self.method.lora is not None and self.method.lora.dropout:
             msg = "method.lora.dropout is for objective SFT: DPO compares model and reference without noise, drop it"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_products_have_their_path(self) -> Self:
+        fast = self.training is None or self.training.fast_path is not FastPath.OFF
+        sft = self.objective_type is ObjectiveType.SFT
+        one_gpu = self.gpus_per_node == 1 and self.world_size == 1
+        if self.method is not None and self.method.fp8_products and not (fast and sft and one_gpu):
+            msg = (
+                "method.fp8Products is for SFT on one GPU (parallelism.numNodes and gpusPerNode 1) by the fast path "
+                "(training.fastPath Auto): drop it, or change the others"
+            )
             raise ValueError(msg)
         return self
 

@@ -34,6 +34,8 @@ class BaseFormat(StrEnum):
 FOUR_BIT = (BaseFormat.NF4, BaseFormat.FP4, BaseFormat.GPTQ)
 BITSANDBYTES = (BaseFormat.NF4, BaseFormat.FP4)
 FLOATING = (BaseFormat.BF16, BaseFormat.FP16, BaseFormat.FP32)
+FAST_FORMATS = (*BITSANDBYTES, BaseFormat.BF16)
+"""What the fast path takes."""
 TRAINED_WHOLE = (BaseFormat.BF16, BaseFormat.FP32)
 """Formats whose weights can train themselves: in FP16 their gradients would vanish."""
 FORMATS = {
@@ -149,6 +151,12 @@ class Method(Model):
         description="Auto: the format of a base of 16 bits; else BF16, on CPU FP32. A GPU without BF16 takes FP16 in "
         "its place. Default Auto.",
     )
+    fp8_products: bool | None = Field(
+        default=None,
+        description="Multiply activations and gradients with the base in FP8, which is faster and less exact: QLoRA in "
+        "NF4 or FP4 and LoRA in BF16, on the fast path of one GPU of Ada's, Hopper's or a later generation. "
+        "Default false.",
+    )
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
@@ -167,6 +175,12 @@ class Method(Model):
             kind is not MethodType.QLORA or weights.format is BaseFormat.GPTQ
         ):
             msg = "method.baseWeights.doubleQuantization is for NF4 and FP4"
+            raise ValueError(msg)
+        in_bf16 = self.compute_dtype in (None, ComputeDtype.AUTO, ComputeDtype.BF16)
+        if self.fp8_products and not (
+            kind in ADAPTER_METHODS and (weights.format or BaseFormat.BF16) in FAST_FORMATS and in_bf16
+        ):
+            msg = "method.fp8Products is for QLoRA in NF4 or FP4 and LoRA in BF16, with computeDtype BF16"
             raise ValueError(msg)
         return self
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.runtime.errors import InvalidConfig
+from finetune_trainer.settings.fast import needs_fast_path
 
 if TYPE_CHECKING:
     import torch
@@ -22,18 +23,26 @@ log = logging.getLogger(__name__)
 
 OLDEST_CAPABILITY = (8, 0)
 """Ampere: the first GPUs with bf16 and the attention kernels."""
+OLDEST_WITH_FLOAT8 = (8, 9)
+"""Ada: the first with tensor cores for FP8."""
 COMPILERS = ("gcc", "clang")
 """What Triton (3.7) looks for where CC names none; what starts a kernel is a C file that includes Python.h."""
 
 
 def is_fast(resolved: Resolved, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a training takes the fast path on this machine. The log says so, or why not."""
-    reason = why_not_here(device, dtype) if resolved.fast_path else resolved.plain_because or "prepared without it"
-    if reason is None:
-        log.info("training the fast way (training.fastPath): blocks by hand")
-    else:
-        log.info("training the plain way, by autograd: %s", reason)
-    return reason is None
+    """Whether a training takes the fast path on this machine. The log says so, or why not.
+
+    InvalidConfig if products in FP8 were asked for and cannot be had: another loss than was asked for is no way out.
+    """
+    asked = resolved.fp8_products
+    reason = why_not_here(device, dtype, float8=asked) if resolved.fast_path else resolved.plain_because
+    if reason is None and resolved.fast_path:
+        log.info("training the fast way (training.fastPath): blocks by hand%s", ", products in FP8" if asked else "")
+        return True
+    if asked:
+        raise InvalidConfig(needs_fast_path(reason))
+    log.info("training the plain way, by autograd: %s", reason or "prepared without it")
+    return False
 
 
 def build_fast(adapted: Any, resolved: Resolved, dtype: torch.dtype) -> FastModel:  # noqa: ANN401 - a PEFT model
@@ -44,7 +53,7 @@ def build_fast(adapted: Any, resolved: Resolved, dtype: torch.dtype) -> FastMode
     from finetune_trainer.fast.model import FastModel  # noqa: PLC0415 - likewise
 
     plans = {"Full": Plan.INPUT, "Selective": Plan.ATTENTION, "Off": Plan.PRODUCTS}
-    fast = FastModel(adapted, plans[resolved.gradient_checkpointing], dtype)
+    fast = FastModel(adapted, plans[resolved.gradient_checkpointing], dtype, float8=resolved.fp8_products)
     known = set(map(id, fast.trained))
     lost = [name for name, each in adapted.named_parameters() if each.requires_grad and id(each) not in known]
     if lost:
@@ -54,7 +63,7 @@ def build_fast(adapted: Any, resolved: Resolved, dtype: torch.dtype) -> FastMode
     return fast
 
 
-def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not_here(device: torch.device, dtype: torch.dtype, *, float8: bool = False) -> str | None:
     """What this machine lacks, in words; None where nothing."""
     import torch  # noqa: PLC0415 - slow
 
@@ -62,6 +71,8 @@ def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
         return "there is no GPU"
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
         return "the GPU is older than NVIDIA's Ampere, or another maker's"
+    if float8 and torch.cuda.get_device_capability(device) < OLDEST_WITH_FLOAT8:
+        return "the GPU is older than NVIDIA's Ada, and has no FP8"
     if dtype is not torch.bfloat16:
         return f"products are computed in {str(dtype).removeprefix('torch.')}"
     return _why_no_kernels()

@@ -151,6 +151,48 @@ def widen(
 
 
 @triton.jit
+def narrow(x, out, scales, x_stride, columns, padded, highest, tiniest, BLOCK: tl.constexpr):
+    """A row in 8 bits, its largest number as `highest`; zeros beyond its columns."""
+    row = tl.program_id(0).to(tl.int64)
+    peaks = tl.full((BLOCK,), tiniest, tl.float32)
+    for start in range(0, columns, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        values = tl.load(x + row * x_stride + place, mask=place < columns, other=0.0).to(tl.float32)
+        peaks = tl.maximum(peaks, tl.abs(values))
+    scale = tl.div_rn(tl.max(peaks, 0), highest)
+    tl.store(scales + row, scale)
+    for start in range(0, padded, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        values = tl.load(x + row * x_stride + place, mask=place < columns, other=0.0).to(tl.float32)
+        narrowed = tl.div_rn(values, tl.broadcast_to(scale, values.shape)).to(out.dtype.element_ty)
+        tl.store(out + row * padded + place, narrowed, mask=place < padded)
+
+
+@triton.jit
+def narrow_turned(
+    x, out, scales, x_stride, rows, columns, padded, highest, tiniest, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`narrow` of a matrix of which columns lie in memory as rows: COLUMNS of its rows, BLOCK columns at a time."""
+    row = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = row < rows
+    peaks = tl.full((BLOCK, COLUMNS), tiniest, tl.float32)
+    for start in range(0, columns, BLOCK):
+        place = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        known = (place < columns)[:, None] & inside[None, :]
+        values = tl.load(x + place[:, None] * x_stride + row[None, :], mask=known, other=0.0).to(tl.float32)
+        peaks = tl.maximum(peaks, tl.abs(values))
+    scale = tl.div_rn(tl.max(peaks, 0), tl.full((COLUMNS,), highest, tl.float32))
+    tl.store(scales + row, scale, mask=inside)
+    for start in range(0, padded, BLOCK):
+        place = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        known = (place < columns)[:, None] & inside[None, :]
+        values = tl.load(x + place[:, None] * x_stride + row[None, :], mask=known, other=0.0).to(tl.float32)
+        narrowed = tl.div_rn(values, tl.broadcast_to(scale[None, :], values.shape)).to(out.dtype.element_ty)
+        there = inside[:, None] & (place < padded)[None, :]
+        tl.store(out + row.to(tl.int64)[:, None] * padded + place[None, :], tl.trans(narrowed), mask=there)
+
+
+@triton.jit
 def surprise(logits, targets, losses, stride, width, ignored, BLOCK: tl.constexpr):
     """Cross-entropy of a row in nats; its gradient takes the place of the logits. A row that is ignored has none."""
     row = tl.program_id(0).to(tl.int64)

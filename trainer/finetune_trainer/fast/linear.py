@@ -75,12 +75,12 @@ class Scratch:
 class Linears:
     """Layers that share their input, multiplied at once."""
 
-    def __init__(self, layers: Sequence[Layer], scale: float, scratch: Scratch) -> None:
-        """`scale`: of all adapters. `scratch`: where layers of 4 bits are widened.
+    def __init__(self, layers: Sequence[Layer], scale: float, scratch: Scratch, *, float8: bool = False) -> None:
+        """`scale`: of all adapters. `scratch`: where layers of 4 bits are widened. `float8`: products are in FP8.
 
         Weights of 16 bits move into a buffer of their own, and are views of it from then on.
         """
-        self.layers, self.scale = list(layers), scale
+        self.layers, self.scale, self._float8 = list(layers), scale, float8
         self.inputs = int(layers[0].base.in_features)
         self.outputs = sum(layer.outputs for layer in layers)
         self._ranks = sum(layer.rank for layer in layers)
@@ -138,10 +138,17 @@ class Linears:
 
     def multiply(self, buffer: Tensor, x: Tensor, out: Tensor) -> Tensor:
         """Input [tokens, inputs + room], its extra columns filled, times the weights, into `out` [tokens, outputs]."""
-        return torch.mm(x, buffer[: self.outputs].T, out=out)
+        weights = buffer[: self.outputs]
+        if not self._float8:
+            return torch.mm(x, weights.T, out=out)
+        used = self.inputs + self._ranks
+        bias = weights[:, used].contiguous() if self._biased else None
+        return ops.multiply_in_float8(x[:, :used], weights[:, :used], bias, out)
 
     def multiply_add(self, buffer: Tensor, x: Tensor, residual: Tensor) -> Tensor:
-        """The same on top of `residual` [tokens, outputs], rounded once."""
+        """The same on top of `residual` [tokens, outputs], rounded once, in FP8 twice."""
+        if self._float8:
+            return self.multiply(buffer, x, torch.empty_like(residual)).add_(residual)
         return torch.addmm(residual, x, buffer[: self.outputs].T)
 
     def backward(self, buffer: Tensor, gradient: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -154,8 +161,8 @@ class Linears:
             beside = buffer[: self.outputs, self.inputs :]
             torch.addmm(extra, above, beside, beta=0, alpha=self.scale, out=extra)
         if not self.drops:
-            return torch.mm(gradient, buffer[:, : self.inputs])
-        below = torch.mm(above, buffer[: self.outputs, : self.inputs])
+            return self._multiply_back(gradient, buffer[:, : self.inputs])
+        below = self._multiply_back(above, buffer[: self.outputs, : self.inputs])
         for (layer, _, ranks), seed in zip(self._parts(), seeds, strict=True):
             if layer.rank:
                 rows = slice(self.outputs + ranks.start, self.outputs + ranks.stop)
@@ -178,6 +185,13 @@ class Linears:
                     first = shared[ranks].clone()
                 keep(layer.first, first)
                 keep(layer.second, second[rows, ranks].clone())
+
+    def _multiply_back(self, gradient: Tensor, weights: Tensor) -> Tensor:
+        if not self._float8:
+            return torch.mm(gradient, weights)
+        used = min(self.outputs + self._ranks, len(weights))
+        out = gradient.new_empty(len(gradient), self.inputs)
+        return ops.multiply_in_float8(gradient[:, :used], weights[:used].T, None, out)
 
     def _parts(self) -> Iterator[tuple[Layer, slice, slice]]:
         """Each layer with its rows of the output and its columns of the room."""

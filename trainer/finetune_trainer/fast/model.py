@@ -6,6 +6,7 @@ The model itself stays as it is, and so do its parameters: evaluation, checkpoin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from finetune_trainer.fast.block import Attention, Batch, Block, Mlp, Norm, Plan
 from finetune_trainer.fast.linear import Layer, Linears, Scratch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -42,8 +43,17 @@ class Passed:
 class FastModel:
     """Computes losses and gradients of the adapters of a PEFT model."""
 
-    def __init__(self, adapted: Any, plan: Plan, dtype: torch.dtype) -> None:  # noqa: ANN401 - a PEFT model
+    def __init__(
+        self,
+        adapted: Any,  # noqa: ANN401 - a PEFT model
+        plan: Plan,
+        dtype: torch.dtype,
+        *,
+        float8: bool = False,
+    ) -> None:
         """`adapted`: a PEFT model whose blocks are a Llama's (`settings/fast.py`). `dtype`: what is computed in.
+
+        `float8`: products of linear layers take 8 bits, but for those of adapters alone.
 
         Frozen weights of 16 bits move (`fast/linear.py`); what they are does not change.
         """
@@ -52,7 +62,8 @@ class FastModel:
         self._norm, self._head = _norm(causal.model.norm), causal.lm_head
         self._plan, self._dtype = plan, dtype
         self._scratch = Scratch()
-        self._blocks = [_build_block(each, self._scratch) for each in causal.model.layers]
+        join = partial(_join, self._scratch, float8)
+        self._blocks = [_build_block(each, join) for each in causal.model.layers]
         self.trained = [parameter for block in self._blocks for parameter in _trained(block)]
         self._drops = any(linears.drops for block in self._blocks for linears in _linears(block))
 
@@ -139,14 +150,14 @@ class _Loss(torch.autograd.Function):
         return None, None, *ctx.model.backward(ctx.passed, scale[0])
 
 
-def _build_block(layer: Any, scratch: Scratch) -> Block:  # noqa: ANN401 - a decoder layer of transformers
+def _build_block(layer: Any, join: Callable[..., Linears]) -> Block:  # noqa: ANN401 - a decoder layer of transformers
     looks, gated = layer.self_attn, layer.mlp
     norms = (looks.q_norm, looks.k_norm) if hasattr(looks, "q_norm") else ()
-    inputs = _join(scratch, looks.q_proj, looks.k_proj, looks.v_proj)
+    inputs = join(looks.q_proj, looks.k_proj, looks.v_proj)
     attention = Attention(
         norm=_norm(layer.input_layernorm),
         inputs=inputs,
-        out=_join(scratch, looks.o_proj),
+        out=join(looks.o_proj),
         head_norms=tuple(_norm(each) for each in norms),
         widths=[layer.outputs for layer in inputs.layers],
         head_width=looks.head_dim,
@@ -154,8 +165,8 @@ def _build_block(layer: Any, scratch: Scratch) -> Block:  # noqa: ANN401 - a dec
     )
     mlp = Mlp(
         _norm(layer.post_attention_layernorm),
-        _join(scratch, gated.gate_proj, gated.up_proj),
-        _join(scratch, gated.down_proj),
+        join(gated.gate_proj, gated.up_proj),
+        join(gated.down_proj),
     )
     return Block(attention, mlp)
 
@@ -164,10 +175,10 @@ def _norm(module: Any) -> Norm:  # noqa: ANN401 - an RMS norm of transformers
     return Norm(module.weight, module.variance_epsilon)
 
 
-def _join(scratch: Scratch, *modules: Any) -> Linears:  # noqa: ANN401 - linear layers, adapted or not
+def _join(scratch: Scratch, float8: bool, *modules: Any) -> Linears:  # noqa: ANN401 - linear layers, adapted or not
     adapted = [each for each in modules if hasattr(each, "lora_A")]
     scale = adapted[0].scaling[adapted[0].active_adapters[0]] if adapted else 1.0
-    return Linears([_layer(each) for each in modules], scale, scratch)
+    return Linears([_layer(each) for each in modules], scale, scratch, float8=float8)
 
 
 def _layer(module: Any) -> Layer:  # noqa: ANN401 - a linear layer, adapted or not

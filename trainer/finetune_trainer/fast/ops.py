@@ -20,6 +20,16 @@ WIDE_BLOCK = 1024
 VOCABULARY_BLOCK = 4096
 ATTENTION_BLOCK = 64
 """Queries and keys at once: of nine sizes the fastest at 512, 2,048 and 16,384 tokens (an H100, heads of 128)."""
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_LARGEST = 448.0
+FLOAT8_MULTIPLE = 128
+"""Columns come in so many: tensor cores take 16 at once, and of rows a few longer than that some are slow to read."""
+FLOAT8_ROW_BLOCK = 2048
+FLOAT8_COLUMNS = 32
+"""Columns of a matrix that a program turns into rows: 64 bytes of each row."""
+FLOAT8_COLUMN_BLOCK = 256
+TINIEST = 1e-30
+"""The largest number of a row of zeros is taken for this: its scale is a number to divide by."""
 
 
 def normalize(x: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
@@ -166,6 +176,48 @@ def widen(layer: Any, buffer: Tensor, start: int, adapter: Beside | None = None)
         BLOCKS=blocks, SIZE=state.blocksize, NESTED=nested, OUTER=outer.blocksize, RANK=rank,
         RANK_BLOCK=triton.next_power_of_2(max(rank, 1)),
     )  # fmt: skip
+
+
+def narrow(x: Tensor) -> tuple[Tensor, Tensor]:
+    """FP8 of x [rows, columns] (e4m3, Micikevicius et al. 2022, arXiv:2209.05433), and a scale a row [rows], fp32.
+
+    The largest number of a row becomes FLOAT8_LARGEST. Zeros fill the columns up to a multiple of FLOAT8_MULTIPLE. x
+    may be turned: rows that were columns.
+    """
+    rows, columns = x.shape
+    padded = -(-columns // FLOAT8_MULTIPLE) * FLOAT8_MULTIPLE
+    if _by_kernel(x):
+        kernels, triton = _kernels()
+        out = torch.empty(rows, padded, dtype=FLOAT8, device=x.device)
+        scales = torch.empty(rows, device=x.device)
+        if x.stride(1) == 1:
+            kernels.narrow[(rows,)](
+                x, out, scales, x.stride(0), columns, padded, FLOAT8_LARGEST, TINIEST, BLOCK=FLOAT8_ROW_BLOCK
+            )
+        else:
+            kernels.narrow_turned[(triton.cdiv(rows, FLOAT8_COLUMNS),)](
+                x, out, scales, x.stride(1), rows, columns, padded, FLOAT8_LARGEST, TINIEST,
+                COLUMNS=FLOAT8_COLUMNS, BLOCK=FLOAT8_COLUMN_BLOCK, num_warps=8,
+            )  # fmt: skip
+        return out, scales
+    values = _exact(x).float()
+    scales = values.abs().amax(1).clamp(min=TINIEST) / FLOAT8_LARGEST
+    out = torch.zeros(rows, padded, dtype=FLOAT8, device=x.device)
+    out[:, :columns] = (values / scales[:, None]).to(FLOAT8)
+    return out, scales
+
+
+def multiply_in_float8(x: Tensor, weights: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Product in FP8 of x [tokens, columns] and the transpose of `weights` [rows, columns], into `out` [tokens, rows].
+
+    `bias` [rows] is added as it is. Rows come in multiples of 16.
+    """
+    left, left_scales = narrow(x)
+    right, right_scales = narrow(weights)
+    product: Tensor = torch._scaled_mm(  # noqa: SLF001 - torch.nn.functional.scaled_mm has no `out`
+        left, right.T, left_scales[:, None], right_scales[None], bias, out_dtype=out.dtype, use_fast_accum=True, out=out
+    )
+    return product
 
 
 def surprise(logits: Tensor, targets: Tensor) -> Tensor:

@@ -239,7 +239,9 @@ def _settings(report: JobReport) -> Iterator[tuple[str, str]]:
     settings, training = report.settings, report.training
     if settings is None:
         return
-    yield "Method", f"{settings.method}, base weights in {settings.base_format}, computed in {settings.compute_dtype}"
+    products = ", products in FP8" if settings.fp8_products else ""
+    held = f"base weights in {settings.base_format}, computed in {settings.compute_dtype}{products}"
+    yield "Method", f"{settings.method}, {held}"
     yield "Objective", settings.objective
     if settings.lora is not None:
         yield "LoRA", f"r {settings.lora.r}, alpha {settings.lora.alpha}, dropout {settings.lora.dropout:g}"

@@ -29,6 +29,8 @@ HEAD_ROWS = 1024
 """Tokens whose logits are made at once: `fast.model.HEAD_ROWS`."""
 TARGET = 8
 """Bytes of a token's id."""
+FP8_MULTIPLE = 128
+"""Of columns of a matrix in FP8: `fast.ops.FLOAT8_MULTIPLE`."""
 PROCESSORS = 132
 """Streaming multiprocessors of an H100: FlashAttention in a fixed order has a sum for each share of them."""
 
@@ -40,6 +42,8 @@ class Group:
     rows: int
     """Of all of them."""
     columns: int
+    ranks: int
+    """Of the adapters."""
     room: int
     """For the adapters and a bias."""
     shared: bool
@@ -59,6 +63,11 @@ class Group:
     def above(self) -> int:
         """Bytes of the gradient of a token's output with its room."""
         return C * (self.rows + self.room)
+
+    def narrowed(self, tokens: int) -> int:
+        """Bytes of the gradient of the outputs, and of the weights it is multiplied with, in FP8; a scale a row."""
+        width = math.ceil((self.rows + self.ranks) / FP8_MULTIPLE) * FP8_MULTIPLE
+        return (width + FP32) * (tokens + self.columns)
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,7 @@ def _group(layers: tuple[Layer, ...], model: ModelFacts, resolved: Resolved) -> 
     ranks = sum(resolved.lora.r for _ in taps(resolved.lora, layers)) if resolved.lora is not None else 0
     extra = ranks + any(layer.name in model.biased for layer in layers)
     room = math.ceil(extra / MULTIPLE) * MULTIPLE
-    return Group(sum(layer.rows for layer in layers), layers[0].columns, room, len(layers) > 1)
+    return Group(sum(layer.rows for layer in layers), layers[0].columns, ranks, room, len(layers) > 1)
 
 
 # What is held besides the weights
@@ -183,7 +192,10 @@ def _backward(sizes: Sizes, resolved: Resolved, model: ModelFacts, batch: Batch)
     mlp = again + between + _through_mlp(sizes, drops=drops)
     attention = again - (_opened(sizes) - kept_of_mlp) + between + sizes.down.above
     attention += _through_attention(sizes, resolved, model, batch, drops=drops)
-    return max(mlp * batch.total + _learned(sizes.both), attention * batch.total + _learned(sizes.inputs))
+    return max(
+        mlp * batch.total + max(_learned(sizes.both), _narrowed(sizes.both, resolved, batch)),
+        attention * batch.total + max(_learned(sizes.inputs), _narrowed(sizes.inputs, resolved, batch)),
+    )
 
 
 def _through_mlp(sizes: Sizes, *, drops: bool) -> int:
@@ -222,6 +234,11 @@ def _below(group: Group, *, drops: bool) -> int:
 def _learned(group: Group) -> int:
     """Gradients of the adapters side by side, in fp32, before each has its own."""
     return FP32 * group.room * (group.rows + group.columns)
+
+
+def _narrowed(group: Group, resolved: Resolved, batch: Batch) -> int:
+    """What a product of the backward pass takes in FP8; it is gone before the adapters' gradients are made."""
+    return group.narrowed(batch.total) if resolved.fp8_products else 0
 
 
 def _head(model: ModelFacts, batch: Batch) -> int:

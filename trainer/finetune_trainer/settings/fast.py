@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from finetune_trainer.config import BITSANDBYTES, BaseFormat, ComputeDtype, FastPath, LoraBias
+from finetune_trainer.config import BITSANDBYTES, FAST_FORMATS, ComputeDtype, FastPath, LoraBias
+from finetune_trainer.runtime.errors import InvalidConfig
 from finetune_trainer.settings.holdings import QUANTIZED_BLOCK
+from finetune_trainer.settings.layout import layers_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +26,8 @@ LAYER = re.compile(r"(\w+\.)*(q|k|v|o|gate|up|down)_proj")
 """An end of a name of the layers that adapters may be on; a pattern (PEFT takes them) could mean others besides."""
 HEAD_WIDTHS = (16, 32, 64, 128)
 """What the kernels of attention take on every GPU: 256 want 136 kB of shared memory, of which many have 101."""
+FP8_MULTIPLE = 16
+"""What tensor cores take of rows and columns of FP8 at once."""
 FURTHER = (
     *("rank_pattern", "alpha_pattern", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora"),
     *("use_bdlora", "velora_config", "monteclora_config", "arrow_config", "kasa_config"),
@@ -32,9 +36,22 @@ FURTHER = (
 
 
 def with_path(config: JobConfig, resolved: Resolved, model: ModelFacts, longest: int) -> Resolved:
-    """The settings with the path that they lead to. `longest`: tokens of the longest row."""
+    """The settings with the path that they lead to. `longest`: tokens of the longest row.
+
+    InvalidConfig if products in FP8 are asked for, which the plain path does not have.
+    """
     reason = why_plain(config, resolved, model, longest)
+    if resolved.fp8_products and reason is not None:
+        raise InvalidConfig(needs_fast_path(reason))
     return resolved.model_copy(update={"fast_path": reason is None, "plain_because": reason})
+
+
+def needs_fast_path(reason: str | None) -> str:
+    """What is said to who asks for products in FP8 where the plain path is taken."""
+    return (
+        f"method.fp8Products needs the fast path, which is not taken: {reason or 'prepared without it'}. "
+        "Drop fp8Products, or change that."
+    )
 
 
 def why_plain(config: JobConfig, resolved: Resolved, model: ModelFacts, longest: int) -> str | None:
@@ -50,7 +67,7 @@ def why_plain(config: JobConfig, resolved: Resolved, model: ModelFacts, longest:
 def _of_the_run(resolved: Resolved) -> Iterator[str]:
     if resolved.dpo is not None:
         yield "DPO has a loss of its own"
-    if resolved.base_format not in (*BITSANDBYTES, BaseFormat.BF16):
+    if resolved.base_format not in FAST_FORMATS:
         yield f"the base is held in {resolved.base_format}"
     if resolved.compute_dtype != ComputeDtype.BF16:
         yield f"products are computed in {resolved.compute_dtype}"
@@ -79,6 +96,9 @@ def _of_the_model(resolved: Resolved, model: ModelFacts, longest: int) -> Iterat
         yield "its attention has dropout"
     if model.window is not None and longest > model.window:
         yield f"rows of {longest:,} tokens are longer than its attention's window of {model.window:,}"
+    widths = {width for layer in layers_of(model) for width in (layer.rows, layer.columns)}
+    if resolved.fp8_products and any(width % FP8_MULTIPLE for width in widths):
+        yield f"{FP8_MULTIPLE} does not divide the widths of its layers, which FP8 asks for"
     in_4_bits = resolved.base_format in BITSANDBYTES
     if in_4_bits and any(columns % QUANTIZED_BLOCK for columns in model.linear_layers.values()):
         yield f"{QUANTIZED_BLOCK} does not divide the columns of its layers, which are held in {resolved.base_format}"

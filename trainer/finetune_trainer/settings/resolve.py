@@ -125,6 +125,7 @@ def resolve(
         adam_beta1=_or(training.adam_beta1, 0.9),
         adam_beta2=_or(training.adam_beta2, 0.999),
         compute_dtype=resolve_compute_dtype(config),
+        fp8_products=bool(config.method and config.method.fp8_products),
         attention=resolve_attention(config).value,
         gradient_checkpointing=resolve_gradient_checkpointing(config).value,
         neftune_noise_alpha=training.neftune_noise_alpha,

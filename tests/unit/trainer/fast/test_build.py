@@ -71,6 +71,29 @@ def test_what_prepare_found_is_told_where_it_is_not_taken(caplog: pytest.LogCapt
     assert "DoRA scales the weights" in caplog.text
 
 
+def ask_for_fp8(*, fast: bool, why: str | None = None) -> bool:
+    asked = replace_settings(SETTINGS, fast_path=fast, plain_because=why, fp8_products=True)
+    return build.is_fast(asked, GPU, torch.bfloat16)
+
+
+def test_products_in_fp8_are_told_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    with caplog.at_level(logging.INFO):
+        assert ask_for_fp8(fast=True)
+    assert "products in FP8" in caplog.text
+
+
+def test_products_in_fp8_that_cannot_be_had_end_the_training_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidConfig, match=r"method.fp8Products .* older than NVIDIA's Ada, and has no FP8. Drop"):
+        ask_for_fp8(fast=True)
+    with pytest.raises(InvalidConfig, match=r"method.fp8Products .* DoRA scales the weights. Drop"):
+        ask_for_fp8(fast=False, why="DoRA scales the weights")
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with pytest.raises(InvalidConfig, match="no C compiler"):
+        ask_for_fp8(fast=True)
+
+
 def test_what_trains_outside_the_blocks_is_never_left_out_silently() -> None:
     adapted = adapt(make_base(), target_modules=["q_proj", "lm_head"])
     with pytest.raises(InvalidConfig, match=r"would not train .*lm_head"):

@@ -132,6 +132,21 @@ def compare_widened(rows: int, columns: int, rank: int, kind: str, nested: bool,
     compare(work, tolerance=0.0)
 
 
+def compare_narrowed(rows: int, width: int, turned: bool) -> None:
+    """Of numbers that need no rounding: the interpreter rounds 127 to 64."""
+
+    def work() -> list[Tensor]:
+        x = blank(width, rows).T if turned else blank(rows, width)
+        x.copy_(torch.randint(127, (rows, width), dtype=torch.uint8).view(ops.FLOAT8).float())
+        x[:, width // 2] = -ops.FLOAT8_LARGEST
+        x.mul_(2.0 ** torch.randint(-40, 40, (rows, 1)))
+        x[0] = 0
+        narrowed, scales = ops.narrow(x)
+        return [narrowed.float(), scales]
+
+    compare(work, tolerance=0.0)
+
+
 def check_attention(rows: int, length: int, key_heads: int, group: int, width: int) -> None:
     """The backward pass beside autograd's of the plain formula."""
     torch.manual_seed(0)
@@ -225,6 +240,14 @@ def test_weights_of_4_bits_and_their_adapter(
     interpret: Interpret, rows: int, blocks: int, rank: int, kind: str, nested: bool, size: int
 ) -> None:
     interpret(compare_widened, rows, blocks * size, rank, kind, nested, size)
+
+
+@FEW
+@example(rows=2, width=2 * ops.FLOAT8_ROW_BLOCK + 5, turned=False)
+@example(rows=ops.FLOAT8_COLUMNS + 5, width=2 * ops.FLOAT8_COLUMN_BLOCK + 5, turned=True)
+@given(rows=st.integers(1, 2 * ops.FLOAT8_COLUMNS), width=st.integers(1, 300), turned=st.booleans())
+def test_rows_in_8_bits(interpret: Interpret, rows: int, width: int, turned: bool) -> None:
+    interpret(compare_narrowed, rows, width, turned)
 
 
 @settings(FEW, max_examples=6)

@@ -19,6 +19,8 @@ from tests.unit.trainer.fast.packed import pack_linear
 
 peft = import_peft()
 SCALE = 2.0
+FP8_ERROR = 0.05
+"""Of a product whose factors are rounded to 4 bits: each by 2.6% of its size, a sum of many by not more."""
 DTYPES = {torch.float32: 2e-4, torch.float64: 1e-10}
 
 
@@ -73,8 +75,8 @@ def take(module: Any) -> Layer:
     return Layer(module.get_base_layer(), first, second, module.lora_dropout["default"].rate)
 
 
-def join(modules: list[Any], scratch: Scratch | None = None) -> Linears:
-    return Linears([take(each) for each in modules], SCALE, scratch or Scratch())
+def join(modules: list[Any], scratch: Scratch | None = None, *, float8: bool = False) -> Linears:
+    return Linears([take(each) for each in modules], SCALE, scratch or Scratch(), float8=float8)
 
 
 def multiply(linears: Linears, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,6 +146,33 @@ THREE = [Sketch(6, rank=2, biased=True, dropout=0.4), Sketch(3), Sketch(4, rank=
 def test_layers_of_4_bits(sketches: list[Sketch]) -> None:
     modules = make_peft(sketches, 64, torch.float32, packed=True)
     assert_like_peft(modules, join(modules), torch.randn(7, 64))
+
+
+WIDE = [Sketch(48, rank=4, biased=True, dropout=0.4), Sketch(32), Sketch(16, rank=5)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("sketches", [WIDE, [Sketch(16)], [Sketch(32, rank=3)]], ids=["three", "plain", "one"])
+def test_products_in_fp8_are_those_of_peft_but_for_rounding(sketches: list[Sketch], packed: bool) -> None:
+    torch.manual_seed(0)
+    modules, x = make_peft(sketches, 256, torch.float32, packed=packed), torch.randn(40, 256)
+    for module in modules:
+        if module.bias is not None:
+            module.bias.data += 1000.0
+    linears, leaf = join(modules, float8=True), x.clone().requires_grad_()
+    expected = torch.cat([module(leaf) for module in modules], 1)
+    above = torch.randn_like(expected)
+    below, *wanted = torch.autograd.grad(expected, [leaf, *linears.trained], above)
+
+    out, wide = multiply(linears, x)
+    found, gradients = learn(linears, above, wide)
+    on_top = linears.multiply_add(linears.load(x), wide, torch.ones_like(out))
+    biases = torch.cat([module(torch.zeros_like(x[:1]))[0] for module in modules]).detach()
+    pairs = [(out - biases, expected - biases), (on_top - biases - 1, expected - biases), (found, below)]
+    for got, want in [*pairs, *((gradients[each], want) for each, want in zip(linears.trained, wanted, strict=True))]:
+        error = ((got - want).norm() / want.norm()).item()
+        assert error < FP8_ERROR
+    assert ((out - expected).norm() / expected.norm()).item() > 0
 
 
 def test_weights_stay_what_they_are_where_they_move() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -161,6 +163,51 @@ def test_dropout_keeps_the_expectation(rate: float) -> None:
 
 def test_another_seed_drops_other_places() -> None:
     assert (drop_ones(1, 0.5) != drop_ones(2, 0.5)).double().mean() > 0.4
+
+
+ROUNDING = 2**-4
+"""Half a step of e4m3, whose numbers have 3 bits behind the first."""
+
+
+def as_rows(values: Tensor, *, turned: bool) -> Tensor:
+    """The same matrix, as it lies or as columns of one that lies turned."""
+    rows, columns = values.shape
+    return blank_columns(columns, rows, values.dtype).copy_(values.T).T if turned else values
+
+
+@FEW
+@given(st.integers(1, 5), st.integers(1, 300), st.sampled_from([1e-20, 1.0, 1e20]), st.booleans())
+def test_rows_in_8_bits(rows: int, columns: int, size: float, turned: bool) -> None:
+    x = random_columns(rows, columns, torch.float32).mul_(size)
+    x[0, columns // 2 :] = 0
+    narrowed, scales = ops.narrow(as_rows(x, turned=turned))
+    assert (narrowed.dtype, scales.dtype, scales.shape) == (torch.float8_e4m3fn, torch.float32, (rows,))
+    assert narrowed.shape == (rows, -(-columns // ops.FLOAT8_MULTIPLE) * ops.FLOAT8_MULTIPLE)
+    assert not narrowed[:, columns:].float().any()
+    back, smallest = narrowed[:, :columns].float() * scales[:, None], scales[:, None] * 2**-10
+    assert ((back - x).abs() <= x.abs() * ROUNDING + smallest).all()
+    assert (narrowed.float().abs().amax(1)[x.any(1)] == ops.FLOAT8_LARGEST).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_stays_none_in_8_bits(value: float) -> None:
+    x = torch.ones(2, 5)
+    x[0, 3] = value
+    narrowed, scales = ops.narrow(x)
+    back = narrowed.float() * scales[:, None]
+    assert back[0].isnan().any()
+    assert torch.equal(back[1, :5], torch.ones(5))
+
+
+@pytest.mark.parametrize("bias", [None, torch.arange(16.0)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_product_in_8_bits_is_that_of_what_they_stand_for(bias: Tensor | None, turned: bool) -> None:
+    x, weights = random_columns(5, 70, torch.float32), random_columns(16, 70, torch.float32)
+    out = blank_columns(5, 16, torch.float32)
+    ops.multiply_in_float8(x, as_rows(weights, turned=turned), bias, out)
+    left, right = (narrowed.float() * scales[:, None] for narrowed, scales in map(ops.narrow, (x, weights)))
+    torch.testing.assert_close(out, left @ right.T + (0 if bias is None else bias))
+    assert_kept_inside(out)
 
 
 @pytest.mark.parametrize("rank", [0, 3])

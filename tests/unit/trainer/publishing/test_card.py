@@ -55,6 +55,16 @@ def test_people_read_how_it_was_made_and_how_good_all_artifacts_are(shop: Shop, 
     assert "vllm serve ./out" in text
 
 
+def test_products_in_fp8_are_told(shop: Shop) -> None:
+    report = collect(JobConfig.model_validate(make_job()), shop.work, (), datetime(2026, 1, 1, tzinfo=UTC))
+    assert report.settings is not None
+    for asked in (False, True):
+        settings = report.settings.model_copy(update={"fp8_products": asked})
+        told = report.model_copy(update={"settings": settings})
+        text = build_card(Card(PublishedArtifact.ADAPTER, "adapter", "acme/fox", told, Licence(), None, ()))
+        assert ("products in FP8" in text) == asked
+
+
 def test_a_gguf_file_is_loaded_by_llama_cpp(shop: Shop) -> None:
     report = collect(JobConfig.model_validate(make_job()), shop.work, (), datetime(2026, 1, 1, tzinfo=UTC))
     gguf = ResolvedQuantize(name="gptq4", method="GGUF", gguf_type="Q8_0")
