@@ -78,6 +78,12 @@ def build_arguments(
     shared = _shared(resolved, dtype, device, scratch)
     if fast and resolved.optimizer == Optimizer.ADAMW:
         shared["optim"] = "adamw_torch_fused"
+    arguments = _in_words_of_trl(resolved, shared)
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001 - else a process would spread over all GPUs that it sees
+    return arguments
+
+
+def _in_words_of_trl(resolved: Resolved, shared: dict[str, Any]) -> SFTConfig | DPOConfig:
     if resolved.dpo is None:
         return SFTConfig(
             **shared,
