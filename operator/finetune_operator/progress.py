@@ -26,7 +26,7 @@ class Heard:
     progress: Progress | None
     asked: float
     moved: float
-    """When it was something new. Times are those of the reader's clock, in seconds."""
+    """When its pulse was last seen or said to have moved. Times are those of the reader's clock, in seconds."""
 
 
 class ProgressReader:
@@ -42,8 +42,8 @@ class ProgressReader:
         """The pod's progress, at most an interval old, None if it never told; and for how many seconds it has been so.
 
         Where that has been so for `patience_seconds`, it is asked again, however lately it was: an old answer is no
-        sign that nothing moves. Remembered in this process alone: after a restart a pod that hangs is given its whole
-        time again.
+        sign that nothing moves. The pod itself counts the seconds, whichever operator asks. Of one that does not answer
+        any more they are counted in this process alone: after a restart it is given its whole time again.
         """
         now = self._clock()
         self._forget(now)
@@ -84,6 +84,6 @@ class ProgressReader:
 
 def _after(before: Heard | None, told: Progress | None, now: float) -> Heard:
     """What is known after one more question."""
-    if before is not None and (told is None or told == before.progress):
-        return replace(before, asked=now)
-    return Heard(told, now, now)
+    if told is not None:
+        return Heard(told, now, now - told.still_seconds)
+    return Heard(None, now, now) if before is None else replace(before, asked=now)

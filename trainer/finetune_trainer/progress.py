@@ -112,6 +112,7 @@ class Progress(Model):
         description="Grows with every piece of work of whatever kind: a tensor read, a micro-batch, a chunk hashed. As "
         "long as it stands still, nothing is done.",
     )
+    still_seconds: float = Field(default=0.0, ge=0, description="For how long the pulse had stood still when it told.")
     epoch: float | None = None
     loss: float | None = Field(default=None, description="Mean training loss since the last log line, nats a token.")
     eval_loss: float | None = Field(default=None, description="Held-out loss, nats a token.")

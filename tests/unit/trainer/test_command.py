@@ -6,6 +6,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ def test_the_report_is_served() -> None:
         report.begin("training", 100)
         report.update(done=30, loss=1.25, epoch=0.3)
         served = Progress.model_validate_json(get(server, "/progress"))
-        assert served == report.current
+        assert served.model_copy(update={"still_seconds": report.current.still_seconds}) == report.current
         assert json.loads(get(server, "/progress"))["done"] == 30
         metrics = get(server, "/metrics")
         assert 'finetune_loss{stage="train",unit="steps"} 1.25' in metrics
@@ -231,6 +232,18 @@ def test_the_time_left_does_not_grow_while_nothing_more_is_done(monkeypatch: pyt
         report.update(done=done)
         told.append(report.current.eta_seconds)
     assert told == [None, 30.0, 30.0, 30.0, 20.0]
+
+
+def test_it_tells_for_how_long_nothing_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("finetune_trainer.runtime.report.time.monotonic", lambda: now[0])
+    report, told = Report(Stage.TRAIN, 1, bar=False), []
+    for move in (report.beat, partial(report.update, loss=1.0), partial(report.begin, "saving")):
+        now[0] += 5
+        told.append(report.current.still_seconds)
+        move()
+        told.append(report.current.still_seconds)
+    assert told == [5.0, 0.0] * 3
 
 
 LONG = {

@@ -39,7 +39,7 @@ class Report:
         self._lock = threading.RLock()
         self._progress = Progress(stage=stage, attempt=attempt, activity="starting")
         self._pulse = 0
-        self._began = self._last_line = time.monotonic()
+        self._began = self._last_line = self._moved = time.monotonic()
         self._bar: tqdm[Any] | None = None
         self._draws = sys.stderr.isatty() if bar is None else bar
 
@@ -47,7 +47,8 @@ class Report:
     def current(self) -> Progress:
         """The Progress of this moment."""
         with self._lock:
-            return self._progress.model_copy(update={"pulse": self._pulse})
+            still = round(time.monotonic() - self._moved, 1)
+            return self._progress.model_copy(update={"pulse": self._pulse, "still_seconds": still})
 
     def begin(self, activity: str, total: int = 0, unit: str = "steps") -> None:
         """Start on something else: counts from zero, `total` 0 if unknown. What was measured stays."""
@@ -75,7 +76,7 @@ class Report:
     def beat(self, *_: object) -> None:
         """Something was done that no figure tells of. Takes any arguments, to be a callback of many kinds."""
         with self._lock:
-            self._pulse += 1
+            self._move()
 
     @contextmanager
     def growing(self, folder: Path) -> Iterator[None]:
@@ -116,8 +117,12 @@ class Report:
             self._close_bar()
 
     def _change(self, **changes: Any) -> None:  # noqa: ANN401 - fields of Progress
-        self._pulse += 1
+        self._move()
         self._progress = Progress.model_validate({**self._progress.model_dump(), **changes})
+
+    def _move(self) -> None:
+        self._pulse += 1
+        self._moved = time.monotonic()
 
     def _eta(self, done_before: int) -> float | None:
         """Seconds left, at the mean rate since the activity began; what was told before as long as no more is done.
