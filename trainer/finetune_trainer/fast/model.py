@@ -65,6 +65,8 @@ class FastModel:
         join = partial(_join, self._scratch, float8)
         self._blocks = [_build_block(each, join) for each in causal.model.layers]
         self.trained = [parameter for block in self._blocks for parameter in _trained(block)]
+        self.stepped = torch.nn.ParameterList(self.trained)
+        """The same as a module: what an optimizer's step, clipping and zeroing are about."""
         self._drops = any(linears.drops for block in self._blocks for linears in _linears(block))
 
     def loss(self, inputs: Mapping[str, Any], count: Tensor | float) -> Tensor:

@@ -47,14 +47,15 @@ class Filled(Dataset[Any]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if index != FILLER:
-            row: dict[str, Any] = self._rows[index]
-            return row
-        masks = {
-            name: np.zeros_like(mask) for name, mask in self._rows[0].items() if name in (LOSS_MASK, REJECTED_MASK)
-        }
-        return {**self._rows[0], **masks}
+    def __getitems__(self, indexes: Sequence[int]) -> list[dict[str, Any]]:
+        """A micro-batch at once, a third of the time that its rows take one by one."""
+        rows = iter(self._rows.__getitems__([index for index in indexes if index != FILLER]))
+        return [self._filler() if index == FILLER else next(rows) for index in indexes]
+
+    def _filler(self) -> dict[str, Any]:
+        row: dict[str, Any] = self._rows[0]
+        masks = {name: np.zeros_like(mask) for name, mask in row.items() if name in (LOSS_MASK, REJECTED_MASK)}
+        return {**row, **masks}
 
 
 class Exact(Trainer, ABC):
@@ -65,7 +66,8 @@ class Exact(Trainer, ABC):
     row_order: RowOrder
     step_loss: torch.Tensor | None = None
     """Sum of the losses of the micro-batches since the last optimizer step."""
-    step_tokens: int = 0
+    step_tokens: torch.Tensor | int = 0
+    """Of the same micro-batches; on a GPU not waited for."""
     largest_batch: Batch = Batch(0, 0, masked=False)
     """Of the micro-batches so far that with the most tokens."""
     fast: FastModel | None = None
@@ -97,9 +99,19 @@ class Exact(Trainer, ABC):
             pin_memory=args.dataloader_pin_memory,
         )
 
-    def _run_epoch(self, *rest: Any, **named: Any) -> None:  # noqa: ANN401 - Trainer's signature
+    def _run_epoch(self, model: Any, *rest: Any, **named: Any) -> None:  # noqa: ANN401 - Trainer's signature
+        """With the fast path the loop steps what trains alone.
+
+        At each step it walks three times over all modules and parameters of what it steps, while the GPU waits: a
+        tenth of a step of QLoRA on an H100.
+        """
         self.row_order.epoch = named["epoch"]
-        super()._run_epoch(*rest, **named)  # type: ignore[no-untyped-call]
+        stepped = model if self.fast is None else self.fast.stepped
+        super()._run_epoch(stepped, *rest, **named)  # type: ignore[no-untyped-call]
+
+    def floating_point_ops(self, inputs: Any) -> int:  # noqa: ANN401, ARG002 - Trainer's signature
+        """Nobody asks for this estimate, for which each step would walk over the whole model once more."""
+        return 0
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401 - Trainer's signature
         state.read_weights(model or self.model, Path(resume_from_checkpoint))
@@ -129,7 +141,7 @@ class Exact(Trainer, ABC):
         if self.drill is not None:
             self.drill(int(self.state.global_step) + 1)
         mask = inputs.get("attention_mask")  # packed rows have none, and hardly any padding
-        self.step_tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+        self.step_tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
         if inputs["input_ids"].numel() > self.largest_batch.total:
             self.largest_batch = batch_seen(inputs)
         loss: torch.Tensor = super().training_step(model, inputs, *rest)

@@ -60,6 +60,7 @@ class Loop(TrainerCallback):
         self._course = Course()
         self._steps: list[tuple[int, float]] = []
         self._step_began = 0.0
+        self._tokens = 0
         self._learning_rate = 0.0
         self._random: dict[str, Any] = {}
         self._saved = 0
@@ -146,8 +147,9 @@ class Loop(TrainerCallback):
         self._leave_if_asked()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:  # noqa: ANN401 - Trainer's signature
-        """Look at the loss before it moves a weight."""
+        """Look at the loss before it moves a weight; the only time in a step that a GPU is waited for."""
         self._course.losses.append(self._watch(self._step + 1))
+        self._tokens, self._trainer.step_tokens = int(self._trainer.step_tokens), 0
         self._learning_rate = self._trainer._get_learning_rate()  # noqa: SLF001 - the scheduler's own may lag (fp16)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ANN401, ARG002 - Trainer's signature
@@ -219,9 +221,8 @@ class Loop(TrainerCallback):
         return bool(self._trainer.args.fp16) or math.isfinite(self._trainer.step_gradient_norm)
 
     def _count(self) -> None:
-        tokens = int(total([self._trainer.step_tokens])[0])
+        tokens = int(total([self._tokens])[0])
         self._steps.append((tokens, time.monotonic() - self._step_began))
-        self._trainer.step_tokens = 0
         del self._steps[:-RATE_STEPS]
 
     @property
