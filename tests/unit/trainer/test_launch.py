@@ -180,9 +180,9 @@ def read_progress(port: int) -> Progress:
 
 
 def still_for(port: int, looks: int) -> bool:
-    """Whether so many looks in a row, a step of this training apart, tell the same."""
-    told = read_progress(port)
-    return all(not threading.Event().wait(0.2) and read_progress(port) == told for _ in range(looks))
+    """Whether so many looks in a row, a step of this training apart, tell the same; but for how long they do."""
+    pulse = read_progress(port).pulse
+    return all(not threading.Event().wait(0.2) and read_progress(port).pulse == pulse for _ in range(looks))
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
