@@ -34,15 +34,18 @@ def is_fast(resolved: Resolved, device: torch.device, dtype: torch.dtype) -> boo
 
     InvalidConfig if products in FP8 were asked for and cannot be had: another loss than was asked for is no way out.
     """
-    asked = resolved.fp8_products
-    reason = why_not_here(device, dtype, float8=asked) if resolved.fast_path else resolved.plain_because
-    if reason is None and resolved.fast_path:
-        log.info("training the fast way (training.fastPath): blocks by hand%s", ", products in FP8" if asked else "")
-        return True
-    if asked:
+    fp8 = resolved.fp8_products
+    if resolved.fast_path:
+        reason = why_not_here(device, dtype, float8=fp8)
+    else:
+        reason = resolved.plain_because or "prepared without it"
+    if reason is None:
+        log.info("training the fast way (training.fastPath): blocks by hand%s", ", products in FP8" if fp8 else "")
+    elif fp8:
         raise InvalidConfig(needs_fast_path(reason))
-    log.info("training the plain way, by autograd: %s", reason or "prepared without it")
-    return False
+    else:
+        log.info("training the plain way, by autograd: %s", reason)
+    return reason is None
 
 
 def build_fast(adapted: Any, resolved: Resolved, dtype: torch.dtype) -> FastModel:  # noqa: ANN401 - a PEFT model

@@ -46,12 +46,9 @@ def with_path(config: JobConfig, resolved: Resolved, model: ModelFacts, longest:
     return resolved.model_copy(update={"fast_path": reason is None, "plain_because": reason})
 
 
-def needs_fast_path(reason: str | None) -> str:
+def needs_fast_path(reason: str) -> str:
     """What is said to who asks for products in FP8 where the plain path is taken."""
-    return (
-        f"method.fp8Products needs the fast path, which is not taken: {reason or 'prepared without it'}. "
-        "Drop fp8Products, or change that."
-    )
+    return f"method.fp8Products needs the fast path, which is not taken: {reason}. Drop fp8Products, or change that."
 
 
 def why_plain(config: JobConfig, resolved: Resolved, model: ModelFacts, longest: int) -> str | None:

@@ -147,7 +147,7 @@ class Loop(TrainerCallback):
         self._leave_if_asked()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:  # noqa: ANN401 - Trainer's signature
-        """Look at the loss before it moves a weight; the only time in a step that a GPU is waited for."""
+        """Look at the loss before it moves a weight. A GPU was waited for just now, by the gradients' norm."""
         self._course.losses.append(self._watch(self._step + 1))
         self._tokens, self._trainer.step_tokens = int(self._trainer.step_tokens), 0
         self._learning_rate = self._trainer._get_learning_rate()  # noqa: SLF001 - the scheduler's own may lag (fp16)
