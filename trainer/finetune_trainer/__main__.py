@@ -24,7 +24,7 @@ from finetune_trainer import launch
 from finetune_trainer.config import GradientCheckpointing
 from finetune_trainer.progress import ExitCode, LastWord, Reason, Stage, exit_code
 from finetune_trainer.runtime import distributed, fence, manifest, stages
-from finetune_trainer.runtime.context import Context
+from finetune_trainer.runtime.context import IMPORTING, Context
 from finetune_trainer.runtime.errors import InvalidConfig, TrainerError, VerificationFailed, translate
 from finetune_trainer.runtime.farewell import say, shortened, write_last_word
 from finetune_trainer.runtime.overrides import CHECKPOINTING_OPTION, MICRO_BATCH_OPTION, Overrides
@@ -241,7 +241,7 @@ def _run_stage(config: JobConfig, arguments: argparse.Namespace, name: str | Non
     try:
         if stage is Stage.TRAIN and launch.is_parent(config):
             return _end(arguments, launch.run(config, arguments.line, arguments.attempt, stopping))
-        with reporting(report, port), _together(config, arguments, stopping), ExitStack() as held:
+        with reporting(report, port), _together(config, arguments, report, stopping), ExitStack() as held:
             target = distributed.lead(lambda: _enter(config, arguments, name))
             alone = fence.alone(target.folder, arguments.attempt, stopping)
             distributed.lead(lambda: held.enter_context(alone))
@@ -290,13 +290,17 @@ def _overrides(arguments: argparse.Namespace) -> Overrides:
 
 
 @contextmanager
-def _together(config: JobConfig, arguments: argparse.Namespace, stopping: threading.Event) -> Iterator[None]:
+def _together(
+    config: JobConfig, arguments: argparse.Namespace, report: Report, stopping: threading.Event
+) -> Iterator[None]:
     """With the other ranks, if there are any."""
     device = "cuda" if config.gpus_per_node else "cpu"
     if distributed.world_size() > 1:
         if device == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or sharded weights would go where a GPU is
+        report.begin(IMPORTING)
         importlib.import_module("finetune_trainer.models.loading").set_up_torch()  # before anybody imports torch
+        report.begin("meeting the other processes")
 
     def leave(error: TrainerError) -> None:
         os._exit(_end_badly(arguments, error))  # the main thread may be stuck in a collective

@@ -28,6 +28,7 @@ from finetune_trainer.runtime import distributed
 from finetune_trainer.runtime.errors import InvalidConfig
 from finetune_trainer.runtime.farewell import shortened
 from finetune_trainer.runtime.wording import end_of_process
+from finetune_trainer.training.start import BEGAN_VARIABLE, process_began
 
 if TYPE_CHECKING:
     import threading
@@ -167,7 +168,7 @@ def run(config: JobConfig, arguments: Sequence[str], attempt: int, stopping: thr
 
 
 def _start(node: Node, local_rank: int, arguments: Sequence[str], words: Path) -> Rank:
-    environment = node.environment(local_rank) | {WORDS_VARIABLE: str(words)}
+    environment = node.environment(local_rank) | {WORDS_VARIABLE: str(words), BEGAN_VARIABLE: str(process_began())}
     command = [sys.executable, "-m", "finetune_trainer", *arguments]
     process = subprocess.Popen(command, env=environment, start_new_session=True)  # noqa: S603 - ourselves
     return Rank(int(environment["RANK"]), process, words)

@@ -6,6 +6,7 @@ checkpoint, and ends with the very weights of an unbroken one (on CPU bit by bit
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.data.tokenized import TRAIN, read_rows
 from finetune_trainer.evaluate import perplexity, read_pair_rows, read_token_rows, rounded
+from finetune_trainer.fast.build import keep_kernels
 from finetune_trainer.models import census
 from finetune_trainer.models.census import count_layers
 from finetune_trainer.models.finished import write_finished
@@ -23,6 +25,7 @@ from finetune_trainer.models.loading import compute_dtype, load_base, refuse_bro
 from finetune_trainer.models.sharding import gather, is_to_shard
 from finetune_trainer.progress import Measured, Resolved, TrainFacts
 from finetune_trainer.runtime import distributed, manifest
+from finetune_trainer.runtime.context import IMPORTING
 from finetune_trainer.runtime.errors import InvalidDataset
 from finetune_trainer.runtime.manifest import Made, Manifest, Result
 from finetune_trainer.training import samples
@@ -71,12 +74,17 @@ class Rows:
 
 def run(config: JobConfig, context: Context) -> Manifest:
     """Load the base and the rows, train from the newest good checkpoint, publish what was trained."""
+    context.report.begin(IMPORTING)
     set_up_torch()
+    keep_kernels(context.work)
     context.overrides.tell(context.prepared)
     drill = read_drill()
     resolved, device = context.resolved, training_device(config.gpus_per_node)
+    _import_libraries(resolved)
+    context.report.begin("looking for a checkpoint")
     checkpoints = _checkpoints(context, resolved)
     start = checkpoints.newest_good()
+    context.report.begin("reading the rows")
     rows = _read_rows(context)
     tokenizer = load_tokenizer(context.work.tokenizer)
     trainer = _build_trainer(tokenizer, rows, device, context)
@@ -96,6 +104,14 @@ def run(config: JobConfig, context: Context) -> Manifest:
         result = _result(loop, before, resolved)
         figures.update(_figures(result))
     return _publish(trainer, tokenizer, result, context)
+
+
+def _import_libraries(resolved: Resolved) -> None:
+    """Import what trains at one go: piece by piece, its seconds would be told as loading and as setting up."""
+    objective = "sft" if resolved.dpo is None else "dpo"
+    with unasked():
+        for name in ("trainers", objective, "loop"):
+            importlib.import_module(f"finetune_trainer.training.{name}")
 
 
 def _checkpoints(context: Context, resolved: Resolved) -> Checkpoints:
@@ -167,9 +183,8 @@ def _read_before(path: Path, run: dict[str, Any]) -> Before | None:
 
 def _build_trainer(tokenizer: Any, rows: Rows, device: torch.device, context: Context) -> Exact:  # noqa: ANN401 - a transformers tokenizer
     """The base in memory, and TRL's trainer around it."""
-    with unasked():
-        from finetune_trainer.training.trainers import build_trainer  # noqa: PLC0415 - brings trl, slow
     from finetune_trainer.training.adapters import go_on_from  # noqa: PLC0415 - brings peft, slow
+    from finetune_trainer.training.trainers import build_trainer  # noqa: PLC0415 - brings trl, slow
 
     resolved, folder = context.resolved, context.work.model
     context.report.begin("loading the base model")

@@ -36,6 +36,7 @@ from finetune_trainer.reporting.record import (
 from finetune_trainer.runtime import manifest
 from finetune_trainer.runtime.manifest import CalibrationFacts, Made, Result, Target
 from finetune_trainer.runtime.work import WorkFolder
+from finetune_trainer.training.start import Start, StartPart
 from tests.unit.trainer.runs import LINEAR, SETTINGS, replace_settings
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def make_report(text: str = "plain") -> JobReport:
         ),
         data_digest="sha256:4",
         training=TrainFacts(steps=8, epochs=1.0, trainable_parameters=10, total_parameters=100),
+        start=Start(attempt=1, seconds=61.25, parts=(StartPart(activity=text, seconds=61.25),)),
         history=History(training=lines, measured=({"step": 4, "eval_loss": 1.5},), lines=4),
         artifacts=(artifact,),
         gates=(

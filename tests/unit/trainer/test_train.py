@@ -206,15 +206,18 @@ def test_a_measurement_is_the_same_each_time_and_leaves_training_as_it_was(tiny_
     assert model.training
 
 
-def test_answers_are_greedy(tiny_model: Path) -> None:
+def test_answers_are_greedy_and_none_depends_on_another(tiny_model: Path) -> None:
     base, tokenizer = load_base(tiny_model, SETTINGS, CPU, torch.float32), load_tokenizer(tiny_model)
-    prompt = [5, 6, 7]
-    ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(8):
-            ids.append(int(base(torch.tensor([ids])).logits[0, -1].argmax()))
-    expected = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
-    assert samples.generate(base, tokenizer, [prompt], lambda *_: None, 8) == [expected]
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [5]]
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        with torch.no_grad():
+            for _ in range(8):
+                ids.append(int(base(torch.tensor([ids])).logits[0, -1].argmax()))
+        expected.append(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip())
+    assert samples.generate(base, tokenizer, prompts, lambda *_: None, 8) == expected
+    assert samples.generate(base, tokenizer, [], lambda *_: None, 8) == []
 
 
 def test_the_stage_tells_losses_and_leaves_samples_and_an_adapter(desk: Desk, config: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Whether the fast path can be used on this machine, and the fast path of a model that trains."""
+"""Whether the fast path can be used on this machine, where its kernels are kept, and that of a model that trains."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from finetune_trainer.fast.model import FastModel
     from finetune_trainer.progress import Resolved
+    from finetune_trainer.runtime.work import WorkFolder
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +26,31 @@ OLDEST_CAPABILITY = (8, 0)
 """Ampere: the first GPUs with bf16 and the attention kernels."""
 OLDEST_WITH_FLOAT8 = (8, 9)
 """Ada: the first with tensor cores for FP8."""
+CACHE_VARIABLE, MANAGER_VARIABLE = "TRITON_CACHE_DIR", "TRITON_CACHE_MANAGER"
+"""Triton's: the folder of what it compiled, and the class that reads and writes there."""
 COMPILERS = ("gcc", "clang")
 """What Triton (3.7) looks for where CC names none; what starts a kernel is a C file that includes Python.h."""
+
+
+def keep_kernels(work: WorkFolder) -> None:
+    """Have Triton keep what it compiles in the work folder, where the next attempt finds it.
+
+    To be called before Triton compiles anything. Nothing is kept where the environment names a folder already, or
+    where the volume cannot be used so: of one that is mounted noexec, what starts a kernel could not be loaded.
+    """
+    folder = work.kernels
+    if CACHE_VARIABLE in os.environ:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        refusal = "the volume is mounted noexec" if os.statvfs(folder).f_flag & os.ST_NOEXEC else None
+    except OSError as error:
+        refusal = str(error)
+    if refusal is not None:
+        log.info("compiled kernels are not kept for the next attempt: %s", refusal)
+        return
+    os.environ[CACHE_VARIABLE] = str(folder)
+    os.environ[MANAGER_VARIABLE] = "finetune_trainer.fast.cache:KeptKernels"
 
 
 def is_fast(resolved: Resolved, device: torch.device, dtype: torch.dtype) -> bool:

@@ -76,7 +76,10 @@ def _hidden_bar(_: object, args: tuple[Any, ...], settings: dict[str, Any]) -> A
 
 
 def import_peft() -> Any:  # noqa: ANN401 - a module
-    """PEFT, which otherwise imports gptqmodel for each adapter (0.21): 7 s and 150 MB that no stage with PEFT needs."""
+    """PEFT, which otherwise imports gptqmodel for each adapter (0.21): 7 s and 150 MB that no stage with PEFT needs.
+
+    Nor torchao, for 1 s: no base of ours is quantized by it.
+    """
     import importlib.util  # noqa: PLC0415 - beside its use
 
     import peft  # noqa: PLC0415 - slow
@@ -84,7 +87,8 @@ def import_peft() -> Any:  # noqa: ANN401 - a module
     find_spec = importlib.util.find_spec
     try:
         importlib.util.find_spec = lambda *_: None
-        peft.import_utils.is_gptqmodel_available()  # remembers its first answer
+        peft.import_utils.is_gptqmodel_available()  # remembers its first answer, as does the next
+        peft.import_utils.is_torchao_available()
     finally:
         importlib.util.find_spec = find_spec
     return peft

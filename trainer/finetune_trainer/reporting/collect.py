@@ -46,6 +46,7 @@ from finetune_trainer.runtime.errors import TrainerError
 from finetune_trainer.training.course import EVAL_LOSS
 from finetune_trainer.training.memory import MEMORY_NAME, StepMemory
 from finetune_trainer.training.samples import SAMPLES_NAME
+from finetune_trainer.training.start import START_NAME, Start
 from finetune_trainer.training.tracking import LINES_NAME
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def collect(config: JobConfig, work: WorkFolder, runs: Sequence[StageRun], now: 
         settings=settings,
         data=None if data is None else data.result.data,
         estimate=None if data is None else data.result.estimate,
-        memory=_read_memory(work.report / MEMORY_NAME),
+        memory=_read(StepMemory, work.report / MEMORY_NAME),
+        start=_read(Start, work.report / START_NAME),
         data_digest=None if data is None else data.digest,
         training=next((found.result.training for _, found in made if found.result.training is not None), None),
         history=read_history(work.report / LINES_NAME),
@@ -243,9 +245,9 @@ def thinned(items: Sequence[Item], at_most: int = HISTORY_LINES) -> list[Item]:
     return [items[round(index * (len(items) - 1) / (at_most - 1))] for index in range(at_most)]
 
 
-def _read_memory(path: Path) -> StepMemory | None:
+def _read(kind: type[Record], path: Path) -> Record | None:
     try:
-        return StepMemory.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
         return None
 

@@ -66,6 +66,7 @@ def build_page(report: JobReport) -> str:
         _section("Calibration", _calibration(report.artifacts), "The rows that a quantizer looked at."),
         _section("Published", _published(report.published), "Compared with what is there."),
         _section("Training", _charts(report)),
+        _section("Start of the training", _start(report), "Of the last attempt, up to the end of its first step."),
         _section("GPU memory", _memory(report), "Of one GPU. Not all parts are held at the worst moment of a step."),
         _section("Answers before and after", _samples(report.samples), "To prompts of the held-out rows, greedily."),
         _section("Data", _data(report.data)),
@@ -258,6 +259,14 @@ def _single_charts(history: History) -> Iterator[Html]:
 
 def _points(lines: Iterable[Mapping[str, float]], name: str) -> tuple[Point, ...]:
     return tuple((line["step"], line[name]) for line in lines if name in line)
+
+
+def _start(report: JobReport) -> Html:
+    """What was done before the first step had ended, with its seconds."""
+    if report.start is None:
+        return Html("")
+    told = {part.activity: part.seconds for part in report.start.parts} | {"together": report.start.seconds}
+    return pairs((name, f"{seconds:,.1f} s") for name, seconds in told.items())
 
 
 def _memory(report: JobReport) -> Html:

@@ -13,6 +13,7 @@ from finetune_trainer.config import Model
 from finetune_trainer.progress import Artifact, DataFacts, Estimate, Published, Resolved, Stage, TrainFacts
 from finetune_trainer.runtime.manifest import CalibrationFacts
 from finetune_trainer.training.memory import StepMemory
+from finetune_trainer.training.start import Start
 
 REPORT_VERSION = 1
 REPORT_NAME = "report.json"
@@ -136,6 +137,7 @@ class JobReport(Model):
     data: DataFacts | None = None
     estimate: Estimate | None = Field(default=None, description="What a GPU was expected to hold.")
     memory: StepMemory | None = Field(default=None, description="What the first steps took of it.")
+    start: Start | None = Field(default=None, description="What the last attempt to train did before its first step.")
     data_digest: str | None = Field(
         default=None,
         description="SHA-256 of the manifest of data/: rows, tokenizer and settings. Of the rows alone: settings.",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 TRAINING = "training"
 """The activity of optimizer steps, counted in `done`."""
+IMPORTING = "importing libraries"
 
 
 @dataclass(frozen=True)

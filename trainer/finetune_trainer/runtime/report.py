@@ -13,7 +13,7 @@ import time
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetune_trainer.progress import Progress, Stage
 
@@ -31,6 +31,13 @@ ETA_AFTER_SECONDS = 2.0
 GROWTH_EVERY_SECONDS = 5.0
 
 
+class Mark(NamedTuple):
+    """The beginning of an activity, in seconds of `time.monotonic`."""
+
+    activity: str
+    at: float
+
+
 class Report:
     """The current Progress, safe to change from any thread."""
 
@@ -40,6 +47,7 @@ class Report:
         self._progress = Progress(stage=stage, attempt=attempt, activity="starting")
         self._pulse = 0
         self._began = self._last_line = self._moved = time.monotonic()
+        self._marks = [Mark(self._progress.activity, self._began)]
         self._bar: tqdm[Any] | None = None
         self._draws = sys.stderr.isatty() if bar is None else bar
 
@@ -50,11 +58,18 @@ class Report:
             still = round(time.monotonic() - self._moved, 1)
             return self._progress.model_copy(update={"pulse": self._pulse, "still_seconds": still})
 
+    @property
+    def marks(self) -> tuple[Mark, ...]:
+        """What was begun so far, in its order."""
+        with self._lock:
+            return tuple(self._marks)
+
     def begin(self, activity: str, total: int = 0, unit: str = "steps") -> None:
         """Start on something else: counts from zero, `total` 0 if unknown. What was measured stays."""
         with self._lock:
             self._close_bar()
             self._began = self._last_line = time.monotonic()
+            self._marks.append(Mark(activity, self._began))
             self._change(activity=activity, done=0, total=total, unit=unit, eta_seconds=None)
             if not self._draws:
                 log.info("%s%s", activity, f" ({total:,} {unit})" if total else "")

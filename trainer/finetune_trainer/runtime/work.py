@@ -73,6 +73,11 @@ class WorkFolder:
         return self.root / "published" / name
 
     @property
+    def kernels(self) -> Path:
+        """What was compiled for the GPU: a cache, no artifact."""
+        return self.root / ".kernels"
+
+    @property
     def report(self) -> Path:
         """What is for people: the preview, logs."""
         return self.root / "report"

@@ -26,6 +26,7 @@ from finetune_trainer.training import checkpoint
 from finetune_trainer.training import state as states
 from finetune_trainer.training.course import EVAL_LOSS, Course, Line, best_first, epochs_done, is_due, stops_early
 from finetune_trainer.training.memory import MemoryWatch
+from finetune_trainer.training.start import tell_start
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -157,6 +158,8 @@ class Loop(TrainerCallback):
         control.should_log = False  # told here, before the checkpoint that holds the line
         self._random = states.random_state()
         self._count()
+        if len(self._steps) == 1 and leads():
+            tell_start(self._context)
         self._memory.end_step(self._trainer.largest_batch)
         self._report()
         if is_due(self._step, self._resolved.logging_steps, self._resolved.total_steps):

@@ -66,6 +66,8 @@ REQUEST_SECONDS = 15
 """For a server to answer."""
 START_SECONDS = 120
 """For W&B's own process, on a machine that may be busy with loading a model."""
+UNASKED = ("wandb", "torchao")
+"""What libraries would import because it is installed."""
 WANDB_TELLS_NOTHING_ELSE = {
     "console": "off",
     "silent": True,
@@ -165,15 +167,18 @@ class Followers:
 
 @contextmanager
 def unasked() -> Iterator[None]:
-    """Let libraries that are imported in the body take W&B for not installed: TRL (1.16) would import it, for 2 s."""
-    known = "wandb" in sys.modules
-    if not known:
-        sys.modules["wandb"] = None  # type: ignore[assignment]  # how Python notes that there is no such module
+    """Let libraries that are imported in the body take others for not installed, which they would import for nothing.
+
+    TRL (1.16) takes W&B, for 2 s, transformers (5.23) torchao, for 1 s: no base of ours is quantized by it.
+    """
+    hidden = [name for name in UNASKED if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]  # how Python notes that there is no such module
     try:
         yield
     finally:
-        if not known:
-            del sys.modules["wandb"]
+        for name in hidden:
+            del sys.modules[name]
 
 
 @contextmanager
