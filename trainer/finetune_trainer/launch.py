@@ -76,6 +76,7 @@ class Node:
             "LOCAL_WORLD_SIZE": str(self.ranks),
             "MASTER_ADDR": self.host,
             "MASTER_PORT": str(self.port),
+            BEGAN_VARIABLE: str(process_began()),
         }
         defaults = {"OMP_NUM_THREADS": str(max(1, usable_cores() // self.ranks))}
         if self.count == 1:
@@ -168,7 +169,7 @@ def run(config: JobConfig, arguments: Sequence[str], attempt: int, stopping: thr
 
 
 def _start(node: Node, local_rank: int, arguments: Sequence[str], words: Path) -> Rank:
-    environment = node.environment(local_rank) | {WORDS_VARIABLE: str(words), BEGAN_VARIABLE: str(process_began())}
+    environment = node.environment(local_rank) | {WORDS_VARIABLE: str(words)}
     command = [sys.executable, "-m", "finetune_trainer", *arguments]
     process = subprocess.Popen(command, env=environment, start_new_session=True)  # noqa: S603 - ourselves
     return Rank(int(environment["RANK"]), process, words)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from finetune_trainer.fast.build import CACHE_VARIABLE, MANAGER_VARIABLE
+from finetune_trainer.launch import Node
 from finetune_trainer.progress import Stage
 from finetune_trainer.reporting.record import JobReport
 from finetune_trainer.runtime.context import Context
@@ -56,8 +58,10 @@ def test_the_interpreters_own_start_and_its_imports_count() -> None:
 
 
 def test_a_rank_began_with_the_parent_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(BEGAN_VARIABLE, "12.5")
-    assert process_began() == 12.5
+    began = process_began()
+    monkeypatch.setenv(BEGAN_VARIABLE, Node(0, 1, 2, "localhost", 29500).environment(1)[BEGAN_VARIABLE])
+    monkeypatch.setattr("finetune_trainer.training.start.time.monotonic", lambda: 1e9)
+    assert process_began() == pytest.approx(began, abs=0.01)
 
 
 def test_an_account_that_cannot_be_written_ends_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -67,13 +71,17 @@ def test_an_account_that_cannot_be_written_ends_no_training(tmp_path: Path, capl
 
 
 def test_the_log_and_the_report_tell_the_start(
-    desk: Desk, config: dict[str, Any], capfd: pytest.CaptureFixture[str]
+    desk: Desk, config: dict[str, Any], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in (CACHE_VARIABLE, MANAGER_VARIABLE):
+        monkeypatch.setenv(name, "")  # to be put back as it was
+        monkeypatch.delenv(name)
     config["training"] = {"globalBatchSize": 8, "maxSteps": 2}
     assert desk.run("prepare", config)[0] == 0
     assert desk.run("train", config)[0] == 0
     told = [line for line in capfd.readouterr().err.splitlines() if "after the start of the process" in line]
     assert len(told) == 1
+    assert os.environ[CACHE_VARIABLE] == str(desk.work / ".kernels")
     report = JobReport.model_validate_json((desk.work / "report" / "report.json").read_bytes())
     assert report.start is not None
     assert report.start.attempt == 1

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from triton import knobs
 
-from finetune_trainer.fast import build, cache
+from finetune_trainer.fast import cache
 from finetune_trainer.fast.build import CACHE_VARIABLE, MANAGER_VARIABLE, keep_kernels
 from finetune_trainer.runtime import manifest
 from finetune_trainer.runtime.work import WorkFolder
@@ -45,7 +46,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WorkFolder:
     for name in (CACHE_VARIABLE, MANAGER_VARIABLE):
         monkeypatch.setenv(name, "")  # to be put back as it was
         monkeypatch.delenv(name)
-    monkeypatch.setattr(cache.knobs.cache, "home_dir", str(tmp_path / "home"))
+    monkeypatch.setattr(knobs.cache, "home_dir", str(tmp_path / "home"))
     cache._tell_once.cache_clear()
     return WorkFolder(tmp_path / "work")
 
@@ -75,7 +76,7 @@ def test_nothing_is_kept_where_code_cannot_be_loaded_from(
 ) -> None:
     mounted = os.statvfs("/")
     flags = os.statvfs_result([*mounted[:8], mounted.f_flag | os.ST_NOEXEC, *mounted[9:]])
-    monkeypatch.setattr(build.os, "statvfs", lambda _: flags)
+    monkeypatch.setattr(os, "statvfs", lambda _: flags)
     with caplog.at_level(logging.INFO):
         keep_kernels(work)
     assert CACHE_VARIABLE not in os.environ
