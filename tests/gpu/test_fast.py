@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from finetune_trainer.fast import ops
+from finetune_trainer.fast import ops, record
 from finetune_trainer.fast.block import Plan
 from finetune_trainer.fast.model import FastModel
 from finetune_trainer.models.loading import import_peft, set_up_torch
@@ -69,11 +69,27 @@ def surprise() -> list[torch.Tensor]:
 
 
 def narrow() -> list[torch.Tensor]:
-    x = draw(300, 14_336)
-    return [each.float() for matrix in (x, x.T) for each in ops.narrow(matrix)]
+    x, heads, tails = draw(300, 14_336), torch.rand(14_000, device="cuda"), torch.rand(336, device="cuda")
+    return [each.float() for factors in ((), (heads,), (heads, tails)) for each in ops.narrow(x, 14_400, *factors)]
 
 
-@pytest.mark.parametrize("operation", [normalize, rotate, gate, surprise, narrow])
+def shrink() -> list[torch.Tensor]:
+    wide = torch.nn.Linear(4096, 6144, bias=False, device="cuda", dtype=torch.bfloat16)
+    found = []
+    for layer in (wide, to_4_bits(wide)):
+        scales = ops.peaks(layer) / 448
+        straight = torch.zeros(6144, 4224, device="cuda", dtype=ops.FLOAT8)
+        turned = torch.zeros(4096, 6272, device="cuda", dtype=ops.FLOAT8)
+        ops.shrink(layer, scales, straight[:, :4096])
+        ops.shrink(layer, scales, turned[:, :6144], turned=True)
+        adapter, factors = torch.randn(6144, 48, device="cuda", dtype=torch.bfloat16), torch.rand(48, device="cuda") + 1
+        ops.place(adapter, scales * 1000, factors, straight[:, 4096 : 4096 + 48])
+        ops.place(adapter[:4096], None, factors, turned[:, 6144 : 6144 + 48])
+        found += [straight.float(), turned.float()]
+    return found
+
+
+@pytest.mark.parametrize("operation", [normalize, rotate, gate, surprise, narrow, shrink])
 def test_a_kernel_gives_what_torch_does(
     operation: Callable[[], list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +108,7 @@ def adapt(form: str, dropout: float = 0.0) -> Any:
     with torch.device("cuda"):
         model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**shape, **TOKENIZER), dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
     if form == "NF4":
-        _to_4_bits(model)
+        _all_to_4_bits(model)
     peft = import_peft()
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", lora_dropout=dropout))
     for name, parameter in adapted.named_parameters():
@@ -101,16 +117,20 @@ def adapt(form: str, dropout: float = 0.0) -> Any:
     return adapted.train()
 
 
-def _to_4_bits(model: Any) -> None:
-    from bitsandbytes.nn.modules import Linear4bit, Params4bit  # noqa: PLC0415 - slow
-
+def _all_to_4_bits(model: Any) -> None:
     for name, layer in list(model.model.named_modules()):
         if isinstance(layer, torch.nn.Linear):
-            narrow = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
-            narrow.weight = Params4bit(layer.weight.data.cpu(), requires_grad=False, quant_type="nf4")
             parent, _, own = name.rpartition(".")
-            setattr(model.model.get_submodule(parent), own, narrow.cuda())
+            setattr(model.model.get_submodule(parent), own, to_4_bits(layer))
     model.is_loaded_in_4bit = True
+
+
+def to_4_bits(layer: torch.nn.Linear) -> Any:
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit  # noqa: PLC0415 - slow
+
+    narrow = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    narrow.weight = Params4bit(layer.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+    return narrow.cuda()
 
 
 def take(adapted: Any, loss: torch.Tensor) -> Gradients:
@@ -201,6 +221,29 @@ def test_the_same_again_gives_the_same_bits(form: str, packed: bool, dropout: fl
         torch.manual_seed(3)
         found.append(take(adapted, fast.loss(batch, count(batch))))
     assert all(torch.equal(each[name], found[0][name]) for each in found for name in found[0])
+
+
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize("float8", [False, True], ids=["BF16 products", "FP8 products"])
+def test_recorded_passes_among_others_give_the_bits_of_those_that_are_not(
+    float8: bool, tight: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`tight`: little memory is left after the first recording, so that there are no others."""
+    adapted = adapt("NF4")
+    fast, plain = (FastModel(adapted, Plan.ATTENTION, torch.bfloat16, float8=float8) for _ in range(2))
+    plain.take = plain._pass  # type: ignore[assignment]
+    recorded = []
+    for number, length in enumerate([300, 200, 300, 200, 400, 300, 200, 400]):
+        with torch.no_grad():
+            for parameter in fast.trained:
+                parameter.mul_(0.99)
+        batch = rows(length)
+        found, expected = (take(adapted, each.loss(batch, count(batch))) for each in (fast, plain))
+        assert all(torch.equal(each, expected[name]) for name, each in found.items())
+        recorded.append(len(fast.take._recorded))
+        if tight and number == 2:
+            monkeypatch.setattr(record, "_free_bytes", lambda: 0)
+    assert recorded == ([0, 0, 1, 2, 0, 0, 0, 0] if tight else [0, 0, 1, 2, 2, 2, 2, 3])
 
 
 @pytest.mark.parametrize("method", [{"type": "QLoRA"}, {"type": "LoRA"}], ids=["QLoRA", "LoRA"])

@@ -306,14 +306,22 @@ def test_the_grid_of_the_fast_path_takes_it(tmp_path: Path) -> None:
 def test_matrices_in_fp8_are_counted(llama: ModelFacts) -> None:
     batch, (resolved, _) = Batch(4, 2048, masked=False), settle(llama, **fp8("LoRA"))
     group = by_hand.sizes_of(blocks_of(llama)[0], llama, resolved).both
-    gradient, weights = (torch.zeros(rows, group.rows + group.ranks) for rows in (48, group.columns))
-    made = [each for matrix in (gradient, weights) for each in ops.narrow(matrix)]
+    made = ops.narrow(torch.zeros(48, group.rows + group.ranks), ops.padded(group.rows + group.ranks))
     assert group.narrowed(48) == sum(each.nbytes for each in made)
-    more = (
-        estimate(llama, resolved, batch).peak_bytes
-        - estimate(llama, settle(llama, **method("LoRA"))[0], batch).peak_bytes
-    )
-    assert more == group.narrowed(batch.total) - by_hand._learned(group)  # which come after one another
+    assert group.shapes == (
+        (group.rows, ops.padded(group.columns + group.ranks)), (group.columns, ops.padded(group.rows + group.ranks))
+    )  # fmt: skip
+    wide, _ = settle(llama, **method("LoRA"))
+    found, before = (estimate(llama, each, batch) for each in (resolved, wide))
+    room, scratch = by_hand.count_room(llama, wide), by_hand.count_scratch(llama, resolved)
+    passing = group.narrowed(batch.total) - by_hand._learned(group)  # which come after one another
+    assert found.peak_bytes - before.peak_bytes == scratch - room + found.adapter_bytes // 2 + passing
+
+
+def test_where_recorded_passes_leave_gradients_is_counted_but_with_dropout(llama: ModelFacts) -> None:
+    (resolved, _), (dropping, _) = (settle(llama, method={"lora": {"dropout": rate}}) for rate in (0, 0.1))
+    assert by_hand.count_copies(resolved, 4000) == 4000
+    assert by_hand.count_copies(dropping, 4000) == 0
 
 
 def test_more_is_kept_where_less_is_computed_again(llama: ModelFacts) -> None:

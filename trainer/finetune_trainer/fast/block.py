@@ -98,35 +98,34 @@ class Attention:
         self, x: Tensor, batch: Batch, seeds: Sequence[int], heads: Heads | None, attended: Attended | None
     ) -> Looked:
         """All but the output's product. `heads`, `attended`: where they were kept."""
-        buffer = self.inputs.load(x)
         normed = _empty(x, self.inputs.inputs + self.inputs.room)
         factors = ops.normalize(x, self.norm.weight, self.norm.epsilon, normed[:, : self.inputs.inputs])
-        self.inputs.extend(buffer, normed, seeds[:3])
+        self.inputs.extend(normed, seeds[:3])
         if heads is None:
-            raw = self.inputs.multiply(buffer, normed, _empty(x, self.inputs.outputs))
+            raw = self.inputs.multiply(normed, _empty(x, self.inputs.outputs))
             heads = self._turn(raw, batch)
         if attended is None:
             attended = self._causal(batch).forward(heads.query, heads.key, heads.value)
         wide = _empty(x, self.out.inputs + self.out.room)
         wide[:, : self.out.inputs].copy_(attended.out)
-        self.out.extend(self.out.load(x), wide, seeds[3:4])
+        self.out.extend(wide, seeds[3:4])
         return Looked(normed, factors, heads, attended, wide)
 
     def finish(self, x: Tensor, looked: Looked) -> Tensor:
         """The residual stream after attention."""
-        return self.out.multiply_add(self.out.load(x), looked.wide, x)
+        return self.out.multiply_add(looked.wide, x)
 
     def backward(  # noqa: PLR0913 - what the forward pass had
         self, gradient: Tensor, x: Tensor, looked: Looked, batch: Batch, seeds: Sequence[int], below: Tensor, keep: Keep
     ) -> None:
         """Into `below` the gradient of x, from that of the residual stream after it [tokens, outputs + room]."""
         heads = looked.heads
-        above = self.out.backward(self.out.load(x), gradient, seeds[3:4])
+        above = self.out.backward(gradient, seeds[3:4])
         self.out.learn(gradient, looked.wide, seeds[3:4], keep)
         parts = self._causal(batch).backward(above, heads.query, heads.key, heads.value, looked.attended)
         joined = _empty(x, self.inputs.outputs + self.inputs.room)
         self._turn_back(parts, heads, joined[:, : self.inputs.outputs], batch)
-        normed = self.inputs.backward(self.inputs.load(x), joined, seeds[:3])
+        normed = self.inputs.backward(joined, seeds[:3])
         self.inputs.learn(joined, looked.normed, seeds[:3], keep)
         residual = gradient[:, : self.out.outputs]
         ops.normalize_backward(normed, x, self.norm.weight, looked.factors, below, residual)
@@ -182,34 +181,31 @@ class Mlp:
 
     def open(self, x: Tensor, seeds: Sequence[int], whole: Tensor | None) -> Opened:
         """Up to gate and up. `whole`: where they were kept."""
-        buffer = self.both.load(x)
         normed = _empty(x, self.both.inputs + self.both.room)
         factors = ops.normalize(x, self.norm.weight, self.norm.epsilon, normed[:, : self.both.inputs])
-        self.both.extend(buffer, normed, seeds[4:6])
+        self.both.extend(normed, seeds[4:6])
         if whole is None:
             whole = _empty(x, self.both.outputs + self.both.room)
-            self.both.multiply(buffer, normed, whole[:, : self.both.outputs])
+            self.both.multiply(normed, whole[:, : self.both.outputs])
         return Opened(normed, factors, whole)
 
     def finish(self, x: Tensor, opened: Opened, seeds: Sequence[int]) -> Tensor:
         """The residual stream after the MLP."""
-        buffer = self.down.load(x)
         inner = _empty(x, self.down.inputs + self.down.room)
         ops.gate(opened.whole[:, : self.both.outputs], inner[:, : self.down.inputs])
-        self.down.extend(buffer, inner, seeds[6:])
-        return self.down.multiply_add(buffer, inner, x)
+        self.down.extend(inner, seeds[6:])
+        return self.down.multiply_add(inner, x)
 
     def backward(  # noqa: PLR0913 - what the forward pass had
         self, gradient: Tensor, x: Tensor, opened: Opened, seeds: Sequence[int], below: Tensor, keep: Keep
     ) -> None:
         """Into `below` the gradient of x, from that of the residual stream after it [tokens, outputs + room]."""
-        buffer = self.down.load(x)
         both, inner = opened.whole[:, : self.both.outputs], _empty(x, self.down.inputs + self.down.room)
-        above = self.down.backward(buffer, gradient, seeds[6:])
+        above = self.down.backward(gradient, seeds[6:])
         ops.gate_backward(above, both, inner[:, : self.down.inputs])
-        self.down.extend(buffer, inner, seeds[6:])
+        self.down.extend(inner, seeds[6:])
         self.down.learn(gradient, inner, seeds[6:], keep)
-        normed = self.both.backward(self.both.load(x), opened.whole, seeds[4:6])
+        normed = self.both.backward(opened.whole, seeds[4:6])
         self.both.learn(opened.whole, opened.normed, seeds[4:6], keep)
         residual = gradient[:, : self.down.outputs]
         ops.normalize_backward(normed, x, self.norm.weight, opened.factors, below, residual)

@@ -151,45 +151,93 @@ def widen(
 
 
 @triton.jit
-def narrow(x, out, scales, x_stride, columns, padded, highest, tiniest, BLOCK: tl.constexpr):
-    """A row in 8 bits, its largest number as `highest`; zeros beyond its columns."""
+def narrow(
+    x, heads, tails, out, scales, x_stride, columns, most, least, width, highest, tiniest, HEADS: tl.constexpr,
+    TAILS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row in 8 bits, its largest number as `highest`; zeros beyond its columns.
+
+    Columns before `most` are multiplied by their factors of `heads` before, those from `least` on by `tails`.
+    """
     row = tl.program_id(0).to(tl.int64)
-    peaks = tl.full((BLOCK,), tiniest, tl.float32)
-    for start in range(0, columns, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        values = tl.load(x + row * x_stride + place, mask=place < columns, other=0.0).to(tl.float32)
-        peaks = tl.maximum(peaks, tl.abs(values))
-    scale = tl.div_rn(tl.max(peaks, 0), highest)
+    place = tl.arange(0, BLOCK)
+    values = tl.load(x + row * x_stride + place, mask=place < columns, other=0.0).to(tl.float32)
+    if HEADS:
+        values *= tl.load(heads + place, mask=place < most, other=1.0)
+    if TAILS:
+        values *= tl.load(tails + place - least, mask=(place >= least) & (place < columns), other=1.0)
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(values), 0), tiniest), highest)
     tl.store(scales + row, scale)
-    for start in range(0, padded, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        values = tl.load(x + row * x_stride + place, mask=place < columns, other=0.0).to(tl.float32)
-        narrowed = tl.div_rn(values, tl.broadcast_to(scale, values.shape)).to(out.dtype.element_ty)
-        tl.store(out + row * padded + place, narrowed, mask=place < padded)
+    narrowed = (values * tl.div_rn(1.0, scale)).to(out.dtype.element_ty)
+    tl.store(out + row * width + place, narrowed, mask=place < width)
 
 
 @triton.jit
-def narrow_turned(
-    x, out, scales, x_stride, rows, columns, padded, highest, tiniest, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+def shrink(
+    x, scales, out, x_stride, out_stride, rows, columns, TURNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """`narrow` of a matrix of which columns lie in memory as rows: COLUMNS of its rows, BLOCK columns at a time."""
-    row = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = row < rows
-    peaks = tl.full((BLOCK, COLUMNS), tiniest, tl.float32)
-    for start in range(0, columns, BLOCK):
-        place = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        known = (place < columns)[:, None] & inside[None, :]
-        values = tl.load(x + place[:, None] * x_stride + row[None, :], mask=known, other=0.0).to(tl.float32)
-        peaks = tl.maximum(peaks, tl.abs(values))
-    scale = tl.div_rn(tl.max(peaks, 0), tl.full((COLUMNS,), highest, tl.float32))
-    tl.store(scales + row, scale, mask=inside)
-    for start in range(0, padded, BLOCK):
-        place = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        known = (place < columns)[:, None] & inside[None, :]
-        values = tl.load(x + place[:, None] * x_stride + row[None, :], mask=known, other=0.0).to(tl.float32)
-        narrowed = tl.div_rn(values, tl.broadcast_to(scale[None, :], values.shape)).to(out.dtype.element_ty)
-        there = inside[:, None] & (place < padded)[None, :]
-        tl.store(out + row.to(tl.int64)[:, None] * padded + place[None, :], tl.trans(narrowed), mask=there)
+    """Weights in 8 bits, each row divided by its scale; rows become columns if it turns."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    known = (row < rows)[:, None] & (column < columns)[None, :]
+    values = tl.load(x + row[:, None] * x_stride + column[None, :], mask=known, other=0.0).to(tl.float32)
+    scale = tl.load(scales + row, mask=row < rows, other=1.0)
+    narrowed = (values * tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)[:, None]).to(out.dtype.element_ty)
+    if TURNS:
+        tl.store(out + column[:, None] * out_stride + row[None, :], tl.trans(narrowed), mask=tl.trans(known))
+    else:
+        tl.store(out + row[:, None] * out_stride + column[None, :], narrowed, mask=known)
+
+
+@triton.jit
+def shrink_packed(
+    packed, code, block_scales, scale_code, outer_scales, offset, scales, out, out_stride, rows, columns,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr, NESTED: tl.constexpr, OUTER: tl.constexpr,
+    TURNS: tl.constexpr,
+):  # fmt: skip
+    """`shrink` of 4-bit weights of bitsandbytes: BLOCKS quantization blocks of SIZE weights of each of ROWS rows."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    known = (row < rows)[:, None] & (block * SIZE < columns)[None, :]
+    number = row[:, None] * (columns // SIZE) + block[None, :]
+    if NESTED:
+        inner = tl.load(block_scales + number, mask=known, other=0).to(tl.int32)
+        factor = tl.load(scale_code + inner) * tl.load(outer_scales + number // OUTER, mask=known, other=0.0)
+        factor += tl.load(offset)
+    else:
+        factor = tl.load(block_scales + number, mask=known, other=0.0)
+    scale = tl.load(scales + row, mask=row < rows, other=1.0)
+    inverse = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)[:, None, None]
+    byte = (number * (SIZE // 2))[:, :, None] + tl.arange(0, SIZE // 2)[None, None, :]
+    pairs = tl.load(packed + byte, mask=known[:, :, None], other=0).to(tl.int32)
+    high = tl.load(code + (pairs >> 4)) * factor[:, :, None] * inverse
+    low = tl.load(code + (pairs & 15)) * factor[:, :, None] * inverse
+    narrowed = tl.reshape(tl.join(high, low), (ROWS, BLOCKS * SIZE)).to(out.dtype.element_ty)
+    column = (tl.program_id(1) * BLOCKS * SIZE + tl.arange(0, BLOCKS * SIZE)).to(tl.int64)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    if TURNS:
+        tl.store(out + column[:, None] * out_stride + row[None, :], tl.trans(narrowed), mask=tl.trans(inside))
+    else:
+        tl.store(out + row[:, None] * out_stride + column[None, :], narrowed, mask=inside)
+
+
+@triton.jit
+def place(
+    adapter, scales, factors, out, row_stride, column_stride, out_stride, rows, ranks, SCALES: tl.constexpr,
+    ROWS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """An adapter in 8 bits beside weights: rows divided by their scales, if any, columns by their factors."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, RANKS)
+    known = (row < rows)[:, None] & (column < ranks)[None, :]
+    spot = row[:, None] * row_stride + column[None, :] * column_stride
+    factor = tl.load(factors + column, mask=column < ranks, other=1.0)
+    values = tl.load(adapter + spot, mask=known, other=0.0).to(tl.float32)
+    values *= tl.div_rn(tl.full((RANKS,), 1.0, tl.float32), factor)[None, :]
+    if SCALES:
+        scale = tl.load(scales + row, mask=row < rows, other=1.0)
+        values *= tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)[:, None]
+    tl.store(out + row[:, None] * out_stride + column[None, :], values.to(out.dtype.element_ty), mask=known)
 
 
 @triton.jit

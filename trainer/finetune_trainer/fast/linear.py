@@ -1,13 +1,13 @@
 """Linear layers with LoRA that share their input, as one product: the adapter is extra columns of it.
 
 With x the input, W the frozen weights, A and B the adapter and s its scale, the rows [x | s x Aᵀ] times [W | B] are the
-layer's output at once, and the gradients [g | s g B] times [W; A] those of its input. So W lies in the corner of a
-buffer that has B in columns beside it and A in rows below. Layers with the same input (query, key and value) lie one
-below the other, with B in blocks along the diagonal. A bias is one more column, which meets a 1.
+layer's output at once, and the gradients [g | s g B] times [W; A] those of its input. Layers with the same input
+(query, key and value) lie one below the other, with B in blocks along the diagonal.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,14 +16,12 @@ import torch
 from finetune_trainer.fast import ops
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Sequence
 
     from torch import Tensor
 
 Keep: TypeAlias = "Callable[[torch.nn.Parameter, Tensor], None]"
 """Takes a parameter and its gradient of a micro-batch, in fp32, alone in its memory."""
-Layout: TypeAlias = "tuple[int, tuple[tuple[int, int, bool], ...]]"
-"""Inputs, and of each layer its outputs, its rank and whether it has a bias."""
 MULTIPLE = 64
 """Extra columns come in so many: what tensor cores take at once."""
 
@@ -50,6 +48,11 @@ class Layer:
         """Width of what it gives."""
         return int(self.base.out_features)
 
+    @property
+    def packed(self) -> bool:
+        """Whether its weights have 4 bits."""
+        return hasattr(self.base.weight, "quant_state")
+
 
 class Scratch:
     """Buffers that hold the weights of one layer after another, and the count of forward passes."""
@@ -57,42 +60,42 @@ class Scratch:
     def __init__(self) -> None:
         self.turn = 0
         """Adapters change between two forward passes: what was placed in an earlier one is stale."""
-        self._buffers: dict[Layout, Tensor] = {}
-        self._owners: dict[Layout, Linears] = {}
+        self._buffers: dict[Hashable, Tensor] = {}
+        self._holds: dict[Hashable, tuple[Linears, int]] = {}
 
-    def take(self, owner: Linears, like: Tensor) -> tuple[Tensor, bool]:
-        """A buffer for `owner`, of zeros at first, and whether it still holds what `owner` put there.
+    def take(self, owner: Linears, kind: str, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, bool]:
+        """A buffer for `owner`, of zeros at first, and whether it still holds what `owner` put there this turn.
 
         Layers share it that are laid out alike: what is 0 beside the adapters of one is 0 beside those of all.
         """
-        if owner.layout not in self._buffers:
-            self._buffers[owner.layout] = like.new_zeros(owner.shape)
-        held = self._owners.get(owner.layout) is owner
-        self._owners[owner.layout] = owner
-        return self._buffers[owner.layout], held
+        key, holds = (owner.layout, kind), (owner, self.turn)
+        if key not in self._buffers:
+            self._buffers[key] = torch.zeros(shape, dtype=dtype, device=owner.device)
+        held = self._holds.get(key) == holds
+        self._holds[key] = holds
+        return self._buffers[key], held
 
 
-class Linears:
+class Linears(ABC):
     """Layers that share their input, multiplied at once."""
 
-    def __init__(self, layers: Sequence[Layer], scale: float, scratch: Scratch, *, float8: bool = False) -> None:
-        """`scale`: of all adapters. `scratch`: where layers of 4 bits are widened. `float8`: products are in FP8.
-
-        Weights of 16 bits move into a buffer of their own, and are views of it from then on.
-        """
-        self.layers, self.scale, self._float8 = list(layers), scale, float8
+    def __init__(self, layers: Sequence[Layer], scale: float, scratch: Scratch) -> None:
+        """`scale`: of all adapters. `scratch`: where weights are brought into the form that a product takes."""
+        self.layers, self.scale, self._scratch = list(layers), scale, scratch
         self.inputs = int(layers[0].base.in_features)
         self.outputs = sum(layer.outputs for layer in layers)
-        self._ranks = sum(layer.rank for layer in layers)
+        self.ranks = sum(layer.rank for layer in layers)
         self._biased = any(layer.base.bias is not None for layer in layers)
-        self.room = -(-(self._ranks + self._biased) // MULTIPLE) * MULTIPLE
-        self.shape = (self.outputs + self.room, self.inputs + self.room)
-        """Of the buffer."""
+        self.room = -(-(self.ranks + self._biased) // MULTIPLE) * MULTIPLE
+        """Of the extra columns."""
         each = ((layer.outputs, layer.rank, layer.base.bias is not None) for layer in layers)
-        self.layout: Layout = (self.inputs, tuple(each))
-        self._packed = hasattr(layers[0].base.weight, "quant_state")
-        self._scratch, self._turn = scratch, -1
-        self._held = None if self._packed else self._move_in()
+        self.layout: Hashable = (self.inputs, tuple(each))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.layers[0].base.weight.device
+        return device
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
@@ -104,80 +107,53 @@ class Linears:
         """Whether adapters see an input of which a part was dropped."""
         return any(layer.rank and layer.dropout for layer in self.layers)
 
-    def load(self, like: Tensor) -> Tensor:
-        """The buffer [outputs + room, inputs + room], adapters as they are now; of 4 bits in the dtype of `like`."""
-        buffer, current = self._held, self._turn == self._scratch.turn
-        self._turn = self._scratch.turn
-        if buffer is not None:
-            if not current:
-                self._place(buffer)
-            return buffer
-        buffer, there = self._scratch.take(self, like)
-        if not (current and there):
-            for layer, rows, ranks in self._parts():
-                ops.widen(layer.base, buffer, rows.start, self._beside(layer, rows, ranks))
-            self._place_biases(buffer)
-        return buffer
-
-    def extend(self, buffer: Tensor, x: Tensor, seeds: Sequence[int]) -> None:
+    def extend(self, x: Tensor, seeds: Sequence[int]) -> None:
         """Fill the extra columns of `x` [tokens, inputs + room]; seeds of dropout, one a layer."""
         if not self.room:
             return
-        inputs, extra = x[:, : self.inputs], x[:, self.inputs :]
-        below = buffer[self.outputs :, : self.inputs]
+        inputs, first = x[:, : self.inputs], self._first(x)
+        extra = x[:, self.inputs : self.inputs + len(first)]
         if not self.drops:
-            torch.addmm(extra, inputs, below.T, beta=0, alpha=self.scale, out=extra)
-        else:
-            extra.zero_()
-            for (layer, _, ranks), seed in zip(self._parts(), seeds, strict=True):
-                if layer.rank:
-                    seen, out = _dropped(layer, inputs, seed), extra[:, ranks]
-                    torch.addmm(out, seen, below[ranks].T, beta=0, alpha=self.scale, out=out)
-        if self._biased:
-            extra[:, self._ranks].fill_(1.0)
+            torch.addmm(extra, inputs, first.T, beta=0, alpha=self.scale, out=extra)
+            return
+        extra.zero_()
+        for (layer, _, ranks), seed in zip(self.parts(), seeds, strict=True):
+            if layer.rank:
+                seen, out = _dropped(layer, inputs, seed), extra[:, ranks]
+                torch.addmm(out, seen, first[ranks].T, beta=0, alpha=self.scale, out=out)
 
-    def multiply(self, buffer: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    @abstractmethod
+    def multiply(self, x: Tensor, out: Tensor) -> Tensor:
         """Input [tokens, inputs + room], its extra columns filled, times the weights, into `out` [tokens, outputs]."""
-        weights = buffer[: self.outputs]
-        if not self._float8:
-            return torch.mm(x, weights.T, out=out)
-        used = self.inputs + self._ranks
-        bias = weights[:, used].contiguous() if self._biased else None
-        return ops.multiply_in_float8(x[:, :used], weights[:, :used], bias, out)
 
-    def multiply_add(self, buffer: Tensor, x: Tensor, residual: Tensor) -> Tensor:
-        """The same on top of `residual` [tokens, outputs], rounded once, in FP8 twice."""
-        if self._float8:
-            return self.multiply(buffer, x, torch.empty_like(residual)).add_(residual)
-        return torch.addmm(residual, x, buffer[: self.outputs].T)
+    @abstractmethod
+    def multiply_add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The same on top of `residual` [tokens, outputs]."""
 
-    def backward(self, buffer: Tensor, gradient: Tensor, seeds: Sequence[int]) -> Tensor:
+    def backward(self, gradient: Tensor, seeds: Sequence[int]) -> Tensor:
         """The gradient of the input [tokens, inputs] from that of the output [tokens, outputs + room].
 
         Fills the extra columns of `gradient`.
         """
-        above, extra = gradient[:, : self.outputs], gradient[:, self.outputs :]
         if self.room:
-            beside = buffer[: self.outputs, self.inputs :]
-            torch.addmm(extra, above, beside, beta=0, alpha=self.scale, out=extra)
+            self._extend_back(gradient)
         if not self.drops:
-            return self._multiply_back(gradient, buffer[:, : self.inputs])
-        below = self._multiply_back(above, buffer[: self.outputs, : self.inputs])
-        for (layer, _, ranks), seed in zip(self._parts(), seeds, strict=True):
+            return self._multiply_back(gradient, self.outputs + self.ranks)
+        below, first = self._multiply_back(gradient, self.outputs), self._first(gradient)
+        for (layer, _, ranks), seed in zip(self.parts(), seeds, strict=True):
             if layer.rank:
-                rows = slice(self.outputs + ranks.start, self.outputs + ranks.stop)
-                through = torch.mm(extra[:, ranks], buffer[rows, : self.inputs])
-                ops.drop(through, below, seed, layer.dropout, add=True)
+                columns = slice(self.outputs + ranks.start, self.outputs + ranks.stop)
+                ops.drop(torch.mm(gradient[:, columns], first[ranks]), below, seed, layer.dropout, add=True)
         return below
 
     def learn(self, gradient: Tensor, x: Tensor, seeds: Sequence[int], keep: Keep) -> None:
         """Give `keep` the gradients of the adapters. `gradient` as `backward` left it, `x` with its extra columns."""
-        if not self._ranks:
+        if not self.ranks:
             return
         above, extra, inputs = gradient[:, : self.outputs], gradient[:, self.outputs :], x[:, : self.inputs]
         shared = None if self.drops else _exact_product(extra.T, inputs)
         second = _exact_product(above.T, x[:, self.inputs :])
-        for (layer, rows, ranks), seed in zip(self._parts(), seeds, strict=True):
+        for (layer, rows, ranks), seed in zip(self.parts(), seeds, strict=True):
             if layer.first is not None and layer.second is not None:
                 if shared is None:
                     first = _exact_product(extra[:, ranks].T, _dropped(layer, inputs, seed))
@@ -186,24 +162,89 @@ class Linears:
                 keep(layer.first, first)
                 keep(layer.second, second[rows, ranks].clone())
 
-    def _multiply_back(self, gradient: Tensor, weights: Tensor) -> Tensor:
-        if not self._float8:
-            return torch.mm(gradient, weights)
-        used = min(self.outputs + self._ranks, len(weights))
-        out = gradient.new_empty(len(gradient), self.inputs)
-        return ops.multiply_in_float8(gradient[:, :used], weights[:used].T, None, out)
-
-    def _parts(self) -> Iterator[tuple[Layer, slice, slice]]:
+    def parts(self) -> Iterator[tuple[Layer, slice, slice]]:
         """Each layer with its rows of the output and its columns of the room."""
         row = rank = 0
         for layer in self.layers:
             yield layer, slice(row, row + layer.outputs), slice(rank, rank + layer.rank)
             row, rank = row + layer.outputs, rank + layer.rank
 
+    @abstractmethod
+    def _first(self, like: Tensor) -> Tensor:
+        """A of all adapters [ranks or more, inputs], in the dtype of `like`."""
+
+    @abstractmethod
+    def _extend_back(self, gradient: Tensor) -> None:
+        """Fill the extra columns of `gradient` [tokens, outputs + room]."""
+
+    @abstractmethod
+    def _multiply_back(self, gradient: Tensor, columns: int) -> Tensor:
+        """The first columns of `gradient` times the weights, and the adapters below them."""
+
+
+class WideLinears(Linears):
+    """Products in the dtype of the input.
+
+    W lies in the corner of a buffer, with B in columns beside it and A in rows below. A bias is one more column, which
+    meets a 1.
+    Weights of 16 bits move into a buffer of their own, and are views of it from then on; those of 4 bits are widened
+    into one that all layers share.
+    """
+
+    def __init__(self, layers: Sequence[Layer], scale: float, scratch: Scratch) -> None:
+        super().__init__(layers, scale, scratch)
+        self._turn = -1
+        self._held = None if self.layers[0].packed else self._move_in()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the buffer."""
+        return self.outputs + self.room, self.inputs + self.room
+
+    def extend(self, x: Tensor, seeds: Sequence[int]) -> None:
+        """With a 1 for biases."""
+        super().extend(x, seeds)
+        if self._biased:
+            x[:, self.inputs + self.ranks].fill_(1.0)
+
+    def multiply(self, x: Tensor, out: Tensor) -> Tensor:
+        """Rounded once."""
+        return torch.mm(x, self._load(x)[: self.outputs].T, out=out)
+
+    def multiply_add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Rounded once."""
+        return torch.addmm(residual, x, self._load(x)[: self.outputs].T)
+
+    def _first(self, like: Tensor) -> Tensor:
+        return self._load(like)[self.outputs :, : self.inputs]
+
+    def _extend_back(self, gradient: Tensor) -> None:
+        beside = self._load(gradient)[: self.outputs, self.inputs :]
+        extra = gradient[:, self.outputs :]
+        torch.addmm(extra, gradient[:, : self.outputs], beside, beta=0, alpha=self.scale, out=extra)
+
+    def _multiply_back(self, gradient: Tensor, columns: int) -> Tensor:
+        rows = gradient.shape[1] if columns > self.outputs else self.outputs
+        return torch.mm(gradient[:, :rows], self._load(gradient)[:rows, : self.inputs])
+
+    def _load(self, like: Tensor) -> Tensor:
+        """The buffer, adapters as they are now; of 4 bits in the dtype of `like`."""
+        if self._held is not None:
+            if self._turn != self._scratch.turn:
+                self._place(self._held)
+                self._turn = self._scratch.turn
+            return self._held
+        buffer, there = self._scratch.take(self, "wide", self.shape, like.dtype)
+        if not there:
+            for layer, rows, ranks in self.parts():
+                ops.widen(layer.base, buffer, rows.start, self._beside(layer, rows, ranks))
+            self._place_biases(buffer)
+        return buffer
+
     def _move_in(self) -> Tensor:
         weight: Tensor = self.layers[0].base.weight
         buffer = weight.new_zeros(self.shape)
-        for layer, rows, _ in self._parts():
+        for layer, rows, _ in self.parts():
             view = buffer[rows, : self.inputs]
             layer.base.weight.data = view.copy_(layer.base.weight.data)
         return buffer
@@ -216,7 +257,7 @@ class Linears:
 
     def _place(self, buffer: Tensor) -> None:
         """Adapters and biases into the buffer; what is 0 beside them stays so."""
-        for layer, rows, ranks in self._parts():
+        for layer, rows, ranks in self.parts():
             if layer.first is not None and layer.second is not None:
                 below = self.outputs + ranks.start
                 buffer[below : below + layer.rank, : self.inputs] = layer.first.detach()
@@ -224,9 +265,9 @@ class Linears:
         self._place_biases(buffer)
 
     def _place_biases(self, buffer: Tensor) -> None:
-        for layer, rows, _ in self._parts():
+        for layer, rows, _ in self.parts():
             if layer.base.bias is not None:
-                buffer[rows, self.inputs + self._ranks] = layer.base.bias.detach()
+                buffer[rows, self.inputs + self.ranks] = layer.base.bias.detach()
 
 
 def _dropped(layer: Layer, inputs: Tensor, seed: int) -> Tensor:

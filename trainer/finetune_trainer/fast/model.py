@@ -15,7 +15,9 @@ from finetune_trainer.evaluate import IGNORED
 from finetune_trainer.fast import ops
 from finetune_trainer.fast.attention import Rows
 from finetune_trainer.fast.block import Attention, Batch, Block, Mlp, Norm, Plan
-from finetune_trainer.fast.linear import Layer, Linears, Scratch
+from finetune_trainer.fast.linear import Layer, Scratch, WideLinears
+from finetune_trainer.fast.narrow import Adapters, NarrowLinears
+from finetune_trainer.fast.record import Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +25,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from finetune_trainer.fast.block import Kept
+    from finetune_trainer.fast.linear import Linears
+    from finetune_trainer.fast.record import Outcome
 
 HEAD_ROWS = 1024
 """Tokens whose logits are held at once: larger pieces are no faster (an H100, 128,256 words)."""
+INPUTS = ("input_ids", "labels", "position_ids", "cu_seq_lens_q", "max_length_q")
+"""What is looked at of a micro-batch."""
 SEEDS = 7
 """Of dropout in a block, one a layer."""
 
@@ -62,12 +68,16 @@ class FastModel:
         self._norm, self._head = _norm(causal.model.norm), causal.lm_head
         self._plan, self._dtype = plan, dtype
         self._scratch = Scratch()
-        join = partial(_join, self._scratch, float8)
+        join = partial(_join, NarrowLinears if float8 else WideLinears, self._scratch)
         self._blocks = [_build_block(each, join) for each in causal.model.layers]
+        narrow = [each for block in self._blocks for each in _linears(block) if isinstance(each, NarrowLinears)]
+        self._adapters = Adapters(narrow, dtype) if narrow else None
         self.trained = [parameter for block in self._blocks for parameter in _trained(block)]
         self.stepped = torch.nn.ParameterList(self.trained)
         """The same as a module: what an optimizer's step, clipping and zeroing are about."""
         self._drops = any(linears.drops for block in self._blocks for linears in _linears(block))
+        self.take = Recorder(self._pass, self.trained, on=self.trained[0].is_cuda and self._is_steady)
+        """A pass: the loss of inputs as `loss` takes them with their `count`, and gradients of `trained`."""
 
     def loss(self, inputs: Mapping[str, Any], count: Tensor | float) -> Tensor:
         """Sum of the losses of a micro-batch in nats, divided by `count`; its backward pass gives adapters gradients.
@@ -75,13 +85,22 @@ class FastModel:
         `inputs` as `Collator` makes them: input_ids and labels [rows, length]; packed sequences lie in one row, with
         cu_seq_lens_q, max_length_q and position_ids.
         """
-        total: Tensor = _Loss.apply(self, inputs, *self.trained)  # type: ignore[no-untyped-call]
-        return total / count
+        taken = {name: inputs[name] for name in INPUTS if name in inputs}
+        counted = torch.as_tensor(count, device=inputs["input_ids"].device)
+        loss: Tensor = _Loss.apply(self, taken | {"count": counted}, *self.trained)  # type: ignore[no-untyped-call]
+        return loss
+
+    @torch.no_grad()
+    def _pass(self, inputs: Mapping[str, Any]) -> Outcome:
+        total, passed = self.forward(inputs)
+        return total / inputs["count"], self.backward(passed, torch.ones_like(total) / inputs["count"])
 
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Passed]:
         """The sum of the losses of all tokens, and what `backward` begins with."""
         self._scratch.turn += 1
+        if self._adapters is not None:
+            self._adapters.refresh()
         ids = inputs["input_ids"]
         x = self._embed(ids).to(self._dtype).flatten(0, 1)
         batch, kept = self._batch(inputs, x), []
@@ -116,6 +135,11 @@ class FastModel:
         limits = inputs.get("cu_seq_lens_q")
         return Batch(Rows(count, length, limits, inputs.get("max_length_q", 0)), cosines, sines)
 
+    @property
+    def _is_steady(self) -> bool:
+        """Whether a pass does the same whenever shapes are the same: no seeds, no angles that follow the length."""
+        return not self._drops and not any(word in self._rotary.rope_type for word in ("dynamic", "longrope"))
+
     def _seeds(self) -> Sequence[int]:
         """Drawn on the CPU, whose state checkpoints keep."""
         return torch.randint(2**31 - 1, (SEEDS,)).tolist() if self._drops else (0,) * SEEDS
@@ -139,17 +163,16 @@ class FastModel:
 
 
 class _Loss(torch.autograd.Function):
-    """The sum of losses of a micro-batch, for autograd: its backward pass is the model's own."""
+    """The loss of a micro-batch, for autograd: gradients come with it."""
 
     @staticmethod
     def forward(ctx: Any, model: FastModel, inputs: Mapping[str, Any], *_: Tensor) -> Tensor:  # noqa: ANN401 - torch's context
-        total, passed = model.forward(inputs)
-        ctx.model, ctx.passed = model, passed
-        return total
+        loss, ctx.gradients = model.take(inputs)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *scale: Any) -> Any:  # noqa: ANN401 - torch's signature
-        return None, None, *ctx.model.backward(ctx.passed, scale[0])
+        return None, None, *torch._foreach_mul(ctx.gradients, scale[0])  # noqa: SLF001 - torch has no other name
 
 
 def _build_block(layer: Any, join: Callable[..., Linears]) -> Block:  # noqa: ANN401 - a decoder layer of transformers
@@ -177,10 +200,10 @@ def _norm(module: Any) -> Norm:  # noqa: ANN401 - an RMS norm of transformers
     return Norm(module.weight, module.variance_epsilon)
 
 
-def _join(scratch: Scratch, float8: bool, *modules: Any) -> Linears:  # noqa: ANN401 - linear layers, adapted or not
+def _join(kind: type[Linears], scratch: Scratch, *modules: Any) -> Linears:  # noqa: ANN401 - linear layers, adapted or not
     adapted = [each for each in modules if hasattr(each, "lora_A")]
     scale = adapted[0].scaling[adapted[0].active_adapters[0]] if adapted else 1.0
-    return Linears([_layer(each) for each in modules], scale, scratch, float8=float8)
+    return kind([_layer(each) for each in modules], scale, scratch)
 
 
 def _layer(module: Any) -> Layer:  # noqa: ANN401 - a linear layer, adapted or not

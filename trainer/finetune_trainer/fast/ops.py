@@ -24,10 +24,12 @@ FLOAT8 = torch.float8_e4m3fn
 FLOAT8_LARGEST = 448.0
 FLOAT8_MULTIPLE = 128
 """Columns come in so many: tensor cores take 16 at once, and of rows a few longer than that some are slow to read."""
-FLOAT8_ROW_BLOCK = 2048
-FLOAT8_COLUMNS = 32
-"""Columns of a matrix that a program turns into rows: 64 bytes of each row."""
-FLOAT8_COLUMN_BLOCK = 256
+SHRINK_ROWS, SHRINK_COLUMNS = 64, 128
+"""Weights that a program takes, here and below as fast as any of those tried (an H100)."""
+PACKED_STRAIGHT, PACKED_TURNED = (16, 4), (64, 2)
+"""Rows, and quantization blocks of each, that a program takes: turned it writes pieces of columns as long as these rows
+are many."""
+PLACE_ROWS = 64
 TINIEST = 1e-30
 """The largest number of a row of zeros is taken for this: its scale is a number to divide by."""
 
@@ -178,44 +180,106 @@ def widen(layer: Any, buffer: Tensor, start: int, adapter: Beside | None = None)
     )  # fmt: skip
 
 
-def narrow(x: Tensor) -> tuple[Tensor, Tensor]:
+def padded(columns: int) -> int:
+    """Columns of a matrix in FP8 that has so many and zeros beyond them."""
+    return -(-columns // FLOAT8_MULTIPLE) * FLOAT8_MULTIPLE
+
+
+def narrow(x: Tensor, width: int, heads: Tensor | None = None, tails: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """FP8 of x [rows, columns] (e4m3, Micikevicius et al. 2022, arXiv:2209.05433), and a scale a row [rows], fp32.
 
-    The largest number of a row becomes FLOAT8_LARGEST. Zeros fill the columns up to a multiple of FLOAT8_MULTIPLE. x
-    may be turned: rows that were columns.
+    The first columns are multiplied by `heads`, the last by `tails`, one factor a column. The largest number of a row
+    becomes FLOAT8_LARGEST. Zeros fill the columns up to `width`.
     """
     rows, columns = x.shape
-    padded = -(-columns // FLOAT8_MULTIPLE) * FLOAT8_MULTIPLE
+    heads, tails = (None if each is None or not len(each) else each for each in (heads, tails))
     if _by_kernel(x):
         kernels, triton = _kernels()
-        out = torch.empty(rows, padded, dtype=FLOAT8, device=x.device)
+        out = torch.empty(rows, width, dtype=FLOAT8, device=x.device)
         scales = torch.empty(rows, device=x.device)
-        if x.stride(1) == 1:
-            kernels.narrow[(rows,)](
-                x, out, scales, x.stride(0), columns, padded, FLOAT8_LARGEST, TINIEST, BLOCK=FLOAT8_ROW_BLOCK
-            )
-        else:
-            kernels.narrow_turned[(triton.cdiv(rows, FLOAT8_COLUMNS),)](
-                x, out, scales, x.stride(1), rows, columns, padded, FLOAT8_LARGEST, TINIEST,
-                COLUMNS=FLOAT8_COLUMNS, BLOCK=FLOAT8_COLUMN_BLOCK, num_warps=8,
-            )  # fmt: skip
+        kernels.narrow[(rows,)](
+            x, x if heads is None else heads, x if tails is None else tails, out, scales, x.stride(0), columns,
+            0 if heads is None else len(heads), columns if tails is None else columns - len(tails), width,
+            FLOAT8_LARGEST, TINIEST, HEADS=heads is not None, TAILS=tails is not None,
+            BLOCK=triton.next_power_of_2(width), num_warps=min(max(triton.next_power_of_2(width) // 1024, 4), 32),
+        )  # fmt: skip
         return out, scales
-    values = _exact(x).float()
+    values = _exact(x).float().clone()
+    if heads is not None:
+        values[:, : len(heads)] *= heads
+    if tails is not None:
+        values[:, columns - len(tails) :] *= tails
     scales = values.abs().amax(1).clamp(min=TINIEST) / FLOAT8_LARGEST
-    out = torch.zeros(rows, padded, dtype=FLOAT8, device=x.device)
-    out[:, :columns] = (values / scales[:, None]).to(FLOAT8)
+    out = torch.zeros(rows, width, dtype=FLOAT8, device=x.device)
+    out[:, :columns] = (values * (1 / scales)[:, None]).to(FLOAT8)
     return out, scales
 
 
-def multiply_in_float8(x: Tensor, weights: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """Product in FP8 of x [tokens, columns] and the transpose of `weights` [rows, columns], into `out` [tokens, rows].
+def peaks(layer: Any) -> Tensor:  # noqa: ANN401 - a Linear, or a Linear4bit of bitsandbytes
+    """The largest number of each row of a layer's weights, fp32."""
+    weight = layer.weight.data
+    if hasattr(layer.weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - slow
 
-    `bias` [rows] is added as it is. Rows come in multiples of 16.
+        weight = dequantize_4bit(weight, layer.weight.quant_state)
+    found: Tensor = torch.linalg.vector_norm(weight, torch.inf, 1)
+    return found.float()
+
+
+def shrink(layer: Any, scales: Tensor, out: Tensor, *, turned: bool = False) -> None:  # noqa: ANN401 - as above
+    """The weights of a layer [outputs, inputs] in FP8 into `out`, each row divided by its scale; or turned."""
+    weight = layer.weight
+    if not _by_kernel(out):
+        values = weight.data
+        if hasattr(weight, "quant_state"):
+            from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - slow
+
+            values = dequantize_4bit(values, weight.quant_state)
+        narrowed = (values.float() * (1 / scales)[:, None]).to(out.dtype)
+        out.copy_(narrowed.T if turned else narrowed)
+        return
+    kernels, triton = _kernels()
+    if not hasattr(weight, "quant_state"):
+        rows, columns = weight.shape
+        kernels.shrink[(triton.cdiv(rows, SHRINK_ROWS), triton.cdiv(columns, SHRINK_COLUMNS))](
+            weight.data, scales, out, weight.stride(0), out.stride(0), rows, columns,
+            TURNS=turned, ROWS=SHRINK_ROWS, COLUMNS=SHRINK_COLUMNS, num_warps=8,
+        )  # fmt: skip
+        return
+    state = weight.quant_state
+    outer, (rows, columns) = state.state2 if state.nested else state, state.shape
+    tall, blocks = PACKED_TURNED if turned else PACKED_STRAIGHT
+    kernels.shrink_packed[(triton.cdiv(rows, tall), triton.cdiv(columns, blocks * state.blocksize))](
+        weight.data.view(torch.uint8), state.code, state.absmax, outer.code, outer.absmax,
+        state.offset if state.nested else state.absmax, scales, out, out.stride(0), rows, columns,
+        ROWS=tall, BLOCKS=blocks, SIZE=state.blocksize, NESTED=state.nested, OUTER=outer.blocksize, TURNS=turned,
+        num_warps=8,
+    )  # fmt: skip
+
+
+def place(adapter: Tensor, scales: Tensor | None, factors: Tensor, out: Tensor) -> None:
+    """`adapter` [rows, ranks] in FP8 into `out`: each row divided by its scale, if any, each column by its factor."""
+    if not _by_kernel(out):
+        values = adapter.float() * (1 / factors)
+        out.copy_((values if scales is None else values * (1 / scales)[:, None]).to(FLOAT8))
+        return
+    kernels, triton = _kernels()
+    rows, ranks = adapter.shape
+    kernels.place[(triton.cdiv(rows, PLACE_ROWS),)](
+        adapter, factors if scales is None else scales, factors, out, *adapter.stride(), out.stride(0), rows, ranks,
+        SCALES=scales is not None, ROWS=PLACE_ROWS, RANKS=triton.next_power_of_2(ranks),
+    )  # fmt: skip
+
+
+def multiply_in_float8(  # noqa: PLR0913 - two matrices with their scales
+    x: Tensor, x_scales: Tensor, weights: Tensor, weight_scales: Tensor, bias: Tensor | None, out: Tensor
+) -> Tensor:
+    """Product of x [tokens, columns] and the transpose of `weights` [rows, columns], both in FP8, into `out`.
+
+    Scales are of rows; `bias` [rows] is added as it is. `out` is [tokens, rows]. Rows come in multiples of 16.
     """
-    left, left_scales = narrow(x)
-    right, right_scales = narrow(weights)
     product: Tensor = torch._scaled_mm(  # noqa: SLF001 - torch.nn.functional.scaled_mm has no `out`
-        left, right.T, left_scales[:, None], right_scales[None], bias, out_dtype=out.dtype, use_fast_accum=True, out=out
+        x, weights.T, x_scales[:, None], weight_scales[None], bias, out_dtype=out.dtype, use_fast_accum=True, out=out
     )
     return product
 

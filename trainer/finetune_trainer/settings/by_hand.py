@@ -64,10 +64,18 @@ class Group:
         """Bytes of the gradient of a token's output with its room."""
         return C * (self.rows + self.room)
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of the weights in FP8 with the adapters, for the forward and for the backward pass."""
+        return (self.rows, _padded(self.columns + self.ranks)), (self.columns, _padded(self.rows + self.ranks))
+
     def narrowed(self, tokens: int) -> int:
-        """Bytes of the gradient of the outputs, and of the weights it is multiplied with, in FP8; a scale a row."""
-        width = math.ceil((self.rows + self.ranks) / FP8_MULTIPLE) * FP8_MULTIPLE
-        return (width + FP32) * (tokens + self.columns)
+        """Bytes of the gradient of the outputs in FP8; a scale a row."""
+        return (self.shapes[1][1] + FP32) * tokens
+
+
+def _padded(columns: int) -> int:
+    return math.ceil(columns / FP8_MULTIPLE) * FP8_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -122,20 +130,31 @@ def _group(layers: tuple[Layer, ...], model: ModelFacts, resolved: Resolved) -> 
 
 
 def count_room(model: ModelFacts, resolved: Resolved) -> int:
-    """What buffers of 16-bit weights have more than the weights themselves."""
-    if resolved.base_format in FOUR_BITS:
+    """What buffers of 16-bit weights have more than the weights themselves, which stay where they are for FP8."""
+    if resolved.base_format in FOUR_BITS or resolved.fp8_products:
         return 0
     groups = [group for block in blocks_of(model) for group in sizes_of(block, model, resolved).groups]
     return C * sum(group.numel - group.rows * group.columns for group in groups)
 
 
 def count_scratch(model: ModelFacts, resolved: Resolved) -> int:
-    """Buffers that 4-bit weights are widened into: one of each shape."""
+    """Buffers that weights are brought into for a product, in 16 bits or in FP8: one of each shape."""
+    groups = {group for block in blocks_of(model) for group in sizes_of(block, model, resolved).groups}
+    if resolved.fp8_products:
+        return sum(rows * columns for group in groups for rows, columns in group.shapes)
     if resolved.base_format not in FOUR_BITS:
         return 0
-    groups = {group for block in blocks_of(model) for group in sizes_of(block, model, resolved).groups}
     shapes = {(group.rows + group.room, group.columns + group.room) for group in groups}
     return C * sum(rows * columns for rows, columns in shapes)
+
+
+def count_copies(resolved: Resolved, adapters: int) -> int:
+    """Of adapters of so many bytes in fp32: gradients where recorded passes leave them, and a copy in 16 bits for FP8.
+
+    Passes with dropout are not recorded.
+    """
+    recorded = resolved.lora is not None and not resolved.lora.dropout
+    return (adapters if recorded else 0) + (adapters // FP32 * C if resolved.fp8_products else 0)
 
 
 # A pass

@@ -19,7 +19,7 @@ from finetune_trainer.config import Sharding, Strategy
 from finetune_trainer.models.loading import MEASURED_TOKENS
 from finetune_trainer.progress import Estimate
 from finetune_trainer.settings.activations import FP32, SIZES, Batch, count_activations
-from finetune_trainer.settings.by_hand import count_by_hand, count_scratch
+from finetune_trainer.settings.by_hand import count_by_hand, count_copies, count_scratch
 from finetune_trainer.settings.holdings import count_holdings
 from finetune_trainer.settings.layout import KNOWN, blocks_of
 
@@ -128,7 +128,8 @@ def _collected(model: ModelFacts, resolved: Resolved, holdings: Holdings) -> int
     """What is whole for a while: DDP's buckets, one copy of the gradients; FSDP's blocks in the dtype computed in.
 
     Of FSDP (Full) two blocks at a time, the next is fetched early (Zhao et al. 2023, arXiv:2304.11277), with their
-    gradients in fp32, embeddings and head; of GradOp all weights. Of the fast path layers of 4 bits, widened.
+    gradients in fp32, embeddings and head; of GradOp all weights. Of the fast path buffers of a layer's weights, and
+    copies of adapters.
     """
     match resolved.parallelism.strategy:
         case Strategy.DDP:
@@ -141,4 +142,8 @@ def _collected(model: ModelFacts, resolved: Resolved, holdings: Holdings) -> int
             ends = (model.vocabulary or 0) * model.hidden * (1 if model.tied else 2)
             return compute * (2 * block + ends) + FP32 * block
         case _:
-            return count_scratch(model, resolved) if resolved.fast_path else 0
+            return _besides(model, resolved, holdings) if resolved.fast_path else 0
+
+
+def _besides(model: ModelFacts, resolved: Resolved, holdings: Holdings) -> int:
+    return count_scratch(model, resolved) + count_copies(resolved, holdings.gradients)

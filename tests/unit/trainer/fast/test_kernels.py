@@ -132,17 +132,50 @@ def compare_widened(rows: int, columns: int, rank: int, kind: str, nested: bool,
     compare(work, tolerance=0.0)
 
 
-def compare_narrowed(rows: int, width: int, turned: bool) -> None:
-    """Of numbers that need no rounding: the interpreter rounds 127 to 64."""
+def unrounded(*shape: int) -> Tensor:
+    """Numbers from 1 to 240 that FP8 holds, and by 64 smaller ones: the interpreter rounds 127 to 64."""
+    return torch.randint(56, 120, shape, dtype=torch.uint8).view(ops.FLOAT8).float()
 
+
+def compare_narrowed(rows: int, width: int, heads: int, tails: int) -> None:
     def work() -> list[Tensor]:
-        x = blank(width, rows).T if turned else blank(rows, width)
-        x.copy_(torch.randint(127, (rows, width), dtype=torch.uint8).view(ops.FLOAT8).float())
+        x = blank(rows, width)
+        x.copy_(unrounded(rows, width))
         x[:, width // 2] = -ops.FLOAT8_LARGEST
         x.mul_(2.0 ** torch.randint(-40, 40, (rows, 1)))
         x[0] = 0
-        narrowed, scales = ops.narrow(x)
+        factors = [2.0 ** -torch.randint(6, (each,)) for each in (heads, tails)]
+        for each in factors:
+            each[-1:] = 1.0
+        if heads > width // 2 or width // 2 >= width - tails:
+            factors = [torch.ones_like(each) for each in factors]
+        narrowed, scales = ops.narrow(x, ops.padded(width), *factors)
         return [narrowed.float(), scales]
+
+    compare(work, tolerance=0.0)
+
+
+def compare_shrunk(rows: int, columns: int, turned: bool, packed: bool) -> None:
+    from tests.unit.trainer.fast.packed import pack_linear  # noqa: PLC0415 - slow
+
+    def work() -> list[Tensor]:
+        layer = pack_linear(torch.randn(rows, columns)) if packed else torch.nn.Linear(columns, rows)
+        out = (
+            blank(columns, rows) if turned else blank(rows, columns)
+        )  # in fp32: of rounding the interpreter is no guide
+        ops.shrink(layer, torch.rand(rows) + 0.5, out, turned=turned)
+        return [out]
+
+    compare(work)
+
+
+def compare_placed(rows: int, ranks: int, scaled: bool, turned: bool) -> None:
+    def work() -> list[Tensor]:
+        adapter = unrounded(ranks, rows).T if turned else unrounded(rows, ranks)
+        scales, factors = 2.0 ** torch.randint(2, (rows,)), 2.0 ** torch.randint(2, (ranks,))
+        narrow = torch.zeros(rows, ranks + 4).to(ops.FLOAT8)
+        ops.place(adapter, scales if scaled else None, factors, narrow[:, 1 : 1 + ranks])
+        return [narrow.float()]
 
     compare(work, tolerance=0.0)
 
@@ -243,11 +276,24 @@ def test_weights_of_4_bits_and_their_adapter(
 
 
 @FEW
-@example(rows=2, width=2 * ops.FLOAT8_ROW_BLOCK + 5, turned=False)
-@example(rows=ops.FLOAT8_COLUMNS + 5, width=2 * ops.FLOAT8_COLUMN_BLOCK + 5, turned=True)
-@given(rows=st.integers(1, 2 * ops.FLOAT8_COLUMNS), width=st.integers(1, 300), turned=st.booleans())
-def test_rows_in_8_bits(interpret: Interpret, rows: int, width: int, turned: bool) -> None:
-    interpret(compare_narrowed, rows, width, turned)
+@given(rows=st.integers(1, 3), width=st.integers(1, 300), heads=st.integers(0, 150), tails=st.integers(0, 150))
+def test_rows_in_8_bits(interpret: Interpret, rows: int, width: int, heads: int, tails: int) -> None:
+    interpret(compare_narrowed, rows, width, min(heads, width // 2), min(tails, width // 2))
+
+
+@FEW
+@example(rows=ops.SHRINK_ROWS + 3, columns=ops.SHRINK_COLUMNS + 64, turned=True, packed=False)
+@example(rows=ops.PACKED_TURNED[0] + 3, columns=192, turned=True, packed=True)
+@example(rows=ops.PACKED_STRAIGHT[0] + 3, columns=320, turned=False, packed=True)
+@given(rows=st.integers(1, 70), columns=st.sampled_from([64, 128]), turned=st.booleans(), packed=st.booleans())
+def test_weights_in_8_bits(interpret: Interpret, rows: int, columns: int, turned: bool, packed: bool) -> None:
+    interpret(compare_shrunk, rows, columns, turned, packed)
+
+
+@FEW
+@given(rows=st.integers(1, 2 * ops.PLACE_ROWS), ranks=st.integers(1, 9), scaled=st.booleans(), turned=st.booleans())
+def test_adapters_in_8_bits(interpret: Interpret, rows: int, ranks: int, scaled: bool, turned: bool) -> None:
+    interpret(compare_placed, rows, ranks, scaled, turned)
 
 
 @settings(FEW, max_examples=6)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from finetune_trainer.fast import ops
-from finetune_trainer.fast.linear import MULTIPLE, Layer, Linears, Scratch
+from finetune_trainer.fast.linear import MULTIPLE, Layer, Linears, Scratch, WideLinears
+from finetune_trainer.fast.narrow import Adapters, NarrowLinears
 from finetune_trainer.models.loading import import_peft
 from tests.unit.trainer.fast.columns import FEW
 from tests.unit.trainer.fast.packed import pack_linear
@@ -75,17 +76,23 @@ def take(module: Any) -> Layer:
     return Layer(module.get_base_layer(), first, second, module.lora_dropout["default"].rate)
 
 
-def join(modules: list[Any], scratch: Scratch | None = None, *, float8: bool = False) -> Linears:
-    return Linears([take(each) for each in modules], SCALE, scratch or Scratch(), float8=float8)
+def join(modules: list[Any], scratch: Scratch | None = None) -> Linears:
+    return WideLinears([take(each) for each in modules], SCALE, scratch or Scratch())
+
+
+def join_narrow(modules: list[Any]) -> NarrowLinears:
+    linears = NarrowLinears([take(each) for each in modules], SCALE, Scratch())
+    if linears.ranks:
+        Adapters([linears], torch.float32).refresh()
+    return linears
 
 
 def multiply(linears: Linears, x: Tensor) -> tuple[Tensor, Tensor]:
     """The output, and the input with its extra columns."""
     wide = x.new_full((len(x), linears.inputs + linears.room), torch.nan)
     wide[:, : linears.inputs] = x
-    buffer = linears.load(x)
-    linears.extend(buffer, wide, range(len(linears.layers)))
-    return linears.multiply(buffer, wide, x.new_empty(len(x), linears.outputs)), wide
+    linears.extend(wide, range(len(linears.layers)))
+    return linears.multiply(wide, x.new_empty(len(x), linears.outputs)), wide
 
 
 def learn(linears: Linears, above: Tensor, wide: Tensor) -> tuple[Tensor, dict[Any, Tensor]]:
@@ -94,7 +101,7 @@ def learn(linears: Linears, above: Tensor, wide: Tensor) -> tuple[Tensor, dict[A
     gradient[:, : linears.outputs] = above
     found: dict[Any, Tensor] = {}
     seeds = range(len(linears.layers))
-    below = linears.backward(linears.load(above), gradient, seeds)
+    below = linears.backward(gradient, seeds)
     linears.learn(gradient, wide, seeds, found.__setitem__)
     return below, found
 
@@ -113,7 +120,7 @@ def assert_like_peft(modules: list[Any], linears: Linears, x: Tensor) -> None:
     found, gradients = learn(linears, above, wide)
     for got, want in [
         (out, expected),
-        (linears.multiply_add(linears.load(x), wide, beside), beside + expected),
+        (linears.multiply_add(wide, beside), beside + expected),
         (found, below),
         *((gradients[adapter], want) for adapter, want in zip(adapters, wanted, strict=True)),
     ]:
@@ -159,14 +166,14 @@ def test_products_in_fp8_are_those_of_peft_but_for_rounding(sketches: list[Sketc
     for module in modules:
         if module.bias is not None:
             module.bias.data += 1000.0
-    linears, leaf = join(modules, float8=True), x.clone().requires_grad_()
+    linears, leaf = join_narrow(modules), x.clone().requires_grad_()
     expected = torch.cat([module(leaf) for module in modules], 1)
     above = torch.randn_like(expected)
     below, *wanted = torch.autograd.grad(expected, [leaf, *linears.trained], above)
 
     out, wide = multiply(linears, x)
     found, gradients = learn(linears, above, wide)
-    on_top = linears.multiply_add(linears.load(x), wide, torch.ones_like(out))
+    on_top = linears.multiply_add(wide, torch.ones_like(out))
     biases = torch.cat([module(torch.zeros_like(x[:1]))[0] for module in modules]).detach()
     pairs = [(out - biases, expected - biases), (on_top - biases - 1, expected - biases), (found, below)]
     for got, want in [*pairs, *((gradients[each], want) for each, want in zip(linears.trained, wanted, strict=True))]:

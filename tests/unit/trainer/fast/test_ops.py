@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -169,23 +170,19 @@ ROUNDING = 2**-4
 """Half a step of e4m3, whose numbers have 3 bits behind the first."""
 
 
-def as_rows(values: Tensor, *, turned: bool) -> Tensor:
-    """The same matrix, as it lies or as columns of one that lies turned."""
-    rows, columns = values.shape
-    return blank_columns(columns, rows, values.dtype).copy_(values.T).T if turned else values
-
-
 @FEW
-@given(st.integers(1, 5), st.integers(1, 300), st.sampled_from([1e-20, 1.0, 1e20]), st.booleans())
-def test_rows_in_8_bits(rows: int, columns: int, size: float, turned: bool) -> None:
+@given(st.integers(1, 5), st.integers(1, 300), st.sampled_from([1e-20, 1.0, 1e20]), st.data())
+def test_rows_in_8_bits(rows: int, columns: int, size: float, data: st.DataObject) -> None:
     x = random_columns(rows, columns, torch.float32).mul_(size)
     x[0, columns // 2 :] = 0
-    narrowed, scales = ops.narrow(as_rows(x, turned=turned))
+    heads, tails = (torch.rand(data.draw(st.integers(0, columns // 2))) + 0.5 for _ in range(2))
+    narrowed, scales = ops.narrow(x, ops.padded(columns), heads, tails)
     assert (narrowed.dtype, scales.dtype, scales.shape) == (torch.float8_e4m3fn, torch.float32, (rows,))
     assert narrowed.shape == (rows, -(-columns // ops.FLOAT8_MULTIPLE) * ops.FLOAT8_MULTIPLE)
     assert not narrowed[:, columns:].float().any()
+    meant = x * torch.cat([heads, torch.ones(columns - len(heads) - len(tails)), tails])
     back, smallest = narrowed[:, :columns].float() * scales[:, None], scales[:, None] * 2**-10
-    assert ((back - x).abs() <= x.abs() * ROUNDING + smallest).all()
+    assert ((back - meant).abs() <= meant.abs() * ROUNDING + smallest).all()
     assert (narrowed.float().abs().amax(1)[x.any(1)] == ops.FLOAT8_LARGEST).all()
 
 
@@ -193,21 +190,46 @@ def test_rows_in_8_bits(rows: int, columns: int, size: float, turned: bool) -> N
 def test_what_is_no_number_stays_none_in_8_bits(value: float) -> None:
     x = torch.ones(2, 5)
     x[0, 3] = value
-    narrowed, scales = ops.narrow(x)
+    narrowed, scales = ops.narrow(x, 128)
     back = narrowed.float() * scales[:, None]
     assert back[0].isnan().any()
     assert torch.equal(back[1, :5], torch.ones(5))
 
 
 @pytest.mark.parametrize("bias", [None, torch.arange(16.0)])
-@pytest.mark.parametrize("turned", [False, True])
-def test_a_product_in_8_bits_is_that_of_what_they_stand_for(bias: Tensor | None, turned: bool) -> None:
-    x, weights = random_columns(5, 70, torch.float32), random_columns(16, 70, torch.float32)
+def test_a_product_in_8_bits_is_that_of_what_they_stand_for(bias: Tensor | None) -> None:
+    x, weights = (ops.narrow(random_columns(rows, 70, torch.float32), 128) for rows in (5, 16))
     out = blank_columns(5, 16, torch.float32)
-    ops.multiply_in_float8(x, as_rows(weights, turned=turned), bias, out)
-    left, right = (narrowed.float() * scales[:, None] for narrowed, scales in map(ops.narrow, (x, weights)))
+    ops.multiply_in_float8(*x, *weights, bias, out)
+    left, right = (narrowed.float() * scales[:, None] for narrowed, scales in (x, weights))
     torch.testing.assert_close(out, left @ right.T + (0 if bias is None else bias))
     assert_kept_inside(out)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_in_8_bits(packed: bool, turned: bool) -> None:
+    weight = torch.randn(6, 64)
+    layer: Any = pack_linear(weight) if packed else torch.nn.Linear(64, 6)
+    weight = layer(torch.eye(64)).T if packed else layer.weight.data
+    scales = ops.peaks(layer) / 100
+    assert torch.equal(scales, weight.abs().amax(1) / 100)
+    buffer = torch.zeros(64, 10) if turned else torch.zeros(6, 70)
+    narrow = buffer.to(ops.FLOAT8)
+    ops.shrink(layer, scales, narrow[:, :6] if turned else narrow[:, :64], turned=turned)
+    found = narrow[:, :6].T if turned else narrow[:, :64]
+    error = found.float() - weight / scales[:, None]
+    assert (error.abs() <= (weight / scales[:, None]).abs() * ROUNDING + 2**-10).all()
+    assert not narrow[:, 6 if turned else 64 :].float().any()
+
+
+@pytest.mark.parametrize("scales", [None, torch.tensor([1.0, 4.0])])
+def test_an_adapter_beside_them(scales: Tensor | None) -> None:
+    out = torch.zeros(2, 9).to(ops.FLOAT8)
+    ops.place(torch.tensor([[1.0, 6.0], [32.0, -64.0]]), scales, torch.tensor([1.0, 2.0]), out[:, 3:5])
+    expected = torch.tensor([[1.0, 3.0], [32.0, -32.0]]) / (1 if scales is None else scales[:, None])
+    assert torch.equal(out[:, 3:5].float(), expected)
+    assert out.float().count_nonzero() == 4
 
 
 @pytest.mark.parametrize("rank", [0, 3])
