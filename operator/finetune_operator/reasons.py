@@ -157,7 +157,8 @@ TABLE: dict[str, Row] = {
     Reason.OUT_OF_HOST_MEMORY: Row(
         Retry.NEVER,
         "The pod took more memory than its limit and was killed.",
-        "Raise pod.resources.limits.memory, or use a smaller perDeviceTrainBatchSize or maxLength.",
+        "Raise pod.resources.limits.memory, set training.offload to Off if status.resolved.offloads is true, or use a "
+        "smaller perDeviceTrainBatchSize or maxLength.",
     ),
     Reason.STALLED_TRAINING: Row(
         Retry.COUNTED,

@@ -428,6 +428,15 @@ WHOLE: tuple[Rule, ...] = (
         "(training.fastPath Auto): drop it, or change the others",
     ),
     Rule(
+        f"self.?training.?offload.orValue('Auto') != 'On' || ({OBJECTIVE} == 'SFT' && {TRAINS_ADAPTER}"
+        " && self.?training.?fastPath.orValue('Auto') == 'Auto'"
+        " && self.?training.?gradientCheckpointing.orValue('Auto') != 'Off'"
+        " && self.?parallelism.?numNodes.orValue(1) == 1 && self.?parallelism.?gpusPerNode.orValue(1) == 1)",
+        "training.offload On is for SFT of adapters on one GPU (parallelism.numNodes and gpusPerNode 1) by the "
+        "fast path (training.fastPath Auto), with gradientCheckpointing Auto, Full or Selective: drop it, or "
+        "change the others",
+    ),
+    Rule(
         "!self.?training.?globalBatchSize.hasValue() || self.training.globalBatchSize"
         f" % (self.training.?perDeviceTrainBatchSize.orValue(1) * {DEVICES}) == 0",
         "training: perDeviceTrainBatchSize times the number of devices (parallelism.numNodes x gpusPerNode) must "

@@ -6,7 +6,7 @@ training.maxLength allows; prepare, which has read them, goes by the longest the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from finetune_trainer.config import GradientCheckpointing
 from finetune_trainer.data.pack import resolve_packing
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from finetune_trainer.progress import Resolved
     from finetune_trainer.runtime.context import Context
 
+Way: TypeAlias = "tuple[str, bool]"
+"""Checkpointing, and whether what can wait lies in host memory."""
 STEPS = 1000
 """A run so long that neither warm-up nor packing is that of a trial."""
 
@@ -87,7 +89,7 @@ def _table(job: Job, chosen: Resolved) -> Iterator[str]:
         f"computed in {chosen.compute_dtype}, {chosen.optimizer}, {chosen.parallelism.strategy} on "
         f"{chosen.parallelism.world_size} GPUs; micro-batch {needed.micro_batch_size} of {needed.length:,} tokens"
         f"{', packed' if chosen.packing else ''}, checkpointing {needed.gradient_checkpointing}"
-        f"{', fast path' if chosen.fast_path else ''}"
+        f"{', fast path' if chosen.fast_path else ''}{', offload' if chosen.offloads else ''}"
     )
     yield ""
     for name, field in Estimate.model_fields.items():
@@ -97,20 +99,26 @@ def _table(job: Job, chosen: Resolved) -> Iterator[str]:
 
 
 def _choices(job: Job, settings: Resolved, chosen: Resolved) -> Iterator[str]:
-    """What the GPU must have with each micro-batch and checkpointing that the config leaves open."""
-    sizes: dict[int, dict[str, int]] = {}
+    """What the GPU must have with each micro-batch, checkpointing and offload that the config leaves open."""
+    sizes: dict[int, dict[Way, int]] = {}
     for each in choices_of(job.config, settings):
-        sizes.setdefault(each.micro_batch_size, {})[each.gradient_checkpointing] = job.needs(each).total_bytes
-    ways = [way.value for way in GradientCheckpointing if any(way.value in found for found in sizes.values())]
-    yield f"{'micro-batch':<12} " + "".join(f"{'checkpointing ' + way:>24}" for way in ways)
+        sizes.setdefault(each.micro_batch_size, {})[_way(each)] = job.needs(each).total_bytes
+    known = ((way.value, offloads) for way in GradientCheckpointing for offloads in (False, True))
+    ways = [way for way in known if any(way in found for found in sizes.values())]
+    titles = (f"{way}, offload" if offloads else f"checkpointing {way}" for way, offloads in ways)
+    yield f"{'micro-batch':<12} " + "".join(f"{title:>24}" for title in titles)
     for size in sorted(sizes):
         found = (f"{_gib(sizes[size][way]) + _mark(size, way, job, sizes[size][way], chosen):>24}" for way in ways)
         yield f"{size:<12} " + "".join(found)
     yield "* chosen, - too much" if job.memory_bytes is not None else "* taken; with pod.gpuMemory the GPU is filled"
 
 
-def _mark(size: int, way: str, job: Job, needed_bytes: int, chosen: Resolved) -> str:
-    if (size, way) == (chosen.micro_batch_size, chosen.gradient_checkpointing):
+def _way(resolved: Resolved) -> Way:
+    return resolved.gradient_checkpointing, resolved.offloads
+
+
+def _mark(size: int, way: Way, job: Job, needed_bytes: int, chosen: Resolved) -> str:
+    if (size, way) == (chosen.micro_batch_size, _way(chosen)):
         return " *"
     return " -" if job.memory_bytes is not None and needed_bytes > job.memory_bytes else "  "
 

@@ -107,7 +107,8 @@ def _on_memory(needed: Estimate | None, unknown: str | None) -> Iterator[str]:
     checkpointing = needed.gradient_checkpointing.lower()
     told = f"A GPU needs about {gib(needed.total_bytes)}{of}: micro-batch {needed.micro_batch_size}, checkpointing "
     short = has is not None and needed.total_bytes > has
-    yield f"{told}{checkpointing}." + (" It may run out." if short else "")
+    beside = "" if needed.host_bytes is None else f", and {gib(needed.host_bytes)} of host memory"
+    yield f"{told}{checkpointing}{beside}." + (" It may run out." if short else "")
 
 
 def _on_another_base(source: BaseModelSource, facts: ModelFacts) -> Iterator[str]:

@@ -233,6 +233,10 @@ class Resolved(Model):
     fast_path: bool = Field(
         default=False, description="Whether the trainer's own forward and backward pass is taken, not autograd's."
     )
+    offloads: bool = Field(
+        default=False,
+        description="Whether inputs of blocks, what attention gave and the embedding lie in host memory meanwhile.",
+    )
     plain_because: str | None = Field(default=None, description="Why it is not, in words.")
     neftune_noise_alpha: float | None = None
     fp8_products: bool = Field(default=False, description="Whether products with the base are in FP8.")
@@ -277,6 +281,9 @@ class Estimate(Model):
     measuring_bytes: int = Field(description="Most that is held while held-out rows are measured.")
     reserve_bytes: int = Field(description="CUDA itself, and memory lost between tensors.")
     total_bytes: int = Field(description="What a GPU must have.")
+    host_bytes: int | None = Field(
+        default=None, description="Of host memory, pinned: what is offloaded. Not in the total."
+    )
     micro_batch_size: int = Field(description="Rows a forward pass that this is of.")
     length: int = Field(description="Tokens of the longest row.")
     gradient_checkpointing: str = Field(description="Full, Selective or Off.")

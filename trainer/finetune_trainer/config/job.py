@@ -21,7 +21,15 @@ from finetune_trainer.config.outcome import Merge, MergeBase, MergePolicy, Quant
 from finetune_trainer.config.pod import Pod
 from finetune_trainer.config.publish import Output, Publish, PublishedArtifact
 from finetune_trainer.config.tracking import Tracking
-from finetune_trainer.config.training import FastPath, Packing, Parallelism, Strategy, Training
+from finetune_trainer.config.training import (
+    FastPath,
+    GradientCheckpointing,
+    Offload,
+    Packing,
+    Parallelism,
+    Strategy,
+    Training,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,6 +102,24 @@ class JobConfig(Model):
             msg = (
                 "method.fp8Products is for SFT on one GPU (parallelism.numNodes and gpusPerNode 1) by the fast path "
                 "(training.fastPath Auto): drop it, or change the others"
+            )
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _offload_has_its_path(self) -> Self:
+        training = self.training or Training()
+        if training.offload is not Offload.ON:
+            return self
+        computed_again = training.gradient_checkpointing is not GradientCheckpointing.OFF
+        sft = self.objective_type is ObjectiveType.SFT
+        one_gpu = self.gpus_per_node == 1 and self.world_size == 1
+        fast = training.fast_path is not FastPath.OFF and self.trains_adapter
+        if not (fast and sft and one_gpu and computed_again):
+            msg = (
+                "training.offload On is for SFT of adapters on one GPU (parallelism.numNodes and gpusPerNode 1) by the "
+                "fast path (training.fastPath Auto), with gradientCheckpointing Auto, Full or Selective: drop it, or "
+                "change the others"
             )
             raise ValueError(msg)
         return self

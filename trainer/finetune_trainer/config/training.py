@@ -69,6 +69,14 @@ class FastPath(StrEnum):
     OFF = "Off"
 
 
+class Offload(StrEnum):
+    """Whether what the fast path can do without for a while lies in host memory."""
+
+    AUTO = "Auto"
+    ON = "On"
+    OFF = "Off"
+
+
 class Every(Model):
     """How often: in optimizer steps, or as a share of the run."""
 
@@ -185,6 +193,12 @@ class Training(Model):
         description="Auto: adapters on a Llama, Mistral, Qwen2 or Qwen3 in 16 or 4 bits on one GPU are trained by the "
         "trainer's own forward and backward pass, which is faster and keeps less of a pass; all else, and "
         "Off, by autograd. Default Auto.",
+    )
+    offload: Offload | None = Field(
+        default=None,
+        description="On: on the fast path the input of each block, with checkpointing Selective what attention gave as "
+        "well, and the embedding lie in pinned host memory, which takes less of the GPU and learns the same. Auto: "
+        "where pod.gpuMemory would else be too little, or fit small micro-batches alone. Default Auto.",
     )
     neftune_noise_alpha: float | None = Field(
         default=None, gt=0, le=1000, description="Noise on embeddings while training (NEFTune). Default none."

@@ -6,9 +6,9 @@ behind SwiGLU, a quarter of the block, never is: nothing needs its result.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,7 @@ from finetune_trainer.fast import ops
 from finetune_trainer.fast.attention import Attended, Causal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -223,6 +223,11 @@ class Kept:
     middle: Tensor | None = None
     """The residual stream between attention and MLP."""
     whole: Tensor | None = None
+
+    def moved(self, move: Callable[[Any], Any]) -> Kept:
+        """The same with its input and what attention gave elsewhere, as `fast.host` moves them."""
+        attended = self.attended and replace(self.attended, out=move(self.attended.out))
+        return replace(self, x=move(self.x), attended=attended)
 
 
 @dataclass(frozen=True)

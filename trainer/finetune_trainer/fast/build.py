@@ -64,7 +64,8 @@ def is_fast(resolved: Resolved, device: torch.device, dtype: torch.dtype) -> boo
     else:
         reason = resolved.plain_because or "prepared without it"
     if reason is None:
-        log.info("training the fast way (training.fastPath): blocks by hand%s", ", products in FP8" if fp8 else "")
+        told = (", products in FP8" if fp8 else "", ", in host memory what can wait" if resolved.offloads else "")
+        log.info("training the fast way (training.fastPath): blocks by hand%s%s", *told)
     elif fp8:
         raise InvalidConfig(needs_fast_path(reason))
     else:
@@ -80,7 +81,8 @@ def build_fast(adapted: Any, resolved: Resolved, dtype: torch.dtype) -> FastMode
     from finetune_trainer.fast.model import FastModel  # noqa: PLC0415 - likewise
 
     plans = {"Full": Plan.INPUT, "Selective": Plan.ATTENTION, "Off": Plan.PRODUCTS}
-    fast = FastModel(adapted, plans[resolved.gradient_checkpointing], dtype, float8=resolved.fp8_products)
+    plan, float8 = plans[resolved.gradient_checkpointing], resolved.fp8_products
+    fast = FastModel(adapted, plan, dtype, float8=float8, offload=resolved.offloads)
     known = set(map(id, fast.trained))
     lost = [name for name, each in adapted.named_parameters() if each.requires_grad and id(each) not in known]
     if lost:

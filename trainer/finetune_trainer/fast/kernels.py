@@ -18,6 +18,16 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def gather(weight, ids, out, width, BLOCK: tl.constexpr):
+    """Rows of a weight, which may lie in pinned host memory, by their numbers."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    place = tl.load(ids + row).to(tl.int64) * width + columns
+    tl.store(out + row * width + columns, tl.load(weight + place, mask=inside), mask=inside)
+
+
+@triton.jit
 def normalize(x, weight, out, factors, heads, x_stride, out_stride, width, epsilon, BLOCK: tl.constexpr):
     """RMS norm of a row of one of its heads; `factors` are what each row was multiplied with."""
     row = tl.program_id(0).to(tl.int64)

@@ -15,6 +15,7 @@ from finetune_trainer.evaluate import IGNORED
 from finetune_trainer.fast import ops
 from finetune_trainer.fast.attention import Rows
 from finetune_trainer.fast.block import Attention, Batch, Block, Mlp, Norm, Plan
+from finetune_trainer.fast.host import Host, move_embedding
 from finetune_trainer.fast.linear import Layer, Scratch, WideLinears
 from finetune_trainer.fast.narrow import Adapters, NarrowLinears
 from finetune_trainer.fast.record import Recorder
@@ -56,14 +57,19 @@ class FastModel:
         dtype: torch.dtype,
         *,
         float8: bool = False,
+        offload: bool = False,
     ) -> None:
         """`adapted`: a PEFT model whose blocks are a Llama's (`settings/fast.py`). `dtype`: what is computed in.
 
-        `float8`: products of linear layers take 8 bits, but for those of adapters alone.
+        `float8`: products of linear layers take 8 bits, but for those of adapters alone. `offload`: between its forward
+        and its backward pass a block's input and what attention gave lie in host memory; so does a frozen embedding.
 
         Frozen weights of 16 bits move (`fast/linear.py`); what they are does not change.
         """
         causal = adapted.get_base_model()
+        self._host = Host(causal.lm_head.weight.device) if offload else None
+        if offload:
+            move_embedding(causal)
         self._embed, self._rotary = causal.model.embed_tokens, causal.model.rotary_emb
         self._norm, self._head = _norm(causal.model.norm), causal.lm_head
         self._plan, self._dtype = plan, dtype
@@ -103,10 +109,14 @@ class FastModel:
             self._adapters.refresh()
         ids = inputs["input_ids"]
         x = self._embed(ids).to(self._dtype).flatten(0, 1)
-        batch, kept = self._batch(inputs, x), []
+        batch = self._batch(inputs, x)
+        kept: list[Kept] = []
         for block in self._blocks:
+            self._send_last(kept)
             x, one = block.forward(x, batch, self._seeds(), self._plan)
             kept.append(one)
+        if self._host is not None:
+            self._host.settle()
         targets = torch.full_like(inputs["labels"], IGNORED)
         targets[:, :-1] = inputs["labels"][:, 1:]
         total, gradient = self._measure(x, targets.flatten())
@@ -123,8 +133,27 @@ class FastModel:
         gradient = passed.gradient.mul_(scale)
         rooms = [0, *(block.mlp.down.room for block in self._blocks[:-1])]
         for block, room in zip(reversed(self._blocks), reversed(rooms), strict=True):
-            gradient = block.backward(gradient, passed.kept.pop(), passed.batch, keep, room)
+            gradient = block.backward(gradient, self._take_last(passed.kept), passed.batch, keep, room)
         return [found[id(parameter)].to(parameter.dtype) for parameter in self.trained]
+
+    def _send_last(self, kept: list[Kept]) -> None:
+        """To the host, beside the next block's forward pass, what the last one kept; that of the one before may go."""
+        if self._host is not None:
+            self._host.settle()
+            if kept:
+                kept[-1] = kept[-1].moved(self._host.send)
+
+    def _take_last(self, kept: list[Kept]) -> Kept:
+        """What the last block kept, which is there; that of the one before comes back beside its backward pass.
+
+        What the model's last block keeps is never sent.
+        """
+        last = kept.pop()
+        if self._host is not None:
+            self._host.settle()
+            if kept:
+                kept[-1] = kept[-1].moved(self._host.fetch)
+        return last
 
     def _batch(self, inputs: Mapping[str, Any], x: Tensor) -> Batch:
         count, length = inputs["input_ids"].shape

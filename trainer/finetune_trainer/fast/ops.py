@@ -34,6 +34,22 @@ TINIEST = 1e-30
 """The largest number of a row of zeros is taken for this: its scale is a number to divide by."""
 
 
+def gather(weight: Tensor, ids: Tensor) -> Tensor:
+    """Rows of `weight` [words, width] for `ids` [...], where these are: [..., width].
+
+    On a GPU the weight may lie in pinned host memory, which the kernel reads itself.
+    """
+    if _by_kernel(ids):
+        kernels, triton = _kernels()
+        width = weight.shape[1]
+        out = torch.empty(*ids.shape, width, dtype=weight.dtype, device=ids.device)
+        kernels.gather[(ids.numel(), triton.cdiv(width, WIDE_BLOCK))](
+            weight, ids.contiguous(), out, width, BLOCK=WIDE_BLOCK
+        )
+        return out
+    return functional.embedding(ids, weight)
+
+
 def normalize(x: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> Tensor:
     """RMS norm of x [tokens, heads x width] over each head's width, into `out`; returns the factors [tokens x heads].
 

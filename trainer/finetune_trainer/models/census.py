@@ -49,7 +49,8 @@ def _parts(model: Any) -> Iterator[tuple[tuple[str, str], int, bool]]:  # noqa: 
     for name, module in modules.items():
         if hasattr(module, "qweight"):  # GPTQ: all that it has are buffers
             yield (type(module).__name__, "gptq"), module.in_features * module.out_features, False
-        for part, parameter in module.named_parameters(recurse=False):
+        held = ((part, each) for part, each in module.named_buffers(recurse=False) if part == "weight")
+        for part, parameter in (*module.named_parameters(recurse=False), *held):  # in host memory it is a buffer
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 layer = _layer(f"{name}.{part}", modules)

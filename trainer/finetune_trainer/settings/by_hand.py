@@ -3,7 +3,7 @@
 Counted tensor by tensor from `fast/block.py`, `linear.py` and `model.py`, which hold nothing else: no autograd, no
 autocast. Layers with the same input are one buffer [rows + room, columns + room], and what they are given has room for
 the adapters' columns beside it. Of checkpointing Full keeps a block's input alone, Selective what attention gave as
-well, Off all that took a product.
+well, Off all that took a product. These two can lie in host memory until they are wanted, and the embedding for good.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ TARGET = 8
 """Bytes of a token's id."""
 FP8_MULTIPLE = 128
 """Of columns of a matrix in FP8: `fast.ops.FLOAT8_MULTIPLE`."""
+PLACE_BYTES = 8 * 2**20
+"""Host memory comes in so many: `fast.host.PLACE_BYTES`."""
 PROCESSORS = 132
 """Streaming multiprocessors of an H100: FlashAttention in a fixed order has a sum for each share of them."""
 
@@ -103,6 +105,13 @@ class Sizes:
         """What goes from block to block."""
         return C * self.out.rows
 
+    def sent(self, resolved: Resolved) -> tuple[int, ...]:
+        """Of what a block keeps, each tensor that is sent to host memory: its input, and what attention gave."""
+        if not is_offloading(resolved):
+            return ()
+        given = () if resolved.gradient_checkpointing == "Full" else (C * self.out.columns,)
+        return (self.stream, *given)
+
 
 def sizes_of(block: Block, model: ModelFacts, resolved: Resolved) -> Sizes:
     """The sizes of a Llama's block."""
@@ -157,23 +166,53 @@ def count_copies(resolved: Resolved, adapters: int) -> int:
     return (adapters if recorded else 0) + (adapters // FP32 * C if resolved.fp8_products else 0)
 
 
+# Host memory
+
+
+def is_offloading(resolved: Resolved) -> bool:
+    """Whether host memory is used, by settings of which the path may be another on the machine."""
+    return resolved.offloads and resolved.fast_path
+
+
+def count_embedding(model: ModelFacts, resolved: Resolved) -> int:
+    """The embedding in host memory; one that is the head as well stays."""
+    return C * (model.vocabulary or 0) * model.hidden if is_offloading(resolved) and not model.tied else 0
+
+
+def count_host(model: ModelFacts, resolved: Resolved, batch: Batch) -> int:
+    """Pinned host memory: places for what all blocks but the last send, and the embedding.
+
+    Torch pins memory in powers of 2, and keeps what was pinned.
+    """
+    blocks = blocks_of(model)[:-1]
+    tensors = [each * batch.total for block in blocks for each in sizes_of(block, model, resolved).sent(resolved)]
+    embedding = count_embedding(model, resolved)
+    places = sum(math.ceil(each / PLACE_BYTES) for each in tensors) * PLACE_BYTES
+    return places + (1 << (embedding - 1).bit_length() if embedding else 0)
+
+
 # A pass
 
 
 def count_by_hand(model: ModelFacts, resolved: Resolved, batch: Batch) -> Activations:
-    """What a pass keeps and takes. Its first gradient lies beside what the blocks keep until the pass is over."""
+    """What a pass keeps and takes. Its first gradient lies beside what the blocks keep until the pass is over.
+
+    Of what blocks send to host memory there is what one block wants, and what comes back for the next.
+    """
     sizes = [sizes_of(block, model, resolved) for block in blocks_of(model)]
     each = [kept_by_hand(one, resolved) * batch.total for one in sizes]
+    sent = [sum(one.sent(resolved)) * batch.total for one in sizes]
+    back = max(sent[:-1], default=0)
     first_gradient = max(one.down.above for one in sizes) * batch.total
     again = max(_again(one, resolved) for one in sizes) * batch.total
     backward = max(_backward(one, resolved, model, batch) for one in sizes)
     return Activations(
-        kept=sum(each) + first_gradient + _angles(sizes[0], resolved, model, batch),
+        kept=sum(each) - sum(sent[:-1]) + first_gradient + _angles(sizes[0], resolved, model, batch),
         head=_head(model, batch),
-        block=again,
+        block=again + back,
         passing=backward - again,
         freed=0,
-        gone=sum(each[1:]) - (first_gradient if len(each) > 1 else 0),
+        gone=sum(each[1:]) - sum(sent[1:]) - (first_gradient if len(each) > 1 else 0),
     )
 
 

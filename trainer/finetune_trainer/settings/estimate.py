@@ -19,7 +19,7 @@ from finetune_trainer.config import Sharding, Strategy
 from finetune_trainer.models.loading import MEASURED_TOKENS
 from finetune_trainer.progress import Estimate
 from finetune_trainer.settings.activations import FP32, SIZES, Batch, count_activations
-from finetune_trainer.settings.by_hand import count_by_hand, count_copies, count_scratch
+from finetune_trainer.settings.by_hand import count_by_hand, count_copies, count_host, count_scratch
 from finetune_trainer.settings.holdings import count_holdings
 from finetune_trainer.settings.layout import KNOWN, blocks_of
 
@@ -92,6 +92,7 @@ def estimate(
         measuring_bytes=measuring,
         reserve_bytes=reserve,
         total_bytes=most + reserve,
+        host_bytes=count_host(model, resolved, batch) or None,
         micro_batch_size=resolved.micro_batch_size,
         length=batch.tokens,
         gradient_checkpointing=resolved.gradient_checkpointing,

@@ -38,9 +38,12 @@ FURTHER = (
 def with_path(config: JobConfig, resolved: Resolved, model: ModelFacts, longest: int) -> Resolved:
     """The settings with the path that they lead to. `longest`: tokens of the longest row.
 
-    InvalidConfig if products in FP8 are asked for, which the plain path does not have.
+    InvalidConfig if products in FP8 or offload are asked for, which the plain path does not have.
     """
     reason = why_plain(config, resolved, model, longest)
+    if resolved.offloads and reason is not None:
+        msg = f"training.offload On needs the fast path, which is not taken: {reason}. Drop offload, or change that."
+        raise InvalidConfig(msg)
     if resolved.fp8_products and reason is not None:
         raise InvalidConfig(needs_fast_path(reason))
     return resolved.model_copy(update={"fast_path": reason is None, "plain_because": reason})

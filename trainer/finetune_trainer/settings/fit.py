@@ -5,11 +5,12 @@ it, so that is proposed, never chosen. What a user has set stays as it is.
 
 Of all choices that fit the fastest is taken, by the time of a token relative to the best there could be:
 
-    recompute x (1 + 1,900 / tokens of a micro-batch)
+    recompute x offload x (1 + 1,900 / tokens of a micro-batch)
 
 `recompute` is 1.4 for full checkpointing (12,852 against 9,183 tokens/s of an 8B LoRA, PEFT on an H100), else 1; 1,900
 is what FSDP2's 8,756 and 10,434 tokens/s with micro-batches of 4,096 and 8,192 tokens give. Selective checkpointing is
-for who asks for it: what it costs is not measured.
+for who asks for it: what it costs is not measured. `offload` is 1.05 where host memory is used, else 1: no measure (a
+lead lost 1%), but what host memory must be worth, of which nobody knows how much a node has.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from finetune_trainer.config import (
     JobConfig,
     Method,
     MethodType,
+    Offload,
     Optimizer,
     Strategy,
     Training,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 FULL, OFF = GradientCheckpointing.FULL, GradientCheckpointing.OFF
 RECOMPUTE = {FULL: 1.4}
+OFFLOAD = 1.05
 LAUNCH_TOKENS = 1900
 TOLERANCE, DERIVED_TOLERANCE = 0.1, 0.3
 """How far the peak of a step may be off: where `benchmarks.estimate` measured such settings, and where none did. A job
@@ -74,7 +77,8 @@ class Job:
         """Time of a token, relative."""
         length = resolved.max_length if resolved.packing else self.data.train_tokens / self.data.train_rows
         recompute = RECOMPUTE.get(GradientCheckpointing(resolved.gradient_checkpointing), 1.0)
-        return recompute * (1 + LAUNCH_TOKENS / max(resolved.micro_batch_size * length, 1))
+        offload = OFFLOAD if resolved.offloads else 1.0
+        return recompute * offload * (1 + LAUNCH_TOKENS / max(resolved.micro_batch_size * length, 1))
 
 
 def fit(job: Job, resolved: Resolved) -> tuple[Resolved, Estimate | None]:
@@ -96,22 +100,33 @@ def fit(job: Job, resolved: Resolved) -> tuple[Resolved, Estimate | None]:
 
 
 def choices_of(config: JobConfig, resolved: Resolved) -> Iterator[Resolved]:
-    """All settings of micro-batch and checkpointing that the config leaves open, from the largest micro-batch down."""
+    """All settings that the config leaves open, from the largest micro-batch down: it, checkpointing and offload."""
     training = config.training or Training()
     asked = training.gradient_checkpointing or GradientCheckpointing.AUTO
     ways = (OFF, FULL) if asked is GradientCheckpointing.AUTO else (asked,)
+    choices = [(way, offloads) for way in ways for offloads in _offloads(training, resolved, way)]
     fixed = training.per_device_train_batch_size is not None or _compares_pairs(resolved)
     sizes = [resolved.micro_batch_size] if fixed else _divisors(_rank_batch(resolved))
-    return (with_pass(resolved, size, way) for size in reversed(sizes) for way in ways)
+    return (with_pass(resolved, size, way, offloads=offloads) for size in reversed(sizes) for way, offloads in choices)
 
 
-def with_pass(resolved: Resolved, micro_batch: int, checkpointing: str) -> Resolved:
+def _offloads(training: Training, resolved: Resolved, checkpointing: GradientCheckpointing) -> tuple[bool, ...]:
+    """Whether host memory may be used, and whether it may not. With products kept there is no want of it."""
+    if checkpointing is OFF or not resolved.fast_path:
+        return () if resolved.offloads else (False,)
+    if training.offload in (None, Offload.AUTO):
+        return (False, True)
+    return (training.offload is Offload.ON,)
+
+
+def with_pass(resolved: Resolved, micro_batch: int, checkpointing: str, *, offloads: bool = False) -> Resolved:
     """The settings with another micro-batch and the same global batch."""
     return resolved.model_copy(
         update={
             "micro_batch_size": micro_batch,
             "gradient_accumulation_steps": _rank_batch(resolved) // micro_batch,
             "gradient_checkpointing": str(checkpointing),
+            "offloads": offloads,
         }
     )
 
@@ -138,7 +153,7 @@ def check_any_fits(job: Job, resolved: Resolved, memory_bytes: int) -> None:
 
     By the peak of a step alone: how long held-out rows are is not known for sure, nor what the reserve must be.
     """
-    least = job.needs(_least(resolved))
+    least = job.needs(_least(job.config, resolved))
     if least.peak_bytes * (1 - _tolerance(resolved)) <= memory_bytes:
         return
     needed = least.total_bytes
@@ -159,14 +174,15 @@ def _tolerance(resolved: Resolved) -> float:
     return TOLERANCE if measured else DERIVED_TOLERANCE
 
 
-def _least(resolved: Resolved) -> Resolved:
-    return with_pass(resolved, resolved.micro_batch_size if _compares_pairs(resolved) else 1, FULL)
+def _least(config: JobConfig, resolved: Resolved) -> Resolved:
+    offloads = _offloads(config.training or Training(), resolved, FULL)[-1]
+    return with_pass(resolved, resolved.micro_batch_size if _compares_pairs(resolved) else 1, FULL, offloads=offloads)
 
 
 def _ways_out(job: Job, resolved: Resolved) -> Iterator[tuple[str, int]]:
     """Single changes that take less, as a user would write them, and the bytes they take."""
     for change, other in _lighter(job, resolved):
-        yield change, job.needs(_least(other)).total_bytes
+        yield change, job.needs(_least(job.config, other)).total_bytes
     for found in (_shared(job, resolved), _shorter(job, resolved)):
         if found is not None:
             yield found
@@ -208,7 +224,7 @@ def _shared(job: Job, resolved: Resolved) -> tuple[str, int] | None:
         together = {"gpus_per_node": gpus, "world_size": nodes * gpus, "strategy": "FSDP", "sharding": "Full"}
         sharded = resolved.model_copy(update={"parallelism": resolved.parallelism.model_copy(update=together)})
         if gpus > resolved.parallelism.gpus_per_node and resolved.global_batch_size % (nodes * gpus) == 0:
-            size = job.needs(_least(sharded)).total_bytes
+            size = job.needs(_least(job.config, sharded)).total_bytes
             if size <= (job.memory_bytes or 0):
                 return f"parallelism.gpusPerNode {gpus}", size
     return None
@@ -219,7 +235,7 @@ def _shorter(job: Job, resolved: Resolved) -> tuple[str, int] | None:
     length = batch_of(resolved, job.data).tokens // 2
     while length >= SHORTEST_LENGTH:
         cut = job.data.model_copy(update={"length_max": length})
-        least = _least(resolved.model_copy(update={"max_length": length}))
+        least = _least(job.config, resolved.model_copy(update={"max_length": length}))
         size = Job(job.config, job.model, cut).needs(least).total_bytes
         if size <= (job.memory_bytes or 0):
             return f"training.maxLength {length}", size

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from finetune_trainer.config import Optimizer
 from finetune_trainer.settings.activations import FP32, SIZES, taps, widths_of
-from finetune_trainer.settings.by_hand import count_room
+from finetune_trainer.settings.by_hand import count_embedding, count_room
 from finetune_trainer.settings.layout import layers_of
 from finetune_trainer.settings.methods import matches
 
@@ -79,7 +79,7 @@ def count_holdings(model: ModelFacts, resolved: Resolved) -> Holdings:
     states = [count_states(tensor, resolved, size) for tensor in trained]
     room = count_room(model, resolved) if resolved.fast_path else 0
     return Holdings(
-        weights=copies * count_weights(model, resolved) + room,
+        weights=copies * count_weights(model, resolved) + room - count_embedding(model, resolved),
         adapter=references * adapter,
         gradients=size * numel,
         optimizer=sum(total for total, _ in states),

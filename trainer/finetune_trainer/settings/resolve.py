@@ -24,6 +24,7 @@ from finetune_trainer.config import (
     Method,
     MethodType,
     ObjectiveType,
+    Offload,
     Training,
 )
 from finetune_trainer.progress import (
@@ -128,6 +129,7 @@ def resolve(
         fp8_products=bool(config.method and config.method.fp8_products),
         attention=resolve_attention(config).value,
         gradient_checkpointing=resolve_gradient_checkpointing(config).value,
+        offloads=training.offload is Offload.ON,
         neftune_noise_alpha=training.neftune_noise_alpha,
         base_format=resolve_base_format(config).value,
         double_quantization=resolve_base_format(config) in BITSANDBYTES
