@@ -394,6 +394,28 @@ BAD: dict[str, tuple[JSON, str]] = {
         spec(method={"fp8Products": True}, training={"fastPath": "Off"}),
         "method.fp8Products is for SFT on one GPU",
     ),
+    "offload by autograd": (spec(training={"offload": "On", "fastPath": "Off"}), "training.offload On is for SFT"),
+    "offload with nothing computed again": (
+        spec(training={"offload": "On", "gradientCheckpointing": "Off"}),
+        "training.offload On is for SFT of adapters on one GPU",
+    ),
+    "offload of DPO": (spec(training={"offload": "On"}, objective=DPO), "training.offload On is for SFT"),
+    "offload of all weights": (
+        spec(training={"offload": "On"}, method={"type": "Full"}),
+        "training.offload On is for SFT of adapters on one GPU",
+    ),
+    "offload on CPU": (
+        spec(training={"offload": "On"}, parallelism={"gpusPerNode": 0}),
+        "training.offload On is for SFT of adapters on one GPU",
+    ),
+    "offload on two GPUs": (
+        spec(training={"offload": "On"}, parallelism={"gpusPerNode": 2}),
+        "training.offload On is for SFT of adapters on one GPU",
+    ),
+    "offload on two nodes": (
+        spec(training={"offload": "On"}, parallelism={"numNodes": 2}, output=SHARED),
+        "training.offload On is for SFT of adapters on one GPU",
+    ),
     "a rank of zero": (spec(method={"lora": {"r": 0}}), "spec.method.lora.r"),
     "a dropout of one": (spec(method={"lora": {"dropout": 1}}), "spec.method.lora.dropout"),
     "an empty list of layers": (spec(method={"lora": {"targetModules": []}}), "should have at least 1 items"),

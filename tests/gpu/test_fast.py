@@ -101,10 +101,10 @@ def test_a_kernel_gives_what_torch_does(
         assert (found.float() - expected.float()).norm() <= BF16_ERROR * expected.float().norm()
 
 
-def adapt(form: str, dropout: float = 0.0) -> Any:
-    """Two blocks as wide as Llama-3.2-1B's with an adapter that is not at its start."""
+def adapt(form: str, dropout: float = 0.0, blocks: int = 2) -> Any:
+    """Blocks as wide as Llama-3.2-1B's with an adapter that is not at its start, and a head of its own."""
     torch.manual_seed(0)
-    shape = LLAMA_1B | {"num_hidden_layers": 2, "vocab_size": 8192}
+    shape = LLAMA_1B | {"num_hidden_layers": blocks, "vocab_size": 8192, "tie_word_embeddings": False}
     with torch.device("cuda"):
         model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**shape, **TOKENIZER), dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
     if form == "NF4":
@@ -244,6 +244,60 @@ def test_recorded_passes_among_others_give_the_bits_of_those_that_are_not(
         if tight and number == 2:
             monkeypatch.setattr(record, "_free_bytes", lambda: 0)
     assert recorded == ([0, 0, 1, 2, 0, 0, 0, 0] if tight else [0, 0, 1, 2, 2, 2, 2, 3])
+
+
+@pytest.mark.parametrize("form", ["NF4", "BF16"])
+@pytest.mark.parametrize("plan", list(Plan))
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("float8", [False, True], ids=["BF16 products", "FP8 products"])
+def test_what_lies_in_host_memory_meanwhile_changes_no_bit(
+    form: str, plan: Plan, dropout: float, float8: bool
+) -> None:
+    """With blocks enough for copies to be late, and micro-batches of other lengths in between."""
+    adapted = adapt(form, dropout, blocks=6)
+    batches = [rows(2048), pack(rows(2048), [2000, 500, 3000, 1000]), rows(300), rows(2048)]
+    found = []
+    for offload in (False, True):
+        fast = FastModel(adapted, plan, torch.bfloat16, float8=float8, offload=offload)
+        torch.manual_seed(3)
+        found.append([take(adapted, fast.loss(batch, count(batch))) for _ in range(3) for batch in batches])
+    for without, beside in zip(*found, strict=True):
+        assert all(torch.equal(beside[name], each) for name, each in without.items())
+
+
+def peak_of(adapted: Any, plan: Plan, batch: dict[str, Any], *, offload: bool) -> int:
+    """Bytes that tensors held at most in three steps."""
+    fast = FastModel(adapted, plan, torch.bfloat16, offload=offload)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        take(adapted, fast.loss(batch, count(batch)))
+    return torch.cuda.max_memory_allocated()
+
+
+@pytest.mark.parametrize("plan", [Plan.INPUT, Plan.ATTENTION])
+def test_host_memory_takes_from_the_gpu_what_is_counted(plan: Plan) -> None:
+    """Of six blocks' tensors two blocks' stay, and the embedding does not."""
+    adapted, batch, blocks = adapt("NF4", blocks=6), rows(2048), 6
+    words, width = adapted.get_input_embeddings().weight.shape
+    sent = 2 * batch["input_ids"].numel() * width * (2 if plan is Plan.ATTENTION else 1)
+    before, after = (peak_of(adapted, plan, batch, offload=offload) for offload in (False, True))
+    assert before - after == pytest.approx(2 * words * width + (blocks - 2) * sent, rel=0.1)
+
+
+def test_a_model_with_its_embedding_in_host_memory_is_measured_and_asked_as_before() -> None:
+    adapted, batch = adapt("BF16"), rows()
+    found = []
+    for offload in (False, True):
+        FastModel(adapted, Plan.INPUT, torch.bfloat16, offload=offload)
+        with torch.no_grad():
+            logits = adapted(input_ids=batch["input_ids"]).logits
+        words = adapted.generate(input_ids=batch["input_ids"][:1], max_new_tokens=8, do_sample=False)
+        found.append((logits, words))
+    weight = adapted.get_input_embeddings().weight
+    assert weight.is_pinned()
+    assert adapted.device.type == "cuda"
+    assert all(torch.equal(*each) for each in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("method", [{"type": "QLoRA"}, {"type": "LoRA"}], ids=["QLoRA", "LoRA"])

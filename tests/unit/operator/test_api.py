@@ -58,6 +58,7 @@ VALIDATORS = {
     "_measured_rows_are_held_out": "a loss measured on no rows",
     "_measured_rows_have_no_weight": "a weight of measured rows",
     "_nodes_share_a_volume": "nodes on a claim of the default mode",
+    "_offload_has_its_path": "offload by autograd",
     "_one_interval": "two intervals of saving",
     "_one_template": "two chat templates",
     "_original_is_merged_into": "an original to merge into the dequantized",

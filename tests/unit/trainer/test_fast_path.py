@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from benchmarks.estimate import FAST_GRID, SHAPES
 from benchmarks.estimate import settle as settle_run
-from finetune_trainer.fast import linear, ops
+from finetune_trainer.fast import host, linear, ops
 from finetune_trainer.fast import model as fast_model
 from finetune_trainer.fast.block import Plan
 from finetune_trainer.models.folder import describe_config
@@ -168,6 +168,14 @@ def test_products_in_fp8_are_refused_where_the_path_is_not_taken(llama: ModelFac
         settle(replace(llama, activation="gelu"), **fp8("LoRA"))
 
 
+def test_offload_is_refused_where_the_path_is_not_taken(llama: ModelFacts) -> None:
+    asked: dict[str, Any] = {"training": {"offload": "On"}}
+    assert settle(llama, **asked)[0].offloads
+    assert not settle(llama)[0].offloads
+    with pytest.raises(InvalidConfig, match=r"training.offload On needs .* its MLPs have gelu, not silu. Drop offload"):
+        settle(replace(llama, activation="gelu"), **asked)
+
+
 def test_products_in_fp8_want_widths_that_16_divides(tmp_path: Path) -> None:
     odd = describe_config(write_config(tmp_path, {"model_type": "llama", **SMALL, "intermediate_size": 136}))
     with pytest.raises(InvalidConfig, match="16 does not divide the widths of its layers, which FP8 asks for"):
@@ -213,6 +221,7 @@ def test_another_base_is_another_path(llama: ModelFacts) -> None:
 def test_constants_are_those_of_the_code() -> None:
     assert (by_hand.MULTIPLE, by_hand.HEAD_ROWS) == (linear.MULTIPLE, fast_model.HEAD_ROWS)
     assert by_hand.FP8_MULTIPLE == ops.FLOAT8_MULTIPLE
+    assert by_hand.PLACE_BYTES == host.PLACE_BYTES
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -290,6 +299,43 @@ def test_weights_of_4_bits_are_widened_into_one_buffer_of_each_shape(tmp_path: P
     buffers = fast._scratch._buffers.values()
     assert by_hand.count_scratch(facts, resolved) == sum(each.nbytes for each in buffers)
     assert by_hand.count_room(facts, resolved) == 0
+
+
+@pytest.mark.parametrize("way", ["Full", "Selective"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_what_lies_in_host_memory_is_counted(way: str, tied: bool, tmp_path: Path) -> None:
+    shape = {"model_type": "qwen2", **WHOLE_BLOCKS, "num_hidden_layers": 4, "tie_word_embeddings": tied}
+    folder = write_config(tmp_path, shape)
+    facts, batch = describe_config(folder), Batch(2, 24, masked=False)
+    training = {"gradientCheckpointing": way}
+    resolved, _ = settle(facts, training={**training, "offload": "On"}, **method("LoRA"))
+    plain, _ = settle(facts, training=training, **method("LoRA"))
+    adapted, ids = build(folder, resolved), torch.zeros(2, 24, dtype=torch.long)
+    embedding = adapted.get_base_model().model.embed_tokens.weight
+    fast = fast_model.FastModel(adapted, PLANS[way], torch.bfloat16, offload=True)
+    _, passed = fast.forward({"input_ids": ids, "labels": ids})
+    sent = [each for kept in passed.kept[:-1] for each in vars(kept).values() if isinstance(each, host.Sent)]
+    sent += [kept.attended.out for kept in passed.kept[:-1] if kept.attended is not None]  # type: ignore[misc]
+    places = sum(place.nbytes for each in sent for place in each.places)
+    held = 0 if tied else embedding.nbytes
+    assert by_hand.count_embedding(facts, resolved) == held
+    assert held <= by_hand.count_host(facts, resolved, batch) - places < max(2 * held, 1)
+    gone = sum(each.like.nbytes for each in sent)
+    one_block = gone // 3
+    counted, before = (by_hand.count_by_hand(facts, each, batch) for each in (resolved, plain))
+    assert before.kept - counted.kept == gone
+    assert counted.block - before.block == one_block, "what comes back for the next"
+    found, without = (estimate(facts, each, batch) for each in (resolved, plain))
+    assert without.weights_bytes - found.weights_bytes == held
+    assert found.peak_bytes <= without.peak_bytes - held - gone + one_block + found.gradients_bytes
+
+
+def test_a_machine_without_the_path_holds_all_itself(llama: ModelFacts) -> None:
+    resolved, _ = settle(llama, training={"offload": "On"})
+    by_autograd = resolved.model_copy(update={"fast_path": False})
+    never = by_autograd.model_copy(update={"offloads": False})
+    batch = Batch(2, 24, masked=False)
+    assert estimate(llama, by_autograd, batch) == estimate(llama, never, batch)
 
 
 TAKEN = {"fast_path": True, "plain_because": None}

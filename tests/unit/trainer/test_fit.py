@@ -67,7 +67,7 @@ def fitted(
         ("24Gi", 2048, "Off", (8, "Full")),
         ("40Gi", 2048, "Off", (2, "Off")),
         ("79Gi", 2048, "Off", (4, "Off")),
-        ("10Gi", 512, "Auto", (8, "Full")),
+        ("10Gi", 512, "Auto", (16, "Full")),
         ("24Gi", 2048, "Auto", (2, "Off")),
         ("40Gi", 2048, "Auto", (4, "Off")),
         ("79Gi", 2048, "Auto", (8, "Off")),
@@ -95,6 +95,39 @@ def test_what_a_user_has_set_stays(llama_8b: ModelFacts) -> None:
     assert (resolved.micro_batch_size, resolved.gradient_checkpointing) == (2, "Selective")
     resolved, _ = fitted(llama_8b, "79Gi", training={"gradientCheckpointing": "Full"})
     assert (resolved.micro_batch_size, resolved.gradient_checkpointing) == (16, "Full")
+
+
+EIGHT_ROWS = {"perDeviceTrainBatchSize": 8}
+
+
+@pytest.mark.parametrize(
+    ("memory", "length", "training", "chosen"),
+    [
+        ("9.7Gi", 512, EIGHT_ROWS, (8, "Full", False)),
+        ("9.4Gi", 512, EIGHT_ROWS, (8, "Full", True)),
+        ("9.4Gi", 512, EIGHT_ROWS | {"offload": "Off"}, (8, "Full", False)),
+        ("9.4Gi", 512, {"offload": "Off"}, (4, "Full", False)),
+        ("9.4Gi", 512, {}, (16, "Full", True)),
+        ("12Gi", 512, {}, (16, "Full", False)),
+        ("79Gi", 512, {}, (16, "Off", False)),
+        ("79Gi", 512, {"offload": "On"}, (16, "Full", True)),
+        ("79Gi", 512, {"offload": "On", "gradientCheckpointing": "Selective"}, (16, "Selective", True)),
+        ("24Gi", 2048, {"fastPath": "Off"}, (8, "Full", False)),
+        ("12Gi", 2048, {"fastPath": "Off"}, (4, "Full", False)),
+    ],
+)
+def test_host_memory_is_used_only_where_the_gpus_would_not_do(
+    memory: str, length: int, training: dict[str, Any], chosen: tuple[int, str, bool], llama_8b: ModelFacts
+) -> None:
+    resolved, needed = fitted(llama_8b, memory, length, training=training)
+    assert needed is not None
+    assert (resolved.micro_batch_size, resolved.gradient_checkpointing, resolved.offloads) == chosen
+    assert (needed.host_bytes is not None) == resolved.offloads
+
+
+def test_host_memory_is_never_used_where_the_gpus_is_not_known(llama_8b: ModelFacts) -> None:
+    assert not fitted(llama_8b, None)[0].offloads
+    assert fitted(llama_8b, None, training={"offload": "On"})[0].offloads
 
 
 def test_a_loss_that_compares_the_pairs_of_a_micro_batch_keeps_its_size(llama_8b: ModelFacts) -> None:
@@ -172,11 +205,12 @@ def peak_gib(model: ModelFacts, **fields: Any) -> float:
     ("share", "fields"),
     [
         (0.9, {"training": {"fastPath": "Off"}}),
-        (0.9, {}),
+        (0.9, {"training": {"offload": "Off"}}),
+        (0.9, {"training": {"offload": "On"}}),
         (0.7, {"objective": {"type": "DPO"}}),
         (0.7, {"parallelism": {"gpusPerNode": 2}}),
     ],
-    ids=["measured: plain path", "measured: fast path", "derived: pairs", "derived: several GPUs"],
+    ids=["measured: plain path", "measured: fast path", "offload", "derived: pairs", "derived: several GPUs"],
 )
 def test_a_job_is_refused_only_if_a_step_cannot_fit_whatever_the_estimate_is_off(
     share: float, fields: dict[str, Any], llama_8b: ModelFacts
@@ -242,6 +276,12 @@ def test_the_command_finds_the_config_in_the_source_and_marks_the_choice(
     assert code == ExitCode.COMPLETED
     assert told.count(" *") == 1
     assert " -" in told
+    assert "\nhost " not in told
+    code, told = command(tmp_path, capsys, None, pod={"gpuMemory": "9Gi"})
+    assert code == ExitCode.COMPLETED
+    assert told.count(" *") == 1
+    assert "Full, offload" in told
+    assert "\nhost " in told
 
 
 def test_the_command_says_what_would_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

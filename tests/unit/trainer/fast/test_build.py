@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from finetune_trainer.fast import build
+from finetune_trainer.fast.host import HostEmbedding
 from finetune_trainer.runtime.errors import InvalidConfig
 from tests.unit.trainer.fast.test_model import adapt, make_base
 from tests.unit.trainer.runs import SETTINGS, replace_settings
@@ -92,6 +93,20 @@ def test_products_in_fp8_that_cannot_be_had_end_the_training_with_the_reason(mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     with pytest.raises(InvalidConfig, match="no C compiler"):
         ask_for_fp8(fast=True)
+
+
+def test_what_can_wait_lies_in_host_memory_where_that_was_settled(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for offloads in (True, False):
+        settings, adapted = replace_settings(FAST, offloads=offloads), adapt(make_base())
+        with caplog.at_level(logging.INFO):
+            assert build.is_fast(settings, GPU, torch.bfloat16)
+        build.build_fast(adapted, settings, torch.float64)
+        assert ("host memory" in caplog.text) == offloads
+        assert isinstance(adapted.get_base_model().model.embed_tokens, HostEmbedding) == offloads
+        caplog.clear()
 
 
 def test_what_trains_outside_the_blocks_is_never_left_out_silently() -> None:

@@ -86,6 +86,13 @@ def compare_norm(tokens: int, heads: int, width: int, residual: bool) -> None:
     compare(work)
 
 
+def compare_gathered(words: int, width: int, rows: int) -> None:
+    def work() -> list[Tensor]:
+        return [ops.gather(torch.randn(words, width), torch.randint(words, (rows, 3)))]
+
+    compare(work, tolerance=0.0)
+
+
 def compare_rotation(rows: int, period: int, heads: int, half: int) -> None:
     def work() -> list[Tensor]:
         cosines, sines = torch.randn(period, 2 * half), torch.randn(period, 2 * half)
@@ -239,6 +246,12 @@ def check_rate(rate: float) -> None:
 @given(tokens=TOKENS, heads=HEADS, width=st.integers(1, 40), residual=st.booleans())
 def test_norm(interpret: Interpret, tokens: int, heads: int, width: int, residual: bool) -> None:
     interpret(compare_norm, tokens, heads, width, residual)
+
+
+@FEW
+@given(words=st.integers(1, 9), width=st.integers(1, 1100), rows=TOKENS)
+def test_rows_of_a_weight(interpret: Interpret, words: int, width: int, rows: int) -> None:
+    interpret(compare_gathered, words, width, rows)
 
 
 @FEW

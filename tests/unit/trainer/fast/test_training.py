@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from finetune_trainer.fast.host import HostEmbedding
 from finetune_trainer.training import trainers
+from finetune_trainer.training.course import EVAL_LOSS
+from tests.tiny import make_tiny_model
 from tests.unit.trainer.runs import SETTINGS, CrashAfter, CrashError, Run, replace_settings, same_bits
 
 if TYPE_CHECKING:
@@ -17,6 +20,11 @@ if TYPE_CHECKING:
 
 FAST = replace_settings(SETTINGS, fast_path=True, gradient_checkpointing="Full")
 LORA = {"method": "LoRA", "base_format": "FP32", "double_quantization": False}
+
+
+@pytest.fixture(scope="module")
+def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("untied") / "qwen2", architecture="Qwen2", layers=3)
 
 
 @pytest.fixture
@@ -45,12 +53,30 @@ def test_a_run_learns_what_it_learns_by_autograd(tiny_model: Path, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("forced")
-def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tiny_model: Path, tmp_path: Path) -> None:
-    unbroken = Run(tiny_model, tmp_path / "unbroken", settle()).go()
-    cut = Run(tiny_model, tmp_path / "cut", settle())
+@pytest.mark.parametrize("offloads", [False, True], ids=["all on the device", "offload"])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(untied_model: Path, tmp_path: Path, offloads: bool) -> None:
+    unbroken = Run(untied_model, tmp_path / "unbroken", settle()).go()
+    cut = Run(untied_model, tmp_path / "cut", settle(offloads=offloads))
     with pytest.raises(CrashError):
         cut.go(CrashAfter(5))
     assert same_bits(cut.go(), unbroken)
+    model: Any = cut.loop._trainer.model
+    assert type(model.get_input_embeddings()) is (HostEmbedding if offloads else torch.nn.Embedding)
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("changes", [{}, LORA, LORA | {"packing": True}], ids=["NF4", "LoRA", "packed"])
+@pytest.mark.parametrize("checkpointing", ["Full", "Selective"])
+def test_offload_changes_nothing_that_is_learned_or_measured(
+    untied_model: Path, tmp_path: Path, changes: dict[str, Any], checkpointing: str
+) -> None:
+    settings = settle(gradient_checkpointing=checkpointing, **changes)
+    runs = [Run(untied_model, tmp_path / str(to_host), settings).change(offloads=to_host) for to_host in (False, True)]
+    learnt = [run.go() for run in runs]
+    assert same_bits(*learnt)
+    measured = [[line[EVAL_LOSS] for line in run.loop._course.lines if EVAL_LOSS in line] for run in runs]
+    assert measured[0]
+    assert measured[0] == measured[1]
 
 
 @pytest.mark.usefixtures("forced")
