@@ -14,7 +14,7 @@ from torch import Tensor
 
 from finetune_trainer.fast import host
 from finetune_trainer.fast import model as fast_model
-from finetune_trainer.fast.block import Plan
+from finetune_trainer.fast.block import Block, Plan
 from finetune_trainer.fast.host import Host, HostEmbedding, Sent
 from finetune_trainer.fast.model import FastModel
 from finetune_trainer.models.census import count_layers, totals
@@ -153,6 +153,28 @@ def test_what_was_sent_is_held_until_it_is_settled() -> None:
     places.settle()
     assert seen() is None
     assert torch.equal(places.fetch(sent), values)
+
+
+def test_copies_are_made_beside_blocks_and_waited_for_one_block_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def noted(kind: type, name: str) -> None:
+        work = getattr(kind, name)
+
+        def note(*given: Any) -> Any:
+            done.append(f"{kind.__name__} {name}")
+            return work(*given)
+
+        monkeypatch.setattr(kind, name, note)
+
+    for kind, names in ((Host, ("send", "fetch", "settle")), (Block, ("forward", "backward"))):
+        for name in names:
+            noted(kind, name)
+    adapted = adapt_deep()
+    step(FastModel(adapted, Plan.INPUT, torch.float64, offload=True), adapted, make_batch(9, 6))
+    there = ["Host settle", "Block forward", *["Host settle", "Host send", "Block forward"] * 3, "Host settle"]
+    back = [*["Host settle", "Host fetch", "Block backward"] * 3, "Host settle", "Block backward"]
+    assert done == there + back
 
 
 @dataclass
