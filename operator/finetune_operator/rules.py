@@ -21,8 +21,9 @@ from finetune_operator.api import (
 from finetune_trainer.config import (
     ADAPTER_METHODS,
     COMMIT_PATTERN,
-    FAST_FORMATS,
+    EIGHT_BIT,
     FORMATS,
+    FP8_PRODUCTS_FORMATS,
     NAME_PATTERN,
     NO_BRANCH,
     OCI_REPOSITORY,
@@ -273,8 +274,8 @@ BLOCKS: dict[str, tuple[Rule, ...]] = {
         Rule(
             f"!self.?fp8Products.orValue(false) || (self.?type.orValue('{MethodType.QLORA}')"
             f" in {one_of(ADAPTER_METHODS)} && self.?computeDtype.orValue('Auto') in ['Auto', 'BF16']"
-            f" && self.?baseWeights.?format.orValue('{BaseFormat.BF16}') in {one_of(FAST_FORMATS)})",
-            "method.fp8Products is for QLoRA in NF4 or FP4 and LoRA in BF16, with computeDtype BF16: drop it",
+            f" && self.?baseWeights.?format.orValue('{BaseFormat.BF16}') in {one_of(FP8_PRODUCTS_FORMATS)})",
+            "method.fp8Products is for QLoRA in NF4 or FP4 and LoRA in BF16 or FP8, with computeDtype BF16: drop it",
         ),
     ),
     "objective": (
@@ -444,8 +445,8 @@ WHOLE: tuple[Rule, ...] = (
     ),
     Rule(
         "self.?parallelism.?strategy.orValue('Auto') != 'FSDP'"
-        f" || !(self.?method.?baseWeights.?format.orValue('') in {one_of((BaseFormat.GPTQ, BaseFormat.INT8))})",
-        "parallelism.strategy FSDP cannot shard GPTQ and Int8 weights: use DDP, or baseWeights NF4 or BF16",
+        f" || !(self.?method.?baseWeights.?format.orValue('') in {one_of((BaseFormat.GPTQ, *EIGHT_BIT))})",
+        "parallelism.strategy FSDP cannot shard GPTQ, Int8 and FP8 weights: use DDP, or baseWeights NF4 or BF16",
     ),
     Rule(
         f"self.?parallelism.?strategy.orValue('Auto') != 'FSDP' || {METHOD} != '{MethodType.GALORE}'",
@@ -462,7 +463,7 @@ WHOLE: tuple[Rule, ...] = (
     Rule(
         "!self.?merge.?maxKLDivergence.hasValue() || self.?merge.?base.orValue('Auto') != 'Original'"
         f" || !({METHOD} == '{MethodType.QLORA}'"
-        f" || self.?method.?baseWeights.?format.orValue('') == '{BaseFormat.INT8}')",
+        f" || self.?method.?baseWeights.?format.orValue('') in {one_of(EIGHT_BIT)})",
         "merge.maxKLDivergence says nothing of base Original of a quantized base: set merge.maxLossIncrease, "
         "or leave merge.base unset",
     ),

@@ -73,6 +73,9 @@ FINE: dict[str, JSON] = {
         training={"packing": "Off"},
         method={"lora": {"dropout": 0}},
     ),
+    "products in FP8 of a base in FP8": spec(
+        method={"type": "LoRA", "baseWeights": {"format": "FP8"}, "fp8Products": True}
+    ),
     "special tokens of rows whose format is found later": dataset(specialTokens=True),
     "betas of a smaller AdamW": spec(training={"optimizer": "PagedAdamW8bit", "adamBeta1": 0.8, "adamBeta2": 0.95}),
     "settings of SFT without its type": spec(objective={"sft": {"lossOn": "Completion"}}),
@@ -340,7 +343,15 @@ BAD: dict[str, tuple[JSON, str]] = {
     ),
     "LoRA on 4 bits": (
         spec(method={"type": "LoRA", "baseWeights": {"format": "NF4"}}),
-        "method.baseWeights.format: LoRA takes Int8, BF16, FP16, FP32",
+        "method.baseWeights.format: LoRA takes Int8, FP8, BF16, FP16, FP32",
+    ),
+    "QLoRA on FP8": (
+        spec(method={"baseWeights": {"format": "FP8"}}),
+        "method.baseWeights.format: QLoRA takes NF4, FP4, GPTQ",
+    ),
+    "Full on FP8": (
+        spec(method={"type": "Full", "baseWeights": {"format": "FP8"}}),
+        "method.baseWeights.format: Full takes BF16, FP32",
     ),
     "Full on 8 bits": (
         spec(method={"type": "Full", "baseWeights": {"format": "Int8"}}),
@@ -364,15 +375,15 @@ BAD: dict[str, tuple[JSON, str]] = {
     ),
     "products in FP8 of all weights": (
         spec(method={"type": "Full", "fp8Products": True}),
-        "method.fp8Products is for QLoRA in NF4 or FP4 and LoRA in BF16",
+        "method.fp8Products is for QLoRA in NF4 or FP4 and LoRA in BF16 or FP8",
     ),
     "products in FP8 of an Int8 base": (
         spec(method={"type": "LoRA", "baseWeights": {"format": "Int8"}, "fp8Products": True}),
-        "method.fp8Products is for QLoRA in NF4 or FP4 and LoRA in BF16",
+        "method.fp8Products is for QLoRA in NF4 or FP4 and LoRA in BF16 or FP8",
     ),
     "products in FP8 computed in FP32": (
         spec(method={"computeDtype": "FP32", "fp8Products": True}),
-        "method.fp8Products is for QLoRA in NF4 or FP4 and LoRA in BF16",
+        "method.fp8Products is for QLoRA in NF4 or FP4 and LoRA in BF16 or FP8",
     ),
     "products in FP8 on CPU": (
         spec(method={"fp8Products": True}, parallelism={"gpusPerNode": 0}),
@@ -510,11 +521,15 @@ BAD: dict[str, tuple[JSON, str]] = {
     ),
     "sharded GPTQ weights": (
         spec(parallelism={"strategy": "FSDP"}, method={"baseWeights": {"format": "GPTQ"}}),
-        "parallelism.strategy FSDP cannot shard GPTQ and Int8 weights",
+        "parallelism.strategy FSDP cannot shard GPTQ, Int8 and FP8 weights",
     ),
     "sharded 8-bit weights": (
         spec(parallelism={"strategy": "FSDP"}, method={"type": "LoRA", "baseWeights": {"format": "Int8"}}),
-        "parallelism.strategy FSDP cannot shard GPTQ and Int8 weights",
+        "parallelism.strategy FSDP cannot shard GPTQ, Int8 and FP8 weights",
+    ),
+    "sharded FP8 weights": (
+        spec(parallelism={"strategy": "FSDP"}, method={"type": "LoRA", "baseWeights": {"format": "FP8"}}),
+        "parallelism.strategy FSDP cannot shard GPTQ, Int8 and FP8 weights",
     ),
     "sharded GaLore": (
         spec(parallelism={"strategy": "FSDP"}, method={"type": "GaLore"}),
@@ -553,6 +568,13 @@ BAD: dict[str, tuple[JSON, str]] = {
     "a gate of divergence for the original of 8-bit weights": (
         spec(
             method={"type": "LoRA", "baseWeights": {"format": "Int8"}},
+            merge={"base": "Original", "maxKLDivergence": 0.01},
+        ),
+        "merge.maxKLDivergence says nothing of base Original of a quantized base: set merge.maxLossIncrease",
+    ),
+    "a gate of divergence for the original of weights in FP8": (
+        spec(
+            method={"type": "LoRA", "baseWeights": {"format": "FP8"}},
             merge={"base": "Original", "maxKLDivergence": 0.01},
         ),
         "merge.maxKLDivergence says nothing of base Original of a quantized base: set merge.maxLossIncrease",

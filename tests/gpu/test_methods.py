@@ -16,6 +16,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "QLoRA NF4, 1B": {"type": "QLoRA"},
     "LoRA BF16, 1B": {"type": "LoRA", "baseWeights": {"format": "BF16"}},
     "LoRA Int8, 1B": {"type": "LoRA", "baseWeights": {"format": "Int8"}},
+    "LoRA FP8, 1B": {"type": "LoRA", "baseWeights": {"format": "FP8"}},
     "Full, 1B": {"type": "Full"},
 }
 

@@ -240,7 +240,7 @@ class Resolved(Model):
     plain_because: str | None = Field(default=None, description="Why it is not, in words.")
     neftune_noise_alpha: float | None = None
     fp8_products: bool = Field(default=False, description="Whether products with the base are in FP8.")
-    base_format: str = Field(description="How the base weights are held: NF4, FP4, GPTQ, Int8, BF16, FP16 or FP32.")
+    base_format: str = Field(description="How the base is held: NF4, FP4, GPTQ, Int8, FP8, BF16, FP16 or FP32.")
     double_quantization: bool
     lora: ResolvedLora | None = Field(default=None, description="QLoRA, LoRA.")
     galore: ResolvedGaLore | None = Field(default=None, description="GaLore.")

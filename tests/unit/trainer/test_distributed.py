@@ -26,6 +26,7 @@ GRAD_OP = {**FSDP, "sharding": "GradOp"}
 DDP = {"strategy": "DDP", "world_size": 2}
 FULL = {"method": "Full", "base_format": "FP32", "lora": None, "double_quantization": False, "learning_rate": 0.003}
 LORA = {"method": "LoRA", "base_format": "FP32", "double_quantization": False}
+FP8 = {**LORA, "base_format": "FP8"}
 EXACT: dict[str, Any] = {"lora": {"dropout": 0.0}}
 NOISE = 2e-3
 
@@ -109,8 +110,17 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return float((apart / sum(float(tensor.square().sum()) for tensor in other.values())) ** 0.5)
 
 
-@pytest.mark.parametrize("method", [EXACT, {**LORA, **EXACT}, FULL], ids=["QLoRA", "LoRA", "Full"])
-@pytest.mark.parametrize("sharing", [DDP, FSDP, GRAD_OP], ids=["DDP", "FSDP", "FSDP GradOp"])
+@pytest.mark.parametrize(
+    ("method", "sharing"),
+    [
+        *(
+            pytest.param(method, sharing, id=f"{name}, {way}")
+            for name, method in (("QLoRA", EXACT), ("LoRA", {**LORA, **EXACT}), ("Full", FULL))
+            for way, sharing in (("DDP", DDP), ("FSDP", FSDP), ("FSDP GradOp", GRAD_OP))
+        ),
+        pytest.param({**FP8, **EXACT}, DDP, id="LoRA on FP8, DDP"),
+    ],
+)
 def test_two_processes_end_with_the_weights_of_one(
     pair: Gang, tiny_model: Path, tmp_path: Path, method: dict[str, Any], sharing: dict[str, Any]
 ) -> None:

@@ -132,7 +132,7 @@ def test_an_adapter_has_as_many_parameters_as_peft_makes(family: str, lora: dict
     assert sum(tensor.numel for tensor in trained_tensors(facts, resolved)) == trainable
 
 
-@pytest.mark.parametrize("held", ["NF4", "BF16", "FP32", "Int8"])
+@pytest.mark.parametrize("held", ["NF4", "BF16", "FP32", "Int8", "FP8"])
 def test_weights_take_what_the_loaded_model_takes(held: str, tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "model", hidden_size=128)
     facts = describe_config(folder)
@@ -151,6 +151,7 @@ def bytes_of(model: Any) -> Iterator[int]:
             yield state.state2.absmax.nbytes
         if (scales := getattr(parameter, "SCB", None)) is not None:
             yield scales.nbytes
+    yield from (buffer.nbytes for name, buffer in model.named_buffers() if name.endswith(".scales"))  # of FP8
 
 
 # What autograd keeps
@@ -325,6 +326,7 @@ METHODS = [
     of_method("QLoRA", r=4),
     of_method("LoRA", "BF16", r=4),
     of_method("LoRA", "Int8", r=4),
+    of_method("LoRA", "FP8", r=4),
     of_method("Full", "FP32"),
     of_method("Full", "BF16"),
     {"method": {"type": "GaLore", "galore": {"rank": 8}}},

@@ -89,6 +89,7 @@ def test_adapters_on_a_llama_on_one_gpu_take_it(fields: dict[str, Any], llama: M
         (method("GaLore"), "GaLore trains the weights themselves"),
         ({"objective": {"type": "DPO"}}, "DPO has a loss of its own"),
         (method("LoRA", "Int8"), "the base is held in Int8"),
+        (method("LoRA", "FP8"), "the base is held in FP8"),
         (method("LoRA", "FP16"), "the base is held in FP16"),
         (method("LoRA", "FP32"), "the base is held in FP32"),
         ({"method": {"computeDtype": "FP32"}}, "products are computed in FP32"),
@@ -174,6 +175,11 @@ def test_offload_is_refused_where_the_path_is_not_taken(llama: ModelFacts) -> No
     assert not settle(llama)[0].offloads
     with pytest.raises(InvalidConfig, match=r"training.offload On needs .* its MLPs have gelu, not silu. Drop offload"):
         settle(replace(llama, activation="gelu"), **asked)
+
+
+def test_products_in_fp8_of_a_base_in_fp8_are_refused_as_long_as_it_takes_the_plain_path(llama: ModelFacts) -> None:
+    with pytest.raises(InvalidConfig, match="needs the fast path, which is not taken: the base is held in FP8"):
+        settle(llama, **fp8("LoRA", "FP8"))
 
 
 def test_products_in_fp8_want_widths_that_16_divides(tmp_path: Path) -> None:

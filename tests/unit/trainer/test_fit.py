@@ -176,7 +176,8 @@ def test_nothing_is_chosen_and_nobody_refused_where_the_blocks_are_not_known(lla
 @pytest.mark.parametrize(
     ("memory", "method", "said"),
     [
-        ("12Gi", "LoRA", "What would fit: method.type QLoRA (about"),
+        ("12Gi", "LoRA", "What would fit: method.baseWeights.format FP8 (about 1"),
+        ("12Gi", "LoRA", "; method.type QLoRA (about"),
         ("79Gi", "Full", "parallelism.gpusPerNode 4 (about"),
         ("4Gi", "QLoRA", "No setting alone would do: use a GPU with"),
     ],

@@ -144,6 +144,16 @@ METHODS = [
         {"base_format": "NF4", "merge": {"base": "Dequantized"}, "added_tokens": NEW_TOKENS}, id="new tokens on NF4"
     ),
     pytest.param({"base_format": "Int8", "merge": {"base": "Dequantized"}}, id="LoRA Int8, widened"),
+    pytest.param({"base_format": "FP8", "merge": {"base": "Dequantized"}}, id="LoRA FP8, widened"),
+    pytest.param(
+        {
+            "base_format": "FP8",
+            "merge": {"base": "Dequantized"},
+            "lora": {"target_modules": ("c_attn",)},
+            "options": {"architecture": "GPT2"},
+        },
+        id="Conv1D in FP8, widened",
+    ),
     pytest.param({"base_format": "GPTQ", "merge": {"base": "Dequantized"}, "make": make_tiny_gptq}, id="GPTQ, widened"),
 ]
 
@@ -169,6 +179,7 @@ def test_the_merged_model_is_the_adapter_on_the_base_as_it_was_trained(changes: 
     [
         pytest.param(make_tiny_model, "NF4", id="NF4, the base's own files"),
         pytest.param(make_tiny_model, "Int8", id="Int8, the base's own files"),
+        pytest.param(make_tiny_model, "FP8", id="FP8, the base's own files"),
         pytest.param(make_tiny_gptq, "GPTQ", id="GPTQ, merge.original"),
     ],
 )
@@ -386,7 +397,9 @@ def test_original_weights_that_compute_no_numbers_are_not_taken_and_no_record_ha
     assert found.artifact.measured.eval_loss_original is None
 
 
-@pytest.mark.parametrize(("held", "base"), [("NF4", MergeBase.DEQUANTIZED), ("Int8", MergeBase.ORIGINAL)])
+@pytest.mark.parametrize(
+    ("held", "base"), [("NF4", MergeBase.DEQUANTIZED), ("Int8", MergeBase.ORIGINAL), ("FP8", MergeBase.ORIGINAL)]
+)
 def test_auto_without_held_out_rows_goes_by_the_kind_of_the_base_and_says_so(
     held: str, base: MergeBase, tmp_path: Path
 ) -> None:

@@ -148,6 +148,18 @@ WITH_EXPERTS = {"experts": EXPERTS, "taken_for_experts": ("gate_proj", "down_pro
             held("LoRA", "Int8", lora={"useDora": True}), {}, "useDora does not go with .* Int8", id="DoRA on 8 bits"
         ),
         pytest.param(
+            held("LoRA", "FP8", lora={"useDora": True}), {}, "useDora does not go with .* FP8", id="DoRA on FP8"
+        ),
+        pytest.param(
+            held("LoRA", "FP8", lora={"modulesToSave": ["k_proj"]}),
+            {},
+            "'k_proj' is held in FP8 and cannot be trained whole",
+            id="a layer in FP8, whole",
+        ),
+        pytest.param(
+            held("LoRA", "FP8"), {"gptq": True}, "format is FP8, but the model is quantized already", id="GPTQ in FP8"
+        ),
+        pytest.param(
             held("QLoRA", "GPTQ", lora={"bias": "All"}),
             {"gptq": True},
             "bias does not go with a GPTQ",
@@ -261,6 +273,8 @@ def test_what_does_not_go_together_is_refused_with_field_and_remedy(
         pytest.param({"method": {"type": "LoRA"}, "gpus": 0}, "FP32", "FP32", id="LoRA on CPU"),
         pytest.param(held("LoRA", "FP16"), "FP16", "FP16", id="LoRA in half precision"),
         pytest.param(held("LoRA", "Int8", computeDtype="FP16"), "Int8", "FP16", id="LoRA on 8 bits, as asked for"),
+        pytest.param(held("LoRA", "FP8"), "FP8", "BF16", id="LoRA on FP8"),
+        pytest.param(held("LoRA", "FP8") | {"gpus": 0}, "FP8", "FP32", id="LoRA on FP8 on CPU"),
         pytest.param(held("LoRA", "BF16") | {"gpus": 0}, "BF16", "BF16", id="16 bits on CPU, as asked for"),
         pytest.param({"method": {"type": "Full"}}, "FP32", "BF16", id="Full: fp32 masters"),
         pytest.param({"method": {"type": "GaLore"}}, "BF16", "BF16", id="GaLore"),

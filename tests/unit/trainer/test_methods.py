@@ -86,6 +86,19 @@ METHODS = {
     "FP4": Method({"base_format": "FP4"}, quantizes={"Linear4bit"}),
     "GPTQ": Method({"base_format": "GPTQ"}, "GPTQ", quantizes={"TorchLinear"}),
     "Int8": Method({"method": "LoRA", "base_format": "Int8"}, quantizes={"Linear8bitLt"}),
+    "FP8": Method({"method": "LoRA", "base_format": "FP8"}, quantizes={"Float8Linear"}),
+    "FP8, recomputed": Method(
+        {"method": "LoRA", "base_format": "FP8", "gradient_checkpointing": "Full"}, quantizes={"Float8Linear"}
+    ),
+    "FP8, biases": Method(
+        {"method": "LoRA", "base_format": "FP8", **lora(bias="All", use_rslora=True)},
+        "Qwen2",
+        trains=(*LORA_WEIGHTS, "bias"),
+        quantizes={"Float8Linear"},
+    ),
+    "FP8, added tokens": Method(
+        {"method": "LoRA", "base_format": "FP8", "added_tokens": ADDED}, trains=(*LORA_WEIGHTS, *TOKENS)
+    ),
     "LoRA BF16": Method(plain("BF16")),
     "LoRA FP32": Method(plain("FP32")),
     "DoRA": Method(lora(use_dora=True), trains=(*LORA_WEIGHTS, "lora_magnitude_vector")),
@@ -105,6 +118,11 @@ METHODS = {
     ),
     "experts, NF4": Method(lora(dropout=0.0, target_modules=LINEAR[:4], target_parameters=EXPERTS), "Qwen3Moe"),
     "Conv1D": Method({**plain("FP32"), **lora(target_modules=("c_attn", "c_proj"))}, "GPT2"),
+    "Conv1D, FP8": Method(
+        {"method": "LoRA", "base_format": "FP8", **lora(target_modules=("c_attn", "c_proj"))},
+        "GPT2",
+        quantizes={"Float8Linear"},
+    ),
     "Conv1D, NF4": Method(lora(target_modules=("c_attn", "c_proj")), "GPT2", quantizes={"Linear4bit"}),
     "GPTBigCode, Int8": Method(
         {"method": "LoRA", "base_format": "Int8", **lora(target_modules=("attn.c_proj", "attn.c_attn"))},
@@ -173,7 +191,8 @@ def test_a_method_learns_and_moves_nothing_but_what_it_trains(models: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    "name", ["GPTQ", "Int8", "LoRA BF16", "DoRA", "added tokens", "experts", "saved module, tied", "Conv1D", *WHOLE]
+    "name",
+    ["GPTQ", "Int8", "FP8", "LoRA BF16", "DoRA", "added tokens", "experts", "saved module, tied", "Conv1D", *WHOLE],
 )
 def test_a_method_goes_on_exactly(models: Path, tmp_path: Path, name: str) -> None:
     unbroken = prepare(name, models, tmp_path / "unbroken", total_steps=6).go()
@@ -324,6 +343,7 @@ def test_the_census_names_classes_and_dtypes_and_counts_packed_weights_as_number
     [
         pytest.param("GPTQ", ("TorchLinear", "gptq"), id="GPTQ"),
         pytest.param("Int8", ("Linear8bitLt", "int8"), id="8 bits"),
+        pytest.param("FP8", ("Float8Linear", "float8_e4m3fn"), id="8 bits, floating"),
         pytest.param("LoRA BF16", ("Linear", "bfloat16"), id="16 bits"),
     ],
 )

@@ -25,6 +25,7 @@ LAYERS = {"model.layers.0.self_attn.q_proj": 576, "model.layers.0.mlp.down_proj"
 LLAMA = ModelFacts("LlamaForCausalLM", 1000, 8192, LAYERS, linear_rows=dict.fromkeys(LAYERS, 576))
 GPTQ = {"method": {"baseWeights": {"format": "GPTQ"}}}
 INT8 = {"method": {"type": "LoRA", "baseWeights": {"format": "Int8"}}}
+FP8 = {"method": {"type": "LoRA", "baseWeights": {"format": "FP8"}}}
 ORIGINAL = {"original": {"volume": {"claimName": "models", "path": "original"}}}
 
 
@@ -37,6 +38,8 @@ ORIGINAL = {"original": {"volume": {"claimName": "models", "path": "original"}}}
         pytest.param(GPTQ | {"merge": ORIGINAL}, "Auto", id="GPTQ with its original: to be measured"),
         pytest.param(INT8, "Auto", id="Int8: to be measured"),
         pytest.param(INT8 | {"merge": {"base": "Dequantized"}}, "Dequantized", id="Int8, widened"),
+        pytest.param(FP8, "Auto", id="FP8: to be measured"),
+        pytest.param(FP8 | {"merge": {"base": "Dequantized"}}, "Dequantized", id="FP8, widened"),
         pytest.param({"method": {"type": "LoRA"}}, "Original", id="unquantized: there is nothing but its weights"),
         pytest.param({"merge": {"base": "Original"}}, "Original", id="NF4, the 16-bit base"),
     ],
@@ -54,6 +57,7 @@ def test_the_weights_to_merge_into_are_settled_where_there_is_no_choice(given: d
         pytest.param("GPTQ", False, "Dequantized", id="GPTQ"),
         pytest.param("GPTQ", True, "Original", id="GPTQ with its original"),
         pytest.param("Int8", False, "Original", id="Int8"),
+        pytest.param("FP8", False, "Original", id="FP8"),
         pytest.param("BF16", False, "Original", id="unquantized"),
     ],
 )

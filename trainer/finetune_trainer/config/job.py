@@ -10,6 +10,7 @@ from finetune_trainer.config.base import Model
 from finetune_trainer.config.data import Dataset, Evaluation
 from finetune_trainer.config.method import (
     ADAPTER_METHODS,
+    EIGHT_BIT,
     BaseFormat,
     Method,
     MethodType,
@@ -142,7 +143,7 @@ class JobConfig(Model):
             return self
         weights = self.method.base_weights if self.method else None
         held = weights.format if weights else None
-        if held in (BaseFormat.GPTQ, BaseFormat.INT8):
+        if held in (BaseFormat.GPTQ, *EIGHT_BIT):
             msg = f"parallelism.strategy FSDP cannot shard {held} weights: use DDP, or baseWeights NF4 or BF16"
             raise ValueError(msg)
         if self.method_type is MethodType.GALORE:
@@ -168,7 +169,7 @@ class JobConfig(Model):
     @model_validator(mode="after")
     def _divergence_is_from_what_was_trained(self) -> Self:
         weights, merge = self.method.base_weights if self.method else None, self.merge or Merge()
-        quantized = self.method_type is MethodType.QLORA or (weights and weights.format is BaseFormat.INT8)
+        quantized = self.method_type is MethodType.QLORA or (weights and weights.format in EIGHT_BIT)
         if quantized and merge.base is MergeBase.ORIGINAL and merge.max_kl_divergence is not None:
             msg = "merge.maxKLDivergence says nothing of base Original of a quantized base: set merge.maxLossIncrease"
             raise ValueError(msg)

@@ -26,21 +26,25 @@ class BaseFormat(StrEnum):
     FP4 = "FP4"
     GPTQ = "GPTQ"
     INT8 = "Int8"
+    FP8 = "FP8"
     BF16 = "BF16"
     FP16 = "FP16"
     FP32 = "FP32"
 
 
 FOUR_BIT = (BaseFormat.NF4, BaseFormat.FP4, BaseFormat.GPTQ)
+EIGHT_BIT = (BaseFormat.INT8, BaseFormat.FP8)
 BITSANDBYTES = (BaseFormat.NF4, BaseFormat.FP4)
 FLOATING = (BaseFormat.BF16, BaseFormat.FP16, BaseFormat.FP32)
 FAST_FORMATS = (*BITSANDBYTES, BaseFormat.BF16)
 """What the fast path takes."""
+FP8_PRODUCTS_FORMATS = (*FAST_FORMATS, BaseFormat.FP8)
+"""What may be multiplied in FP8."""
 TRAINED_WHOLE = (BaseFormat.BF16, BaseFormat.FP32)
 """Formats whose weights can train themselves: in FP16 their gradients would vanish."""
 FORMATS = {
     MethodType.QLORA: FOUR_BIT,
-    MethodType.LORA: (BaseFormat.INT8, *FLOATING),
+    MethodType.LORA: (*EIGHT_BIT, *FLOATING),
     MethodType.FULL: TRAINED_WHOLE,
     MethodType.GALORE: TRAINED_WHOLE,
 }
@@ -127,8 +131,8 @@ class BaseWeights(Model):
 
     format: BaseFormat | None = Field(
         default=None,
-        description="QLoRA: NF4, FP4 or GPTQ (the model's own). LoRA: Int8, BF16, FP16 or FP32. Full, GaLore: BF16 "
-        "or FP32. Default NF4 for QLoRA, FP32 for Full; BF16 for LoRA and GaLore, on CPU FP32.",
+        description="QLoRA: NF4, FP4 or GPTQ (the model's own). LoRA: Int8, FP8, BF16, FP16 or FP32. Full, GaLore: "
+        "BF16 or FP32. Default NF4 for QLoRA, FP32 for Full; BF16 for LoRA and GaLore, on CPU FP32.",
     )
     double_quantization: bool | None = Field(
         default=None, description="NF4, FP4: quantize the scales as well (0.37 bits a weight less). Default true."
@@ -154,7 +158,7 @@ class Method(Model):
     fp8_products: bool | None = Field(
         default=None,
         description="Multiply activations and gradients with the base in FP8, which is faster and less exact: QLoRA in "
-        "NF4 or FP4 and LoRA in BF16, on the fast path of one GPU of Ada's, Hopper's or a later generation. "
+        "NF4 or FP4 and LoRA in BF16 or FP8, on the fast path of one GPU of Ada's, Hopper's or a later generation. "
         "Default false.",
     )
 
@@ -178,9 +182,9 @@ class Method(Model):
             raise ValueError(msg)
         in_bf16 = self.compute_dtype in (None, ComputeDtype.AUTO, ComputeDtype.BF16)
         if self.fp8_products and not (
-            kind in ADAPTER_METHODS and (weights.format or BaseFormat.BF16) in FAST_FORMATS and in_bf16
+            kind in ADAPTER_METHODS and (weights.format or BaseFormat.BF16) in FP8_PRODUCTS_FORMATS and in_bf16
         ):
-            msg = "method.fp8Products is for QLoRA in NF4 or FP4 and LoRA in BF16, with computeDtype BF16"
+            msg = "method.fp8Products is for QLoRA in NF4 or FP4 and LoRA in BF16 or FP8, with computeDtype BF16"
             raise ValueError(msg)
         return self
 

@@ -49,7 +49,8 @@ class Merge(Model):
         default=None,
         description="Dequantized: the weights that were trained on, widened. Original: the weights before they were "
         "quantized. Auto: the one of both in which the adapter has the lower held-out loss; without held-out rows "
-        "Dequantized for NF4, FP4 and GPTQ bases, Original for Int8 ones and where original is set. Default Auto.",
+        "Dequantized for NF4, FP4 and GPTQ bases, Original for Int8 and FP8 ones and where original is set. "
+        "Default Auto.",
     )
     original: Source | None = Field(
         default=None,

@@ -188,6 +188,10 @@ def quantization_of(resolved: Resolved, dtype: torch.dtype) -> dict[str, Any]:
             )
         case "Int8":
             quantization = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+        case "FP8":
+            from finetune_trainer.models.float8 import Float8Config  # noqa: PLC0415 - slow
+
+            quantization = Float8Config()
         case "GPTQ":
             let_peft_see_gptq()
             # The kernel that is written in torch has gradients, and needs no compiler; exllama's has none.

@@ -2,9 +2,9 @@
 
 In memory are one part (blocks of the transformer, or what stands beside them: embeddings, last norm, head) in fp32 and
 the shard that is being filled, never the model. Nothing is computed in a way of its own: transformers reads, renames
-and fuses a part's tensors, with all other parts on the meta device, of which no byte is read; bitsandbytes quantizes
-and widens them where the base was trained in its formats; PEFT puts the adapter on and merges. So the weights are, bit
-by bit, those of `merge_and_unload` on the whole model.
+and fuses a part's tensors, with all other parts on the meta device, of which no byte is read; the quantizer of the base
+as it was trained narrows and widens them; PEFT puts the adapter on and merges. So the weights are, bit by bit, those of
+`merge_and_unload` on the whole model.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from finetune_trainer.models.finished import write_json
+from finetune_trainer.models.float8 import Float8Linear, widen
 from finetune_trainer.models.folder import INDEX, WEIGHTS
 from finetune_trainer.models.loading import extend_embeddings, load_placed, put_adapter, quantization_of
 from finetune_trainer.models.sharding import blocks_of, build_empty
@@ -117,7 +118,7 @@ def parameters_of(model: Any, part: Part) -> int:  # noqa: ANN401 - a causal lan
 
 
 class Widening:
-    """Weights as a base of bitsandbytes' formats was trained on: quantized as transformers does it, and widened."""
+    """Weights as a base in NF4, FP4, Int8 or FP8 was trained on: quantized as transformers does it, and widened."""
 
     def __init__(self, folder: Path, resolved: Resolved, device: torch.device) -> None:
         """`folder`: the base's own files, in 16 or 32 bits."""
@@ -135,9 +136,13 @@ class Widening:
 
     def _round(self, name: str, layer: Any) -> torch.Tensor:  # noqa: ANN401 - a torch module
         weight = layer.weight.data
-        packed = self._quantizer.get_quantize_ops().convert({name: weight}, model=self._empty)[name]
+        packed = self._quantizer.get_quantize_ops().convert({name: weight}, model=self._empty)
         holder = self._empty.get_submodule(name.removesuffix(".weight"))
-        wide: torch.Tensor = dequantize_bnb_weight(packed, getattr(holder, "state", None)).to(weight.dtype)
+        if isinstance(holder, Float8Linear):
+            narrow, scales = packed.values()
+            wide = widen(narrow, scales, weight.dtype)
+        else:
+            wide = dequantize_bnb_weight(packed[name], getattr(holder, "state", None)).to(weight.dtype)
         return wide.T.contiguous() if isinstance(layer, Conv1D) else wide
 
 

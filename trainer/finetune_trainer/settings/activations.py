@@ -26,6 +26,8 @@ SIZES = {"BF16": 2, "FP16": 2, "FP32": 4}
 """Bytes of a number."""
 FP32 = SIZES["FP32"]
 FOUR_BITS = ("NF4", "FP4")
+LINEAR = (*SIZES, "FP8")
+"""Formats whose layers are torch's linear layers to PEFT and to selective checkpointing."""
 HEAD_ROWS, HEAD_WORDS = 4096, 32768
 """Tokens and words that TRL's head takes at a time (1.16, TOKEN_CHUNK_SIZE and _CHUNKED_LOGPROB_CHUNK_SIZE)."""
 
@@ -71,7 +73,7 @@ def widths_of(resolved: Resolved) -> Widths:
         stream=stream,
         inner=FP32 if resolved.base_format == "Int8" else compute,
         casts=stream > compute,
-        peft_casts=resolved.lora is not None and resolved.base_format in SIZES and compute < FP32,
+        peft_casts=resolved.lora is not None and resolved.base_format in LINEAR and compute < FP32,
     )
 
 
@@ -179,13 +181,13 @@ def _kept_weights(block: Block, resolved: Resolved, widths: Widths) -> int:
 def _kept_selectively(block: Block, resolved: Resolved, model: ModelFacts, batch: Batch) -> int:
     """Selective checkpointing keeps what products and attention gave (`training.arguments.PRODUCTS`).
 
-    4- and 8-bit layers are no such products: of these what the adapter gave is kept.
+    Layers of bitsandbytes and GPTQ are no such products: of these what the adapter gave is kept.
     """
     if resolved.gradient_checkpointing != "Selective":
         return 0
     widths = widths_of(resolved)
     trained = taps(resolved.lora, block.layers)
-    given = sum(layer.rows for layer in block.layers) if resolved.base_format in SIZES else 0
+    given = sum(layer.rows for layer in block.layers) if resolved.base_format in LINEAR else 0
     if resolved.lora is not None:
         given += sum(layer.rows + resolved.lora.r for layer in trained)
     return (widths.compute * (given + _attended(block)) + FP32 * model.heads) * batch.total
@@ -257,11 +259,11 @@ def _passing_mlp(module: Module, resolved: Resolved, widths: Widths, widened: in
     """At down's input: its gradient, and of a gate both halves', less the input itself, which is let go of by then.
 
     Before that a weight is widened. Where PEFT casts, down's adapter gives its part of the gradient in c, in fp32 and
-    in c again, beside that of the base. 8-bit layers hold their input.
+    in c again, before the base gives its own, for which FP8 is widened. Layers in Int8 hold their input.
     """
     wide = module.last.columns * batch.total
     if widths.peft_casts and module.last in taps(resolved.lora, module.layers):
-        return (2 * widths.compute + FP32) * wide
+        return max((2 * widths.compute + FP32) * wide, 2 * widths.compute * wide + widened)
     gradients = (2 if module.gated else 1) + (1 if resolved.base_format == "Int8" else 0)
     return max(gradients * widths.inner * wide, widths.inner * wide + widened)
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetune_trainer.config import (
+    FLOATING,
     SORTING_LOSSES,
     BaseFormat,
     GradientCheckpointing,
@@ -169,7 +170,7 @@ def check_any_fits(job: Job, resolved: Resolved, memory_bytes: int) -> None:
 
 def _tolerance(resolved: Resolved) -> float:
     one = resolved.parallelism.world_size == 1 and resolved.dpo is None
-    usual = resolved.base_format != BaseFormat.GPTQ and resolved.attention in ("Auto", "SDPA")
+    usual = resolved.base_format not in (BaseFormat.GPTQ, BaseFormat.FP8) and resolved.attention in ("Auto", "SDPA")
     measured = one and usual and not resolved.added_tokens
     return TOLERANCE if measured else DERIVED_TOLERANCE
 
@@ -198,6 +199,9 @@ def _lighter(job: Job, resolved: Resolved) -> Iterator[tuple[str, Resolved]]:
     if sharded and not resolved.parallelism.cpu_offload:
         parallelism = resolved.parallelism.model_copy(update={"cpu_offload": True})
         yield "parallelism.fsdp.cpuOffload true", resolved.model_copy(update={"parallelism": parallelism})
+    if not whole and not sharded and resolved.base_format in FLOATING and not resolved.fp8_products:
+        changed = resolved.model_copy(update={"base_format": BaseFormat.FP8.value})
+        yield "method.baseWeights.format FP8", with_path(job.config, changed, job.model, job.data.length_max)
     lora = _adapter_for(job, resolved)
     if lora is not None and resolved.base_format not in (BaseFormat.NF4, BaseFormat.FP4, BaseFormat.GPTQ):
         update = {**in_4_bits, "lora": lora, "galore": None}

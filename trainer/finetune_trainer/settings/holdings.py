@@ -110,7 +110,7 @@ def _layer_bytes(layer: Layer, resolved: Resolved) -> int:
             scales = math.ceil(layer.numel / QUANTIZED_BLOCK)
             nested = scales + FP32 * math.ceil(scales / NESTED_BLOCK)
             return math.ceil(layer.numel / 2) + (nested if resolved.double_quantization else FP32 * scales)
-        case "Int8":
+        case "Int8" | "FP8":
             return layer.numel + FP32 * layer.rows
         case "GPTQ":
             groups = math.ceil(layer.columns / GPTQ_GROUP) * layer.rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune_trainer.config import (
+    EIGHT_BIT,
     FLOATING,
     FORMATS,
     Attention,
@@ -343,7 +344,7 @@ def _check_variants(lora: ResolvedLora, config: JobConfig, model: ModelFacts) ->
     experts_way_out = "or name targetModules, which leaves the experts as they are"
     refusals = (
         (
-            lora.use_dora and held in (BaseFormat.GPTQ, BaseFormat.INT8),
+            lora.use_dora and held in (BaseFormat.GPTQ, *EIGHT_BIT),
             "useDora",
             f"a base held in {held}",
             "drop it, or use NF4 or BF16",

@@ -10,6 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.config import (
+    EIGHT_BIT,
     FLOATING,
     BaseFormat,
     GgufType,
@@ -95,7 +96,7 @@ def resolve_merge(config: JobConfig) -> ResolvedMerge | None:
 
 def choose_unmeasured(held: BaseFormat, asked: Merge) -> MergeBase:
     """What base Auto means where there is no choice, or nothing to measure it on."""
-    original = asked.original is not None or held is BaseFormat.INT8 or held in FLOATING
+    original = asked.original is not None or held in (*EIGHT_BIT, *FLOATING)
     return MergeBase.ORIGINAL if original else MergeBase.DEQUANTIZED
 
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback
 
+from finetune_trainer.config import BaseFormat
 from finetune_trainer.fast.build import build_fast, is_fast
 from finetune_trainer.models import sharding
+from finetune_trainer.models.float8 import keep_from_ddp
 from finetune_trainer.models.loading import import_peft
 from finetune_trainer.training.adapters import build_lora, train_in_fp32, unrounded
 from finetune_trainer.training.arguments import build_arguments
@@ -51,6 +53,8 @@ def build_trainer(  # noqa: PLR0913 - the pieces of a training
     trainer.remove_callback(PrinterCallback)
     if peft_config is not None:
         train_in_fp32(trainer.model)
+    if resolved.base_format == BaseFormat.FP8:
+        keep_from_ddp(trainer.model)
     if sharding.is_to_shard(resolved):
         sharding.finish(trainer.model, resolved)
         trainer.is_distributed_loading_by_transformers = True
