@@ -175,6 +175,7 @@ CASES = {
         {"method": {"type": "LoRA", "baseWeights": {"format": "FP32"}, "lora": {"r": 4}, "computeDtype": "BF16"}},
         torch.float32,
     ),
+    "LoRA, FP8": Case(of_method("LoRA", "FP8", r=4), torch.bfloat16),
     "Full, FP32": Case(of_method("Full", "FP32"), torch.float32),
     "Full, BF16": Case(of_method("Full", "BF16"), torch.bfloat16),
     **{
@@ -213,12 +214,15 @@ def test_a_block_keeps_what_autograd_saves(case: Case, tmp_path: Path) -> None:
 def saved_bytes(folder: Path, resolved: Resolved, held: torch.dtype, rows: int, tokens: int) -> int:
     """Bytes of all storages that a forward pass through the blocks saves, weights left out, each once."""
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).to(held)  # type: ignore[no-untyped-call]
+    if resolved.base_format == "FP8":
+        model.save_pretrained(folder)
+        model = load_base(folder, resolved, torch.device("cpu"), held)
     inner = model
     if (settings := build_lora(resolved, model)) is not None:
         model = get_peft_model(model, settings)
         model.enable_input_require_grads()
     model.train()
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     found: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -91,16 +91,18 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_moves_a_weight(tiny_mo
 
 
 @pytest.mark.parametrize("held_out", [10, 0], ids=["measured before", "nothing held out"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("value", "held"), [(math.nan, "FP32"), (math.inf, "FP32"), (math.nan, "FP8"), (math.inf, "FP8")]
+)
 def test_a_base_with_lost_numbers_is_named_before_a_step_is_taken(
-    desk: Desk, config: dict[str, Any], value: float, held_out: int
+    desk: Desk, config: dict[str, Any], value: float, held: str, held_out: int
 ) -> None:
     path, name = desk.models / "tiny" / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(path)
     tensors[name][3, 5] = value
     save_file(tensors, path, metadata={"format": "pt"})
     config |= {"training": {"globalBatchSize": 8, "maxSteps": 3}, "evaluation": {"percent": held_out}}
-    config["method"] = {"type": "LoRA", "baseWeights": {"format": "FP32"}}
+    config["method"] = {"type": "LoRA", "baseWeights": {"format": held}}
     assert desk.run("prepare", config)[0] == 0
     code, word = desk.run("train", config)
     assert code == ExitCode.INVALID_MODEL

@@ -65,7 +65,7 @@ class Product(torch.autograd.Function):
             gradient @ widen(weight, scales, gradient.dtype) if of_x else None,
             None,
             None,
-            gradient.flatten(0, -2).sum(0) if of_bias else None,
+            gradient.reshape(-1, len(scales)).sum(0) if of_bias else None,
         )
 
 
