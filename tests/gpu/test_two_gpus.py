@@ -81,9 +81,15 @@ def test_a_sharded_training_that_is_told_to_leave_goes_on(
     assert outcome.last_loss < outcome.first_loss - 0.5
 
 
-def test_adapters_are_trained_in_step_on_two_gpus(bench: Bench, work: Path, told: Callable[[Outcome], Outcome]) -> None:
-    command = Command(bench, work, make_pair_job({"type": "QLoRA"}))
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("QLoRA NF4", {"type": "QLoRA"}), ("LoRA FP8", {"type": "LoRA", "baseWeights": {"format": "FP8"}})],
+)
+def test_adapters_are_trained_in_step_on_two_gpus(
+    name: str, method: dict[str, Any], bench: Bench, work: Path, told: Callable[[Outcome], Outcome]
+) -> None:
+    command = Command(bench, work, make_pair_job(method))
     code, log = command.train(1)
     assert code == ExitCode.COMPLETED, log
-    outcome = told(Outcome.of("QLoRA NF4, 1B, DDP, 2 GPUs", work))
+    outcome = told(Outcome.of(f"{name}, 1B, DDP, 2 GPUs", work))
     assert outcome.last_loss < outcome.first_loss - 0.5

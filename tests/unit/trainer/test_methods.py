@@ -449,3 +449,14 @@ def test_selective_checkpointing_computes_no_product_again(models: Path, tmp_pat
         counts[kind], told[kind] = counting.count, losses(trainer)
     assert counts["Off"] == counts["Selective"] < counts["Full"]
     assert told["Off"] == told["Selective"] == told["Full"]
+
+
+def test_selective_checkpointing_keeps_products_of_layers_in_fp8_as_of_any(models: Path, tmp_path: Path) -> None:
+    counts = {}
+    for name in ("LoRA FP32", "FP8"):
+        run = prepare(name, models, tmp_path / name, total_steps=2, gradient_checkpointing="Selective")
+        trainer, _ = run.build()
+        with CountingProducts() as counting:  # type: ignore[no-untyped-call]
+            trainer.train()
+        counts[name] = counting.count
+    assert counts["LoRA FP32"] == counts["FP8"]
