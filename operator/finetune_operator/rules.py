@@ -22,8 +22,8 @@ from finetune_trainer.config import (
     ADAPTER_METHODS,
     COMMIT_PATTERN,
     EIGHT_BIT,
+    FAST_FORMATS,
     FORMATS,
-    FP8_PRODUCTS_FORMATS,
     NAME_PATTERN,
     NO_BRANCH,
     OCI_REPOSITORY,
@@ -274,7 +274,7 @@ BLOCKS: dict[str, tuple[Rule, ...]] = {
         Rule(
             f"!self.?fp8Products.orValue(false) || (self.?type.orValue('{MethodType.QLORA}')"
             f" in {one_of(ADAPTER_METHODS)} && self.?computeDtype.orValue('Auto') in ['Auto', 'BF16']"
-            f" && self.?baseWeights.?format.orValue('{BaseFormat.BF16}') in {one_of(FP8_PRODUCTS_FORMATS)})",
+            f" && self.?baseWeights.?format.orValue('{BaseFormat.BF16}') in {one_of(FAST_FORMATS)})",
             "method.fp8Products is for QLoRA in NF4 or FP4 and LoRA in BF16 or FP8, with computeDtype BF16: drop it",
         ),
     ),

@@ -250,9 +250,7 @@ def test_recorded_passes_among_others_give_the_bits_of_those_that_are_not(
 @pytest.mark.parametrize("plan", list(Plan))
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("float8", [False, True], ids=["BF16 products", "FP8 products"])
-def test_what_lies_in_host_memory_meanwhile_changes_no_bit(
-    form: str, plan: Plan, dropout: float, float8: bool
-) -> None:
+def test_what_lies_in_host_memory_meanwhile_changes_no_bit(form: str, plan: Plan, dropout: float, float8: bool) -> None:
     """With blocks enough for copies to be late, and micro-batches of other lengths in between."""
     adapted = adapt(form, dropout, blocks=6)
     batches = [rows(2048), pack(rows(2048), [2000, 500, 3000, 1000]), rows(300), rows(2048)]

@@ -157,7 +157,9 @@ def fp8(kind: str, held: str | None = None) -> dict[str, Any]:
     return {"method": {**asked["method"], "fp8Products": True}}
 
 
-@pytest.mark.parametrize("fields", [fp8("QLoRA"), fp8("QLoRA", "FP4"), fp8("LoRA"), fp8("LoRA", "BF16")])
+@pytest.mark.parametrize(
+    "fields", [fp8("QLoRA"), fp8("QLoRA", "FP4"), fp8("LoRA"), fp8("LoRA", "BF16"), fp8("LoRA", "FP8")]
+)
 def test_products_in_fp8_are_for_the_fast_path(fields: dict[str, Any], llama: ModelFacts) -> None:
     resolved, why = settle(llama, **fields)
     assert (why, resolved.fast_path, resolved.fp8_products) == (None, True, True)
@@ -175,11 +177,6 @@ def test_offload_is_refused_where_the_path_is_not_taken(llama: ModelFacts) -> No
     assert not settle(llama)[0].offloads
     with pytest.raises(InvalidConfig, match=r"training.offload On needs .* its MLPs have gelu, not silu. Drop offload"):
         settle(replace(llama, activation="gelu"), **asked)
-
-
-def test_products_in_fp8_of_a_base_in_fp8_are_refused_as_long_as_it_takes_the_plain_path(llama: ModelFacts) -> None:
-    with pytest.raises(InvalidConfig, match="needs the fast path, which is not taken: the base is held in FP8"):
-        settle(llama, **fp8("LoRA", "FP8"))
 
 
 def test_products_in_fp8_want_widths_that_16_divides(tmp_path: Path) -> None:

@@ -36,10 +36,8 @@ FOUR_BIT = (BaseFormat.NF4, BaseFormat.FP4, BaseFormat.GPTQ)
 EIGHT_BIT = (BaseFormat.INT8, BaseFormat.FP8)
 BITSANDBYTES = (BaseFormat.NF4, BaseFormat.FP4)
 FLOATING = (BaseFormat.BF16, BaseFormat.FP16, BaseFormat.FP32)
-FAST_FORMATS = (*BITSANDBYTES, BaseFormat.BF16)
+FAST_FORMATS = (*BITSANDBYTES, BaseFormat.FP8, BaseFormat.BF16)
 """What the fast path takes."""
-FP8_PRODUCTS_FORMATS = (*FAST_FORMATS, BaseFormat.FP8)
-"""What may be multiplied in FP8."""
 TRAINED_WHOLE = (BaseFormat.BF16, BaseFormat.FP32)
 """Formats whose weights can train themselves: in FP16 their gradients would vanish."""
 FORMATS = {
@@ -182,7 +180,7 @@ class Method(Model):
             raise ValueError(msg)
         in_bf16 = self.compute_dtype in (None, ComputeDtype.AUTO, ComputeDtype.BF16)
         if self.fp8_products and not (
-            kind in ADAPTER_METHODS and (weights.format or BaseFormat.BF16) in FP8_PRODUCTS_FORMATS and in_bf16
+            kind in ADAPTER_METHODS and (weights.format or BaseFormat.BF16) in FAST_FORMATS and in_bf16
         ):
             msg = "method.fp8Products is for QLoRA in NF4 or FP4 and LoRA in BF16 or FP8, with computeDtype BF16"
             raise ValueError(msg)

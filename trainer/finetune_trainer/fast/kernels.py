@@ -183,16 +183,21 @@ def narrow(
 
 
 @triton.jit
-def shrink(
-    x, scales, out, x_stride, out_stride, rows, columns, TURNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Weights in 8 bits, each row divided by its scale; rows become columns if it turns."""
+def rescale(
+    x, scales, out, x_stride, out_stride, rows, columns, DIVIDES: tl.constexpr, MULTIPLIES: tl.constexpr,
+    TURNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Weights, each row divided by its scale, multiplied by it or as it is; rows become columns if it turns."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     known = (row < rows)[:, None] & (column < columns)[None, :]
     values = tl.load(x + row[:, None] * x_stride + column[None, :], mask=known, other=0.0).to(tl.float32)
     scale = tl.load(scales + row, mask=row < rows, other=1.0)
-    narrowed = (values * tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)[:, None]).to(out.dtype.element_ty)
+    if DIVIDES:
+        values *= tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)[:, None]
+    if MULTIPLIES:
+        values *= scale[:, None]
+    narrowed = values.to(out.dtype.element_ty)
     if TURNS:
         tl.store(out + column[:, None] * out_stride + row[None, :], tl.trans(narrowed), mask=tl.trans(known))
     else:
@@ -205,7 +210,10 @@ def shrink_packed(
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr, NESTED: tl.constexpr, OUTER: tl.constexpr,
     TURNS: tl.constexpr,
 ):  # fmt: skip
-    """`shrink` of 4-bit weights of bitsandbytes: BLOCKS quantization blocks of SIZE weights of each of ROWS rows."""
+    """4-bit weights of bitsandbytes in 8 bits, each row divided by its scale; rows become columns if it turns.
+
+    BLOCKS quantization blocks of SIZE weights of each of ROWS rows, for each program.
+    """
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     known = (row < rows)[:, None] & (block * SIZE < columns)[None, :]

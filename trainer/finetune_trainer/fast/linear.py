@@ -31,7 +31,7 @@ class Layer:
     """A linear layer, and its adapter if it has one."""
 
     base: Any
-    """torch's Linear, or Linear4bit of bitsandbytes: weight [outputs, inputs]."""
+    """torch's Linear, Linear4bit of bitsandbytes, or Float8Linear: weight [outputs, inputs]."""
     first: torch.nn.Parameter | None = None
     """A [rank, inputs]."""
     second: torch.nn.Parameter | None = None
@@ -49,9 +49,9 @@ class Layer:
         return int(self.base.out_features)
 
     @property
-    def packed(self) -> bool:
-        """Whether its weights have 4 bits."""
-        return hasattr(self.base.weight, "quant_state")
+    def form(self) -> ops.Form:
+        """How its weights are held."""
+        return ops.form_of(self.base)
 
 
 class Scratch:
@@ -61,19 +61,20 @@ class Scratch:
         self.turn = 0
         """Adapters change between two forward passes: what was placed in an earlier one is stale."""
         self._buffers: dict[Hashable, Tensor] = {}
-        self._holds: dict[Hashable, tuple[Linears, int]] = {}
+        self._holds: dict[Hashable, tuple[Linears, str, int]] = {}
 
-    def take(self, owner: Linears, kind: str, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, bool]:
+    def take(self, owner: Linears, numel: int, dtype: torch.dtype, kind: str = "") -> tuple[Tensor, bool]:
         """A buffer for `owner`, of zeros at first, and whether it still holds what `owner` put there this turn.
 
-        Layers share it that are laid out alike: what is 0 beside the adapters of one is 0 beside those of all.
+        Layers share it that are laid out alike: what is 0 beside the adapters of one is 0 beside those of all. `kind`:
+        what of its own it puts there, if not always the same.
         """
-        key, holds = (owner.layout, kind), (owner, self.turn)
-        if key not in self._buffers:
-            self._buffers[key] = torch.zeros(shape, dtype=dtype, device=owner.device)
-        held = self._holds.get(key) == holds
-        self._holds[key] = holds
-        return self._buffers[key], held
+        holds = (owner, kind, self.turn)
+        if owner.layout not in self._buffers:
+            self._buffers[owner.layout] = torch.zeros(numel, dtype=dtype, device=owner.device)
+        held = self._holds.get(owner.layout) == holds
+        self._holds[owner.layout] = holds
+        return self._buffers[owner.layout], held
 
 
 class Linears(ABC):
@@ -187,14 +188,14 @@ class WideLinears(Linears):
 
     W lies in the corner of a buffer, with B in columns beside it and A in rows below. A bias is one more column, which
     meets a 1.
-    Weights of 16 bits move into a buffer of their own, and are views of it from then on; those of 4 bits are widened
-    into one that all layers share.
+    Weights of 16 bits move into a buffer of their own, and are views of it from then on; those of 4 or 8 bits are
+    widened into one that layers share.
     """
 
     def __init__(self, layers: Sequence[Layer], scale: float, scratch: Scratch) -> None:
         super().__init__(layers, scale, scratch)
         self._turn = -1
-        self._held = None if self.layers[0].packed else self._move_in()
+        self._held = self._move_in() if self.layers[0].form is ops.Form.WIDE else None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -228,18 +229,27 @@ class WideLinears(Linears):
         return torch.mm(gradient[:, :rows], self._load(gradient)[:rows, : self.inputs])
 
     def _load(self, like: Tensor) -> Tensor:
-        """The buffer, adapters as they are now; of 4 bits in the dtype of `like`."""
+        """The buffer, adapters as they are now; what is widened in the dtype of `like`."""
         if self._held is not None:
             if self._turn != self._scratch.turn:
                 self._place(self._held)
                 self._turn = self._scratch.turn
             return self._held
-        buffer, there = self._scratch.take(self, "wide", self.shape, like.dtype)
+        numbers, there = self._scratch.take(self, self.shape[0] * self.shape[1], like.dtype)
+        buffer = numbers.view(self.shape)
         if not there:
-            for layer, rows, ranks in self.parts():
-                ops.widen(layer.base, buffer, rows.start, self._beside(layer, rows, ranks))
-            self._place_biases(buffer)
+            self._widen(buffer)
         return buffer
+
+    def _widen(self, buffer: Tensor) -> None:
+        if self.layers[0].form is ops.Form.NARROW:
+            for layer, rows, _ in self.parts():
+                ops.rescale(layer.base, layer.base.scales, buffer[rows, : self.inputs], ops.Rescale.MULTIPLY)
+            self._place(buffer)
+            return
+        for layer, rows, ranks in self.parts():
+            ops.widen(layer.base, buffer, rows.start, self._beside(layer, rows, ranks))
+        self._place_biases(buffer)
 
     def _move_in(self) -> Tensor:
         weight: Tensor = self.layers[0].base.weight

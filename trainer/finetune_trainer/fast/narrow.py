@@ -9,6 +9,7 @@ columns g B take. All of it fits: nothing is clipped.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,17 +24,26 @@ if TYPE_CHECKING:
 
     from finetune_trainer.fast.linear import Layer, Scratch
 
+FORWARD, BACKWARD = "forward", "backward"
 SMALLEST_SHARE = 1 / 64
 """Of the scales of a layer, of the largest: what is left of it loses no bit, and an adapter meets no row of zeros."""
 
 
 class NarrowLinears(Linears):
-    """Products in FP8, in a buffer that layers laid out alike share. Biases are added in 16 bits."""
+    """Products in FP8. Biases are added in 16 bits.
+
+    Weights of 8 bits move into a buffer of their own, and are views of it from then on; others are brought into FP8 in
+    one that layers share, as all are for the backward pass.
+    """
 
     def __init__(self, layers: Sequence[Layer], scale: float, scratch: Scratch) -> None:
         super().__init__(layers, scale, scratch)
+        columns = ops.padded(self.inputs + self.ranks), ops.padded(self.outputs + self.ranks)
+        self._shapes = {FORWARD: (self.outputs, columns[0]), BACKWARD: (self.inputs, columns[1])}
         self.scales = torch.cat([_scales_of(layer) for layer in layers])
         """Of the rows of the weights [outputs], fp32."""
+        self._turn = -1
+        self._held = self._move_in() if self.layers[0].form is ops.Form.NARROW else None
         self._ones = self.scales.new_ones(self.inputs)
         self._bias = torch.cat([_bias_of(layer) for layer in layers]) if self._biased else None
         self.first = self.factors = self.first_scales = self.scales.new_empty(0)
@@ -43,10 +53,12 @@ class NarrowLinears(Linears):
 
     def multiply(self, x: Tensor, out: Tensor) -> Tensor:
         """Rounded once more where there is a bias."""
-        weights, there = self._take("forward", (self.outputs, ops.padded(self.inputs + self.ranks)))
+        weights, there = self._take(FORWARD)
         if not there:
-            for layer, rows, _ in self.parts():
-                ops.shrink(layer.base, self.scales[rows], weights[rows, : self.inputs])
+            if self._held is None:
+                for layer, rows, _ in self.parts():
+                    ops.shrink(layer.base, self.scales[rows], weights[rows, : self.inputs])
+                weights[:, self.inputs :].view(torch.uint8).zero_()  # weights of the backward pass were there
             for second, (rows, ranks) in self._seconds():
                 columns = slice(self.inputs + ranks.start, self.inputs + ranks.stop)
                 ops.place(second, self.scales[rows], self.factors[ranks], weights[rows, columns])
@@ -67,7 +79,7 @@ class NarrowLinears(Linears):
             torch.addmm(extra, gradient[:, rows], second, beta=0, alpha=self.scale, out=extra)
 
     def _multiply_back(self, gradient: Tensor, columns: int) -> Tensor:
-        weights, there = self._take("backward", (self.inputs, ops.padded(self.outputs + self.ranks)))
+        weights, there = self._take(BACKWARD)
         if not there:
             for layer, rows, _ in self.parts():
                 ops.shrink(layer.base, self.scales[rows], weights[:, rows], turned=True)
@@ -78,8 +90,23 @@ class NarrowLinears(Linears):
         out = gradient.new_empty(len(gradient), self.inputs)
         return ops.multiply_in_float8(*narrowed, weights, self._ones, None, out)
 
-    def _take(self, kind: str, shape: tuple[int, int]) -> tuple[Tensor, bool]:
-        return self._scratch.take(self, kind, shape, ops.FLOAT8)
+    def _take(self, kind: str) -> tuple[Tensor, bool]:
+        """Weights in the shape for a pass, and whether they are there with the adapters as they are now."""
+        if kind == FORWARD and self._held is not None:
+            there, self._turn = self._turn == self._scratch.turn, self._scratch.turn
+            return self._held, there
+        rows, columns = self._shapes[kind]
+        shared = self._shapes.values() if self._held is None else [self._shapes[BACKWARD]]
+        numbers, there = self._scratch.take(self, max(map(math.prod, shared)), ops.FLOAT8, kind)
+        return numbers[: rows * columns].view(rows, columns), there
+
+    def _move_in(self) -> Tensor:
+        buffer = torch.zeros(self._shapes[FORWARD], dtype=ops.FLOAT8, device=self.device)
+        for layer, rows, _ in self.parts():
+            view, base = buffer[rows, : self.inputs], layer.base
+            ops.rescale(base, self.scales[rows] / base.scales, view, ops.Rescale.DIVIDE)
+            base.weight.data, base.scales = view, self.scales[rows]
+        return buffer
 
     def _seconds(self) -> list[tuple[Tensor, tuple[slice, slice]]]:
         """B of each adapter, its rows and its columns."""
@@ -129,11 +156,17 @@ class Adapters:
 
 
 def _scales_of(layer: Layer) -> Tensor:
-    """A scale a row [outputs], fp32: its largest number becomes the largest of FP8, or less in a row of small ones."""
+    """A scale a row [outputs], fp32: its largest number becomes the largest of FP8, or less in a row of small ones.
+
+    Of weights in FP8 those that they have, but for such rows, whose scales grow by powers of 2.
+    """
     peaks = ops.peaks(layer.base)
     largest = peaks.max()
-    peaks = torch.where(largest > 0, peaks.clamp(min=largest * SMALLEST_SHARE), 1.0)
-    return peaks / ops.FLOAT8_LARGEST
+    scales = torch.where(largest > 0, peaks.clamp(min=largest * SMALLEST_SHARE), 1.0) / ops.FLOAT8_LARGEST
+    if layer.form is not ops.Form.NARROW:
+        return scales
+    held = layer.base.scales
+    return torch.where(peaks > 0, held * torch.exp2((scales / held).log2().ceil().clamp(min=0)), scales)
 
 
 def _bias_of(layer: Layer) -> Tensor:

@@ -6,6 +6,7 @@ Tensors are [tokens, width], and may be columns of a wider buffer. What torch co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -231,37 +232,50 @@ def narrow(x: Tensor, width: int, heads: Tensor | None = None, tails: Tensor | N
     return out, scales
 
 
-def peaks(layer: Any) -> Tensor:  # noqa: ANN401 - a Linear, or a Linear4bit of bitsandbytes
-    """The largest number of each row of a layer's weights, fp32."""
-    weight = layer.weight.data
+class Form(Enum):
+    """How weights are held."""
+
+    WIDE = "16 bits, or more"
+    NARROW = "FP8, with scales of rows: `models.float8.Float8Linear`"
+    PACKED = "4 bits: bitsandbytes' Linear4bit"
+
+
+def form_of(layer: Any) -> Form:  # noqa: ANN401 - a linear layer of any form
+    """How its weights are held."""
     if hasattr(layer.weight, "quant_state"):
+        return Form.PACKED
+    return Form.NARROW if layer.weight.dtype is FLOAT8 else Form.WIDE
+
+
+def peaks(layer: Any) -> Tensor:  # noqa: ANN401 - as above
+    """The largest number of each row of a layer's weights, fp32."""
+    weight, form = layer.weight.data, form_of(layer)
+    if form is Form.PACKED:
         from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - slow
 
         weight = dequantize_4bit(weight, layer.weight.quant_state)
+    if form is Form.NARROW:
+        weight = weight.to(torch.bfloat16)
     found: Tensor = torch.linalg.vector_norm(weight, torch.inf, 1)
-    return found.float()
+    return found.float() * (layer.scales if form is Form.NARROW else 1)
 
 
 def shrink(layer: Any, scales: Tensor, out: Tensor, *, turned: bool = False) -> None:  # noqa: ANN401 - as above
-    """The weights of a layer [outputs, inputs] in FP8 into `out`, each row divided by its scale; or turned."""
-    weight = layer.weight
-    if not _by_kernel(out):
-        values = weight.data
-        if hasattr(weight, "quant_state"):
-            from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - slow
+    """The weights of a layer [outputs, inputs] in FP8 into `out`, each row divided by its scale; or turned.
 
-            values = dequantize_4bit(values, weight.quant_state)
-        narrowed = (values.float() * (1 / scales)[:, None]).to(out.dtype)
-        out.copy_(narrowed.T if turned else narrowed)
+    Of weights in FP8 `scales` are theirs.
+    """
+    weight, form = layer.weight, form_of(layer)
+    if form is not Form.PACKED:
+        rescale(layer, scales, out, Rescale.DIVIDE if form is Form.WIDE else Rescale.NOTHING, turned=turned)
+        return
+    if not _by_kernel(out):
+        from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - slow
+
+        narrowed = dequantize_4bit(weight.data, weight.quant_state).float() * (1 / scales)[:, None]
+        out.copy_((narrowed.T if turned else narrowed).to(out.dtype))
         return
     kernels, triton = _kernels()
-    if not hasattr(weight, "quant_state"):
-        rows, columns = weight.shape
-        kernels.shrink[(triton.cdiv(rows, SHRINK_ROWS), triton.cdiv(columns, SHRINK_COLUMNS))](
-            weight.data, scales, out, weight.stride(0), out.stride(0), rows, columns,
-            TURNS=turned, ROWS=SHRINK_ROWS, COLUMNS=SHRINK_COLUMNS, num_warps=8,
-        )  # fmt: skip
-        return
     state = weight.quant_state
     outer, (rows, columns) = state.state2 if state.nested else state, state.shape
     tall, blocks = PACKED_TURNED if turned else PACKED_STRAIGHT
@@ -270,6 +284,31 @@ def shrink(layer: Any, scales: Tensor, out: Tensor, *, turned: bool = False) -> 
         state.offset if state.nested else state.absmax, scales, out, out.stride(0), rows, columns,
         ROWS=tall, BLOCKS=blocks, SIZE=state.blocksize, NESTED=state.nested, OUTER=outer.blocksize, TURNS=turned,
         num_warps=8,
+    )  # fmt: skip
+
+
+class Rescale(Enum):
+    """What is done with scales of rows."""
+
+    NOTHING = "nothing"
+    DIVIDE = "divide"
+    MULTIPLY = "multiply"
+
+
+def rescale(layer: Any, scales: Tensor, out: Tensor, how: Rescale, *, turned: bool = False) -> None:  # noqa: ANN401 - a linear layer, not of 4 bits
+    """The weights of a layer [outputs, inputs], each row divided by its scale or multiplied by it, into `out`."""
+    weight = layer.weight.data
+    if not _by_kernel(out):
+        factors = {Rescale.DIVIDE: 1 / scales, Rescale.MULTIPLY: scales}.get(how, torch.ones_like(scales))
+        values = (weight.float() * factors[:, None]).to(out.dtype)
+        out.copy_(values.T if turned else values)
+        return
+    kernels, triton = _kernels()
+    rows, columns = weight.shape
+    kernels.rescale[(triton.cdiv(rows, SHRINK_ROWS), triton.cdiv(columns, SHRINK_COLUMNS))](
+        weight, scales, out, weight.stride(0), out.stride(0), rows, columns,
+        DIVIDES=how is Rescale.DIVIDE, MULTIPLIES=how is Rescale.MULTIPLY, TURNS=turned, ROWS=SHRINK_ROWS,
+        COLUMNS=SHRINK_COLUMNS, num_warps=8,
     )  # fmt: skip
 
 

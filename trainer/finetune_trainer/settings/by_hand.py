@@ -29,6 +29,8 @@ HEAD_ROWS = 1024
 """Tokens whose logits are made at once: `fast.model.HEAD_ROWS`."""
 TARGET = 8
 """Bytes of a token's id."""
+WIDENED = (*FOUR_BITS, "FP8")
+"""Formats whose layers are brought into 16 bits one after another."""
 FP8_MULTIPLE = 128
 """Of columns of a matrix in FP8: `fast.ops.FLOAT8_MULTIPLE`."""
 PLACE_BYTES = 8 * 2**20
@@ -139,10 +141,12 @@ def _group(layers: tuple[Layer, ...], model: ModelFacts, resolved: Resolved) -> 
 
 
 def count_room(model: ModelFacts, resolved: Resolved) -> int:
-    """What buffers of 16-bit weights have more than the weights themselves, which stay where they are for FP8."""
-    if resolved.base_format in FOUR_BITS or resolved.fp8_products:
-        return 0
+    """What buffers that weights move into have more than the weights themselves."""
     groups = [group for block in blocks_of(model) for group in sizes_of(block, model, resolved).groups]
+    if resolved.fp8_products and resolved.base_format == "FP8":
+        return sum(group.shapes[0][0] * group.shapes[0][1] - group.rows * group.columns for group in groups)
+    if resolved.base_format in WIDENED or resolved.fp8_products:
+        return 0
     return C * sum(group.numel - group.rows * group.columns for group in groups)
 
 
@@ -150,8 +154,11 @@ def count_scratch(model: ModelFacts, resolved: Resolved) -> int:
     """Buffers that weights are brought into for a product, in 16 bits or in FP8: one of each shape."""
     groups = {group for block in blocks_of(model) for group in sizes_of(block, model, resolved).groups}
     if resolved.fp8_products:
-        return sum(rows * columns for group in groups for rows, columns in group.shapes)
-    if resolved.base_format not in FOUR_BITS:
+        numbers = [[rows * columns for rows, columns in group.shapes] for group in groups]
+        return sum(
+            backward if resolved.base_format == "FP8" else max(forward, backward) for forward, backward in numbers
+        )
+    if resolved.base_format not in WIDENED:
         return 0
     shapes = {(group.rows + group.room, group.columns + group.room) for group in groups}
     return C * sum(rows * columns for rows, columns in shapes)

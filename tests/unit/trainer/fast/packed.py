@@ -1,10 +1,13 @@
-"""Layers of 4 bits, made on the CPU."""
+"""Layers of 4 and of 8 bits, made on the CPU."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
+import torch
+
+from finetune_trainer.models import float8
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,3 +26,13 @@ def pack_linear(
     if bias is not None:
         layer.bias.data = bias.clone()
     return layer.to("cpu")
+
+
+def narrow_linear(weight: Tensor, bias: Tensor | None = None) -> float8.Float8Linear:
+    """Our linear layer in FP8 of a weight [outputs, inputs]."""
+    outputs, inputs = weight.shape
+    layer = float8.Float8Linear(inputs, outputs, bias=bias is not None, source_cls=torch.nn.Linear)
+    layer.weight.data, layer.scales = float8.narrow(weight)
+    if bias is not None:
+        layer.bias.data = bias.clone()
+    return layer

@@ -162,16 +162,22 @@ def compare_narrowed(rows: int, width: int, heads: int, tails: int) -> None:
     compare(work, tolerance=0.0)
 
 
-def compare_shrunk(rows: int, columns: int, turned: bool, packed: bool) -> None:
-    from tests.unit.trainer.fast.packed import pack_linear  # noqa: PLC0415 - slow
+def compare_shrunk(rows: int, columns: int, turned: bool, form: ops.Form) -> None:
+    from tests.unit.trainer.fast.packed import narrow_linear, pack_linear  # noqa: PLC0415 - slow
+
+    make = {ops.Form.PACKED: pack_linear, ops.Form.NARROW: narrow_linear}
 
     def work() -> list[Tensor]:
-        layer = pack_linear(torch.randn(rows, columns)) if packed else torch.nn.Linear(columns, rows)
+        layer = make[form](torch.randn(rows, columns)) if form in make else torch.nn.Linear(columns, rows)
         out = (
             blank(columns, rows) if turned else blank(rows, columns)
         )  # in fp32: of rounding the interpreter is no guide
         ops.shrink(layer, torch.rand(rows) + 0.5, out, turned=turned)
-        return [out]
+        if form is ops.Form.PACKED:
+            return [out]
+        wide = torch.empty_like(out)
+        ops.rescale(layer, torch.rand(rows), wide, ops.Rescale.MULTIPLY, turned=turned)
+        return [out, wide]
 
     compare(work)
 
@@ -295,12 +301,14 @@ def test_rows_in_8_bits(interpret: Interpret, rows: int, width: int, heads: int,
 
 
 @FEW
-@example(rows=ops.SHRINK_ROWS + 3, columns=ops.SHRINK_COLUMNS + 64, turned=True, packed=False)
-@example(rows=ops.PACKED_TURNED[0] + 3, columns=192, turned=True, packed=True)
-@example(rows=ops.PACKED_STRAIGHT[0] + 3, columns=320, turned=False, packed=True)
-@given(rows=st.integers(1, 70), columns=st.sampled_from([64, 128]), turned=st.booleans(), packed=st.booleans())
-def test_weights_in_8_bits(interpret: Interpret, rows: int, columns: int, turned: bool, packed: bool) -> None:
-    interpret(compare_shrunk, rows, columns, turned, packed)
+@example(rows=ops.SHRINK_ROWS + 3, columns=ops.SHRINK_COLUMNS + 64, turned=True, form=ops.Form.WIDE)
+@example(rows=ops.PACKED_TURNED[0] + 3, columns=192, turned=True, form=ops.Form.PACKED)
+@example(rows=ops.PACKED_STRAIGHT[0] + 3, columns=320, turned=False, form=ops.Form.PACKED)
+@given(
+    rows=st.integers(1, 70), columns=st.sampled_from([64, 128]), turned=st.booleans(), form=st.sampled_from(ops.Form)
+)
+def test_weights_in_8_bits(interpret: Interpret, rows: int, columns: int, turned: bool, form: ops.Form) -> None:
+    interpret(compare_shrunk, rows, columns, turned, form)
 
 
 @FEW

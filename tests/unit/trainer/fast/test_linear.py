@@ -14,9 +14,10 @@ from torch import Tensor
 from finetune_trainer.fast import ops
 from finetune_trainer.fast.linear import MULTIPLE, Layer, Linears, Scratch, WideLinears
 from finetune_trainer.fast.narrow import Adapters, NarrowLinears
+from finetune_trainer.models import float8
 from finetune_trainer.models.loading import import_peft
 from tests.unit.trainer.fast.columns import FEW
-from tests.unit.trainer.fast.packed import pack_linear
+from tests.unit.trainer.fast.packed import narrow_linear, pack_linear
 
 peft = import_peft()
 SCALE = 2.0
@@ -49,13 +50,20 @@ class Kept(torch.nn.Module):
 
 
 def make_peft(
-    sketches: list[Sketch], inputs: int, dtype: torch.dtype = torch.float64, *, packed: bool = False
+    sketches: list[Sketch],
+    inputs: int,
+    dtype: torch.dtype = torch.float64,
+    *,
+    packed: bool = False,
+    narrow: bool = False,
 ) -> list[Any]:
     """PEFT's layers, adapters of random values, and dropout of the places that a layer's number chooses."""
     base: Any = torch.nn.ModuleDict()
     for number, sketch in enumerate(sketches):
         layer = torch.nn.Linear(inputs, sketch.outputs, bias=sketch.biased, dtype=dtype)
-        base[f"layer{number}"] = pack_linear(layer.weight.data, layer.bias) if packed else layer
+        if packed or narrow:
+            layer = (pack_linear if packed else narrow_linear)(layer.weight.data, layer.bias)
+        base[f"layer{number}"] = layer
     base.is_loaded_in_4bit = packed
     ranks = {f"layer{number}": sketch.rank for number, sketch in enumerate(sketches) if sketch.rank}
     if ranks:
@@ -149,20 +157,25 @@ def test_layers_with_and_without_adapters_and_biases(
 THREE = [Sketch(6, rank=2, biased=True, dropout=0.4), Sketch(3), Sketch(4, rank=5)]
 
 
+def held(form: ops.Form) -> dict[str, bool]:
+    return {"packed": form is ops.Form.PACKED, "narrow": form is ops.Form.NARROW}
+
+
+@pytest.mark.parametrize("form", [ops.Form.PACKED, ops.Form.NARROW])
 @pytest.mark.parametrize("sketches", [THREE, [Sketch(5)], [Sketch(5, rank=3)]], ids=["three", "plain", "one"])
-def test_layers_of_4_bits(sketches: list[Sketch]) -> None:
-    modules = make_peft(sketches, 64, torch.float32, packed=True)
+def test_layers_of_4_and_of_8_bits(sketches: list[Sketch], form: ops.Form) -> None:
+    modules = make_peft(sketches, 64, torch.float32, **held(form))
     assert_like_peft(modules, join(modules), torch.randn(7, 64))
 
 
 WIDE = [Sketch(48, rank=4, biased=True, dropout=0.4), Sketch(32), Sketch(16, rank=5)]
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("form", list(ops.Form))
 @pytest.mark.parametrize("sketches", [WIDE, [Sketch(16)], [Sketch(32, rank=3)]], ids=["three", "plain", "one"])
-def test_products_in_fp8_are_those_of_peft_but_for_rounding(sketches: list[Sketch], packed: bool) -> None:
+def test_products_in_fp8_are_those_of_peft_but_for_rounding(sketches: list[Sketch], form: ops.Form) -> None:
     torch.manual_seed(0)
-    modules, x = make_peft(sketches, 256, torch.float32, packed=packed), torch.randn(40, 256)
+    modules, x = make_peft(sketches, 256, torch.float32, **held(form)), torch.randn(40, 256)
     for module in modules:
         if module.bias is not None:
             module.bias.data += 1000.0
@@ -189,6 +202,42 @@ def test_weights_stay_what_they_are_where_they_move() -> None:
     join(modules)
     for module, values in zip(modules, before, strict=True):
         assert all(torch.equal(value, values[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_rows_of_zeros_and_adapters_larger_than_the_weights_are_multiplied_in_fp8(narrow: bool) -> None:
+    """Rows of zeros, of tiny numbers, and a layer of nothing but zeros, with adapters a hundred times as large."""
+    torch.manual_seed(0)
+    modules, x = (
+        make_peft([Sketch(16, rank=4), Sketch(16, rank=4)], 128, torch.float32, narrow=narrow),
+        torch.randn(9, 128),
+    )
+    for number, module in enumerate(modules):
+        base = module.get_base_layer()
+        weight = torch.zeros(16, 128) if number else torch.randn(16, 128)
+        weight[:8] *= torch.tensor([0.0, 1e-3, 1e-6, 1e-20])[:, None].repeat(2, 1)
+        base.weight.data = weight
+        if narrow:
+            base.weight.data, base.scales = float8.narrow(weight)
+        module.lora_B.default.weight.data *= 100
+    linears, leaf = join_narrow(modules), x.clone().requires_grad_()
+    expected = torch.cat([module(leaf) for module in modules], 1)
+    above = torch.randn_like(expected)
+    (below,) = torch.autograd.grad(expected, [leaf], above)
+    out, _ = multiply(linears, x)
+    found, _ = learn(linears, above, torch.zeros(9, linears.inputs + linears.room))
+    for got, want in [(out, expected), (found, below)]:
+        assert ((got - want).norm() / want.norm()).item() < FP8_ERROR
+
+
+def test_weights_in_fp8_stay_what_they_are_where_they_move() -> None:
+    modules = make_peft(WIDE, 256, torch.float32, narrow=True)
+    modules[1].weight.data[:3] = 0
+    bases = [getattr(module, "base_layer", module) for module in modules]
+    before = [float8.widen(base.weight, base.scales, torch.float32) for base in bases]
+    join_narrow(modules)
+    for base, weight in zip(bases, before, strict=True):
+        assert torch.equal(float8.widen(base.weight, base.scales, torch.float32), weight)
 
 
 @pytest.mark.parametrize("packed", [False, True])
