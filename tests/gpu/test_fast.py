@@ -259,6 +259,7 @@ def test_what_lies_in_host_memory_meanwhile_changes_no_bit(form: str, plan: Plan
         fast = FastModel(adapted, plan, torch.bfloat16, float8=float8, offload=offload)
         torch.manual_seed(3)
         found.append([take(adapted, fast.loss(batch, count(batch))) for _ in range(3) for batch in batches])
+        assert bool(fast.take._recorded) == (dropout == 0.0), "passes are recorded with their copies"
     for without, beside in zip(*found, strict=True):
         assert all(torch.equal(beside[name], each) for name, each in without.items())
 

@@ -42,6 +42,8 @@ class Host:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._free: list[Tensor] = []
         self._leaving: list[Tensor] = []
+        self._copying = False
+        """Whether there are copies that nobody waits for yet."""
 
     def send(self, tensor: Tensor) -> Sent:
         """Begin to copy a tensor there. It is held until it is settled."""
@@ -64,9 +66,13 @@ class Host:
         return tensor
 
     def settle(self) -> None:
-        """What is computed from now on waits for all copies so far: what was sent may go, what was fetched is there."""
-        if self._stream is not None:
+        """What is computed from now on waits for all copies so far: what was sent may go, what was fetched is there.
+
+        Without any it waits for nobody: a pass that is recorded can only wait for what is recorded with it.
+        """
+        if self._stream is not None and self._copying:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self._copying = False
         self._leaving.clear()
 
     def _make_place(self) -> Tensor:
@@ -75,6 +81,7 @@ class Host:
     @contextmanager
     def _beside(self) -> Iterator[None]:
         """Copies within come after all that was computed so far, and beside what is computed next."""
+        self._copying = True
         if self._stream is None:
             yield
             return

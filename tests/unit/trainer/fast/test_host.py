@@ -201,6 +201,23 @@ def test_streams_wait_for_one_another_and_nobody_else_waits(monkeypatch: pytest.
     assert waits[1:] == ["computing for copying"]
     places.fetch(sent)
     assert waits[2:] == ["copying for computing"]
+    places.settle()
+    assert waits[3:] == ["computing for copying"]
+
+
+def test_a_pass_that_is_recorded_begins_and_ends_with_nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph records may wait for nothing from before, and must leave no stream behind."""
+    waits: list[str] = []
+    computing, copying = Stream("computing", waits), Stream("copying", waits)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: computing)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    adapted, batch = adapt_deep(), make_batch(9, 6)
+    model = FastModel(adapted, Plan.ATTENTION, torch.float64, offload=True)
+    step(model, adapted, batch)
+    monkeypatch.setattr(model._host, "_stream", copying)  # after a pass that made the places
+    step(model, adapted, batch)
+    assert waits[0] == "copying for computing"
+    assert waits[-1] == "computing for copying"
 
 
 # The embedding
