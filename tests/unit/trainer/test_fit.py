@@ -103,7 +103,7 @@ EIGHT_ROWS = {"perDeviceTrainBatchSize": 8}
 @pytest.mark.parametrize(
     ("memory", "length", "training", "chosen"),
     [
-        ("9.7Gi", 512, EIGHT_ROWS, (8, "Full", False)),
+        ("10Gi", 512, EIGHT_ROWS, (8, "Full", False)),
         ("9.4Gi", 512, EIGHT_ROWS, (8, "Full", True)),
         ("9.4Gi", 512, EIGHT_ROWS | {"offload": "Off"}, (8, "Full", False)),
         ("9.4Gi", 512, {"offload": "Off"}, (4, "Full", False)),
