@@ -113,13 +113,22 @@ def test_products_and_gradients_are_those_of_the_widened_layer_to_the_bit(
     assert layer.weight.grad is None
 
 
-def test_autocast_rounds_the_input_as_that_of_any_linear_layer() -> None:
+def test_autocast_rounds_the_input_as_that_of_any_linear_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the weight is widened, which would take twice the memory for an input in fp32."""
+    dtypes = []
+
+    def watch(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        dtypes.append(dtype)
+        return widen(weight, scales, dtype)
+
+    monkeypatch.setattr(float8, "widen", watch)
     layer, wide = make_layer(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = run(layer, draw(7, 48)), run(wide, draw(7, 48))
     assert found[0].dtype is torch.bfloat16
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert found[1].dtype is expected[1].dtype is torch.float32
+    assert dtypes == [torch.bfloat16] * 2
 
 
 def test_nothing_wide_is_kept_for_the_backward_pass() -> None:
