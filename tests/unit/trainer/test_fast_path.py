@@ -89,7 +89,6 @@ def test_adapters_on_a_llama_on_one_gpu_take_it(fields: dict[str, Any], llama: M
         (method("GaLore"), "GaLore trains the weights themselves"),
         ({"objective": {"type": "DPO"}}, "DPO has a loss of its own"),
         (method("LoRA", "Int8"), "the base is held in Int8"),
-        (method("LoRA", "FP8"), "the base is held in FP8"),
         (method("LoRA", "FP16"), "the base is held in FP16"),
         (method("LoRA", "FP32"), "the base is held in FP32"),
         ({"method": {"computeDtype": "FP32"}}, "products are computed in FP32"),

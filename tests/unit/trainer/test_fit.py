@@ -47,10 +47,10 @@ def rows_of(length: int) -> DataFacts:
 
 
 def fitted(
-    model: ModelFacts, memory: str | None, length: int = 512, method: str = "QLoRA", **fields: Any
+    model: ModelFacts, memory: str | None, length: int = 512, method: str = "QLoRA", *, fp8: bool = False, **fields: Any
 ) -> tuple[Resolved, Estimate | None]:
     pod = {} if memory is None else {"pod": {"gpuMemory": memory}}
-    job = make_config(**{"parallelism": GPU, "method": {"type": method}, **pod, **fields})
+    job = make_config(**{"parallelism": GPU, "method": {"type": method, "fp8Products": fp8}, **pod, **fields})
     config, data = parse_config(job), rows_of(length)
     return fit(Job(config, model, data), resolve(config, SourceFacts("m", None, "d"), model, data))
 
@@ -187,6 +187,11 @@ def test_what_would_fit_is_told(memory: str, method: str, said: str, llama_8b: M
         fitted(llama_8b, memory, method=method, training=PLAIN)
     assert said in str(refusal.value)
     assert len(str(refusal.value)) < 600
+
+
+def test_a_base_in_fp8_is_told_to_who_multiplies_in_fp8(llama_8b: ModelFacts) -> None:
+    with pytest.raises(OutOfMemory, match=r"What would fit: method\.baseWeights\.format FP8 \(about"):
+        fitted(llama_8b, "12Gi", method="LoRA", fp8=True)
 
 
 def test_shorter_rows_are_told_where_they_would_do(llama_8b: ModelFacts) -> None:

@@ -247,9 +247,10 @@ def test_a_job_trains_and_merges(asked: str, desk: Desk, job: Callable[..., dict
     assert not any("scales" in name for name in tensors)
 
 
-def test_products_in_fp8_are_refused_by_prepare(desk: Desk, job: Callable[..., dict[str, Any]]) -> None:
+def test_products_in_fp8_are_for_the_fast_path_of_a_gpu(desk: Desk, job: Callable[..., dict[str, Any]]) -> None:
     given = job(method=LORA_FP8 | {"fp8Products": True}, parallelism={"gpusPerNode": 1})
     code, word = desk.run("prepare", given)
-    assert code == ExitCode.INVALID_CONFIG
+    assert code == ExitCode.COMPLETED
     assert word is not None
-    assert "needs the fast path, which is not taken: the base is held in FP8" in word.message
+    assert word.resolved is not None
+    assert (word.resolved.base_format, word.resolved.fast_path, word.resolved.fp8_products) == ("FP8", True, True)

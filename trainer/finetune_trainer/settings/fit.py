@@ -199,7 +199,7 @@ def _lighter(job: Job, resolved: Resolved) -> Iterator[tuple[str, Resolved]]:
     if sharded and not resolved.parallelism.cpu_offload:
         parallelism = resolved.parallelism.model_copy(update={"cpu_offload": True})
         yield "parallelism.fsdp.cpuOffload true", resolved.model_copy(update={"parallelism": parallelism})
-    if not whole and not sharded and resolved.base_format in FLOATING and not resolved.fp8_products:
+    if not whole and not sharded and resolved.base_format in FLOATING:
         changed = resolved.model_copy(update={"base_format": BaseFormat.FP8.value})
         yield "method.baseWeights.format FP8", with_path(job.config, changed, job.model, job.data.length_max)
     lora = _adapter_for(job, resolved)
