@@ -13,7 +13,7 @@ from finetune_trainer.fast import ops, record
 from finetune_trainer.fast.block import Plan
 from finetune_trainer.fast.model import FastModel
 from finetune_trainer.models.loading import import_peft, set_up_torch
-from tests.gpu.bench import LLAMA_1B, TOKENIZER, Bench, Outcome, make_job
+from tests.gpu.bench import LLAMA_1B, TOKENIZER, Bench, Outcome, forget, make_job
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -231,7 +231,7 @@ def test_recorded_passes_among_others_give_the_bits_of_those_that_are_not(
     """`tight`: little memory is left after the first recording, so that there are no others."""
     adapted = adapt("NF4")
     fast, plain = (FastModel(adapted, Plan.ATTENTION, torch.bfloat16, float8=float8) for _ in range(2))
-    plain.take = plain._pass  # type: ignore[assignment]
+    plain.recorder._on = False
     recorded = []
     for number, length in enumerate([300, 200, 300, 200, 400, 300, 200, 400]):
         with torch.no_grad():
@@ -240,7 +240,7 @@ def test_recorded_passes_among_others_give_the_bits_of_those_that_are_not(
         batch = rows(length)
         found, expected = (take(adapted, each.loss(batch, count(batch))) for each in (fast, plain))
         assert all(torch.equal(each, expected[name]) for name, each in found.items())
-        recorded.append(len(fast.take._recorded))
+        recorded.append(len(fast.recorder._recorded))
         if tight and number == 2:
             monkeypatch.setattr(record, "_free_bytes", lambda: 0)
     assert recorded == ([0, 0, 1, 2, 0, 0, 0, 0] if tight else [0, 0, 1, 2, 2, 2, 2, 3])
@@ -259,7 +259,7 @@ def test_what_lies_in_host_memory_meanwhile_changes_no_bit(form: str, plan: Plan
         fast = FastModel(adapted, plan, torch.bfloat16, float8=float8, offload=offload)
         torch.manual_seed(3)
         found.append([take(adapted, fast.loss(batch, count(batch))) for _ in range(3) for batch in batches])
-        assert bool(fast.take._recorded) == (dropout == 0.0), "passes are recorded with their copies"
+        assert bool(fast.recorder._recorded) == (dropout == 0.0), "passes are recorded with their copies"
     for without, beside in zip(*found, strict=True):
         assert all(torch.equal(beside[name], each) for name, each in without.items())
 
@@ -267,8 +267,7 @@ def test_what_lies_in_host_memory_meanwhile_changes_no_bit(form: str, plan: Plan
 def peak_of(adapted: Any, plan: Plan, batch: dict[str, Any], *, offload: bool) -> int:
     """Bytes that tensors held at most in three steps."""
     fast = FastModel(adapted, plan, torch.bfloat16, offload=offload)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    forget()
     for _ in range(3):
         take(adapted, fast.loss(batch, count(batch)))
     return torch.cuda.max_memory_allocated()

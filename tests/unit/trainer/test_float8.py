@@ -57,7 +57,7 @@ def test_the_largest_of_a_row_becomes_448_and_a_scale_is_that_of_its_row_alone(d
     largest = weight.float().abs().amax(1)
     assert held.dtype is FLOAT8
     assert scales.dtype is torch.float32
-    assert torch.equal(scales[largest > 0], (largest / 448)[largest > 0])
+    assert torch.equal(scales[largest > 0], (largest * (1 / 448))[largest > 0])
     assert held.float().abs().amax(1).tolist() == [448.0] * 3 + [0.0] + [448.0] * 4
     assert not widen(held, scales, dtype)[3].any()
 

@@ -82,8 +82,7 @@ class FastModel:
         self.stepped = torch.nn.ParameterList(self.trained)
         """The same as a module: what an optimizer's step, clipping and zeroing are about."""
         self._drops = any(linears.drops for block in self._blocks for linears in _linears(block))
-        self.take = Recorder(self._pass, self.trained, on=self.trained[0].is_cuda and self._is_steady)
-        """A pass: the loss of inputs as `loss` takes them with their `count`, and gradients of `trained`."""
+        self.recorder = Recorder(self.trained, on=self.trained[0].is_cuda and self._is_steady)
 
     def loss(self, inputs: Mapping[str, Any], count: Tensor | float) -> Tensor:
         """Sum of the losses of a micro-batch in nats, divided by `count`; its backward pass gives adapters gradients.
@@ -97,7 +96,8 @@ class FastModel:
         return loss
 
     @torch.no_grad()
-    def _pass(self, inputs: Mapping[str, Any]) -> Outcome:
+    def take(self, inputs: Mapping[str, Any]) -> Outcome:
+        """A pass: the loss of inputs as `loss` takes them with their `count`, and gradients of `trained`."""
         total, passed = self.forward(inputs)
         return total / inputs["count"], self.backward(passed, torch.ones_like(total) / inputs["count"])
 
@@ -196,7 +196,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, model: FastModel, inputs: Mapping[str, Any], *_: Tensor) -> Tensor:  # noqa: ANN401 - torch's context
-        loss, ctx.gradients = model.take(inputs)
+        loss, ctx.gradients = model.recorder.take(model.take, inputs)
         return loss
 
     @staticmethod

@@ -6,7 +6,6 @@ With a small model or a small micro-batch, a GPU would wait for Python most of t
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,8 +20,10 @@ log = logging.getLogger(__name__)
 
 Outcome: TypeAlias = "tuple[Tensor, list[Tensor]]"
 """A loss, and gradients of all that trains."""
+Take: TypeAlias = "Callable[[Mapping[str, Any]], Outcome]"
+"""What comes of inputs."""
 MOST = 32
-"""Shapes that are recorded at a time."""
+"""Shapes that are recorded, the first that come again: to record a pass takes longer than to take it."""
 SPARE = 1.1
 """Bytes that must be free for a pass that is not recorded, by those that recorded ones hold."""
 
@@ -37,35 +38,36 @@ class _Recorded:
 class Recorder:
     """Takes passes; those whose shapes were seen before from a recording, whose bits are the same."""
 
-    def __init__(self, take: Callable[[Mapping[str, Any]], Outcome], trained: Sequence[Tensor], *, on: bool) -> None:
-        """`take`: a pass, whose inputs are tensors and plain values. `on`: whether anything is recorded."""
-        self._take, self._trained, self._on = take, trained, on
+    def __init__(self, trained: Sequence[Tensor], *, on: bool) -> None:
+        """`trained`: what passes give gradients of. `on`: whether anything is recorded."""
+        self._trained, self._on = trained, on
         self._seen: set[Hashable] = set()
-        self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
+        self._recorded: dict[Hashable, _Recorded] = {}
+        self._held_bytes = 0
         self._pool: Any = None
         self._results: list[Tensor] = []
         """Where all recordings leave loss and gradients."""
 
-    def __call__(self, inputs: Mapping[str, Any]) -> Outcome:
-        """Loss and gradients; valid until the next pass."""
+    def take(self, take: Take, inputs: Mapping[str, Any]) -> Outcome:
+        """Loss and gradients of inputs, tensors and plain values; valid until the next pass."""
         if not self._on:
-            return self._take(inputs)
+            return take(inputs)
         key = _shape_of(inputs)
-        if key not in self._recorded and key in self._seen:
-            self._record(key, inputs)
+        if key not in self._recorded and key in self._seen and len(self._recorded) < MOST:
+            self._record(take, key, inputs)
         if key in self._recorded:
             return self._replay(key, inputs)
         self._seen.add(key)
-        self.make_way()
-        return self._take(inputs)
+        self._make_way()
+        return take(inputs)
 
-    def make_way(self) -> None:
+    def _make_way(self) -> None:
         """Where little memory is left beside what recordings hold, they are gone for good."""
-        if self._recorded and self._held_bytes() * SPARE > _free_bytes():
+        if self._recorded and self._held_bytes * SPARE > _free_bytes():
             log.info("recorded passes are let go: the GPU has too little memory beside them")
             self._stop()
 
-    def _record(self, key: Hashable, inputs: Mapping[str, Any]) -> None:
+    def _record(self, take: Take, key: Hashable, inputs: Mapping[str, Any]) -> None:
         if not self._recorded:
             log.info("passes whose shapes come again are recorded as CUDA graphs")
         own = {name: each.clone() if isinstance(each, torch.Tensor) else each for name, each in inputs.items()}
@@ -75,7 +77,7 @@ class Recorder:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool):
-                loss, gradients = self._take(own)
+                loss, gradients = take(own)
                 torch._foreach_copy_(self._results, [loss, *gradients])
                 del loss, gradients
         except RuntimeError as error:
@@ -83,11 +85,9 @@ class Recorder:
             self._stop()
             return
         self._recorded[key] = _Recorded(graph, own)
-        if len(self._recorded) > MOST:
-            self._recorded.popitem(last=False)
+        self._held_bytes = _bytes_of(tuple(self._pool))
 
     def _replay(self, key: Hashable, inputs: Mapping[str, Any]) -> Outcome:
-        self._recorded.move_to_end(key)
         recorded = self._recorded[key]
         for name, each in recorded.inputs.items():
             if isinstance(each, torch.Tensor):
@@ -101,14 +101,15 @@ class Recorder:
         self._pool, self._results = None, []
         torch.cuda.empty_cache()
 
-    def _held_bytes(self) -> int:
-        pool = tuple(self._pool)
-        segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
-        return sum(each["total_size"] for each in segments if tuple(each["segment_pool_id"]) == pool)
-
 
 def _shape_of(inputs: Mapping[str, Any]) -> Hashable:
     return tuple((name, tuple(each.shape) if isinstance(each, torch.Tensor) else each) for name, each in inputs.items())
+
+
+def _bytes_of(pool: tuple[int, int]) -> int:
+    """That recordings hold from one pass to the next."""
+    segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    return sum(each["total_size"] for each in segments if tuple(each["segment_pool_id"]) == pool)
 
 
 def _free_bytes() -> int:

@@ -37,7 +37,7 @@ def narrow(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     A row with a value that is NaN or infinite has no number left: the loss is lost, and the file's weight named.
     """
-    scales = (weight.abs().amax(1).float() / LARGEST).clamp(min=SMALLEST_SCALE)
+    scales = (weight.abs().amax(1).float() * (1 / LARGEST)).clamp(min=SMALLEST_SCALE)  # a GPU divides by numbers so
     return (weight / scales[:, None]).to(FLOAT8), scales
 
 
