@@ -153,7 +153,8 @@ def _answers(when: str, trainer: Exact, tokenizer: Any, rows: Rows, context: Con
 
     def generate() -> list[str]:
         with context.naming_rank():
-            return samples.generate(trainer.model, tokenizer, rows.prompts, context.polled)
+            write = partial(samples.generate, trainer.model, tokenizer, rows.prompts, context.polled)
+            return trainer.beside_passes(write)
 
     return generate() if is_to_shard(context.resolved) else distributed.lead(generate)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
@@ -18,14 +19,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 Outcome: TypeAlias = "tuple[Tensor, list[Tensor]]"
 """A loss, and gradients of all that trains."""
 Take: TypeAlias = "Callable[[Mapping[str, Any]], Outcome]"
 """What comes of inputs."""
 MOST = 32
 """Shapes that are recorded, the first that come again: to record a pass takes longer than to take it."""
-SPARE = 1.1
-"""Bytes that must be free for a pass that is not recorded, by those that recorded ones hold."""
+CHANCES = 3
+"""Times that recordings may be in the way, until there are none any more."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Recorder:
         self._trained, self._on = trained, on
         self._seen: set[Hashable] = set()
         self._recorded: dict[Hashable, _Recorded] = {}
-        self._held_bytes = 0
+        self._chances = CHANCES
         self._pool: Any = None
         self._results: list[Tensor] = []
         """Where all recordings leave loss and gradients."""
@@ -58,14 +61,23 @@ class Recorder:
         if key in self._recorded:
             return self._replay(key, inputs)
         self._seen.add(key)
-        self._make_way()
-        return take(inputs)
+        return self.beside(partial(take, inputs))
 
-    def _make_way(self) -> None:
-        """Where little memory is left beside what recordings hold, they are gone for good."""
-        if self._recorded and self._held_bytes * SPARE > _free_bytes():
+    def beside(self, work: Callable[[], T]) -> T:
+        """What other work on the GPU gives; where its memory does not suffice, begun anew without the recordings.
+
+        They keep their memory from one pass to the next, which torch's allocator does not take back from them.
+        """
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if not self._recorded:
+                raise
             log.info("recorded passes are let go: the GPU has too little memory beside them")
-            self._stop()
+        self._let_go()
+        self._chances -= 1
+        self._on = self._chances > 0
+        return work()
 
     def _record(self, take: Take, key: Hashable, inputs: Mapping[str, Any]) -> None:
         if not self._recorded:
@@ -76,16 +88,16 @@ class Recorder:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 loss, gradients = take(own)
                 torch._foreach_copy_(self._results, [loss, *gradients])
                 del loss, gradients
         except RuntimeError as error:
             log.warning("passes are not recorded: %s", error)
-            self._stop()
+            self._on = False
+            self._let_go()
             return
         self._recorded[key] = _Recorded(graph, own)
-        self._held_bytes = _bytes_of(tuple(self._pool))
 
     def _replay(self, key: Hashable, inputs: Mapping[str, Any]) -> Outcome:
         recorded = self._recorded[key]
@@ -95,8 +107,7 @@ class Recorder:
         recorded.graph.replay()
         return self._results[0].clone(), self._results[1:]
 
-    def _stop(self) -> None:
-        self._on = False
+    def _let_go(self) -> None:
         self._recorded.clear()
         self._pool, self._results = None, []
         torch.cuda.empty_cache()
@@ -104,14 +115,3 @@ class Recorder:
 
 def _shape_of(inputs: Mapping[str, Any]) -> Hashable:
     return tuple((name, tuple(each.shape) if isinstance(each, torch.Tensor) else each) for name, each in inputs.items())
-
-
-def _bytes_of(pool: tuple[int, int]) -> int:
-    """That recordings hold from one pass to the next."""
-    segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
-    return sum(each["total_size"] for each in segments if tuple(each["segment_pool_id"]) == pool)
-
-
-def _free_bytes() -> int:
-    """Of the GPU, and what torch holds for later of its own."""
-    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

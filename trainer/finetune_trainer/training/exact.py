@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from finetune_trainer.data.order import RowOrder
     from finetune_trainer.evaluate import HeldOut
     from finetune_trainer.fast.model import FastModel
+
+T = TypeVar("T")
 
 
 def batch_seen(inputs: Mapping[str, Any]) -> Batch:
@@ -79,6 +81,10 @@ class Exact(Trainer, ABC):
 
     def weights_are_set(self) -> None:
         """Called once, when the model has the weights and dtypes that training begins with."""
+
+    def beside_passes(self, work: Callable[[], T]) -> T:
+        """What other work than training on the GPU gives, which may have to be begun anew (`fast/record.py`)."""
+        return work() if self.fast is None else self.fast.recorder.beside(work)
 
     @abstractmethod
     def measure(self, rows: Sequence[Any], poll: Callable[[int, int], None] | None = None) -> HeldOut:

@@ -20,7 +20,7 @@ class SftTrainer(Exact, SFTTrainer):
 
     def measure(self, rows: Sequence[TokenRow], poll: Callable[[int, int], None] | None = None) -> HeldOut:
         """Mean loss of the tokens that count."""
-        return HeldOut(measure_loss(self.model, rows, poll))
+        return HeldOut(self.beside_passes(lambda: measure_loss(self.model, rows, poll)))
 
     def compute_loss(
         self,
