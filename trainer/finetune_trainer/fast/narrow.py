@@ -119,8 +119,7 @@ class Adapters:
 
     def __init__(self, linears: Sequence[NarrowLinears], dtype: torch.dtype) -> None:
         """`dtype`: of 16 bits."""
-        self._sources: list[tuple[Tensor, Tensor]] = []
-        """A and B as they train."""
+        self._adapted: list[Layer] = []
         self._firsts: list[Tensor] = []
         self._seconds: list[Tensor] = []
         smallest, owners = [], []
@@ -130,8 +129,8 @@ class Adapters:
                 if layer.first is not None and layer.second is not None:
                     self._firsts.append(each.first[ranks])
                     each.seconds.append(torch.empty_like(layer.second, dtype=dtype))
-                    owners += [len(self._sources)] * layer.rank
-                    self._sources.append((layer.first.detach(), layer.second.detach()))
+                    owners += [len(self._adapted)] * layer.rank
+                    self._adapted.append(layer)
                     smallest.append(each.scales[rows].min())
             self._seconds += each.seconds
         self._highest = torch.stack(smallest) * ops.FLOAT8_LARGEST
@@ -146,9 +145,10 @@ class Adapters:
 
     def refresh(self) -> None:
         """Take the adapters as they are now."""
-        firsts, seconds = (list(each) for each in zip(*self._sources, strict=True))
-        torch._foreach_copy_(self._firsts + self._seconds, firsts + seconds)
-        peaks = torch._foreach_norm(firsts + seconds, torch.inf)  # noqa: SLF001 - likewise
+        trained = [each.first for each in self._adapted] + [each.second for each in self._adapted]
+        sources = [each.detach() for each in trained if each is not None]
+        torch._foreach_copy_(self._firsts + self._seconds, sources)
+        peaks = torch._foreach_norm(sources, torch.inf)  # noqa: SLF001 - torch has no other name
         of_first, of_second = torch.stack(list(peaks)).float().chunk(2)
         scales = of_first.clamp(min=ops.TINIEST) / ops.FLOAT8_LARGEST
         torch.index_select(scales, 0, self._owners, out=self._scales)

@@ -55,7 +55,7 @@ class Recorder:
         """Loss and gradients of inputs, tensors and plain values; valid until the next pass."""
         if not self._on:
             return take(inputs)
-        key = _shape_of(inputs)
+        key = (_shape_of(inputs), tuple(each.data_ptr() for each in self._trained))  # where a recording reads them
         if key not in self._recorded and key in self._seen and len(self._recorded) < MOST:
             self._record(take, key, inputs)
         if key in self._recorded:
