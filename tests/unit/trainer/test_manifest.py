@@ -1,5 +1,7 @@
 """An artifact is complete or absent, and proven."""
 
+import hashlib
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +87,54 @@ def test_verification_names_the_file(target: Target, damage: Callable[[Path], ob
     damage(target.folder)
     with pytest.raises(VerificationFailed, match=words):
         verify(target.folder)
+
+
+@pytest.fixture
+def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Files of several sizes, none among them, each read in some pieces."""
+    monkeypatch.setattr(manifest, "CHUNK_BYTES", 100)
+    paths = [tmp_path / str(number) for number in range(9)]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([number]) * 70 * number)
+    return paths
+
+
+def test_files_are_hashed_in_their_order_and_every_byte_is_counted(many: list[Path]) -> None:
+    told: list[tuple[int, int]] = []
+    digests = manifest.sha256_of_files(many, lambda done, total: told.append((done, total)))
+    assert digests == [hashlib.sha256(path.read_bytes()).hexdigest() for path in many]
+    assert told == sorted(told)
+    assert told[-1] == (70 * 36, 70 * 36)
+
+
+def test_files_are_hashed_side_by_side(many: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    others = threading.Barrier(manifest.READERS)
+
+    def meet(path: Path, *_: object) -> str:
+        others.wait(60)
+        return path.name
+
+    monkeypatch.setattr(manifest, "sha256_of_file", meet)
+    assert manifest.sha256_of_files(many[: manifest.READERS]) == [path.name for path in many[: manifest.READERS]]
+
+
+def test_the_first_error_ends_the_hashing_of_all_files(many: list[Path]) -> None:
+    told: list[int] = []
+
+    def stop(done: int, _: int) -> None:
+        told.append(done)
+        raise InterruptedError(done)
+
+    with pytest.raises(InterruptedError, match=str(70)):
+        manifest.sha256_of_files(many[1:2], stop)
+    told.clear()
+    with pytest.raises(InterruptedError) as caught:
+        manifest.sha256_of_files(many, stop)
+    assert told == list(caught.value.args)
+    many[4].unlink()
+    many[4].mkdir()
+    with pytest.raises(IsADirectoryError):
+        manifest.sha256_of_files(many)
 
 
 def test_an_artifact_without_manifest_is_absent(tmp_path: Path) -> None:

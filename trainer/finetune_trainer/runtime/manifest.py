@@ -13,6 +13,8 @@ import json
 import os
 import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -36,12 +38,14 @@ from finetune_trainer.runtime import fence
 from finetune_trainer.runtime.errors import NotFound, VerificationFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 MANIFEST_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 CHUNK_BYTES = 4 << 20
+READERS = 4
+"""Files that are hashed side by side: a core with SHA extensions does 1.8 GB/s, page caches and fast volumes more."""
 
 
 class FileEntry(Model):
@@ -215,19 +219,18 @@ def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> 
     manifest = read(folder)
     remedy = f"Delete {folder} and run the stage again."
     _refuse_strangers(folder, manifest, remedy)
-    done = 0
-    for entry in manifest.files:
-        path = folder / entry.path
+    paths = [folder / entry.path for entry in manifest.files]
+    for path, entry in zip(paths, manifest.files, strict=True):
         if not path.is_file():
             msg = f"{path} is missing. {remedy}"
             raise VerificationFailed(msg)
         if (size := path.stat().st_size) != entry.size:
             msg = f"{path} has {size} bytes, its manifest says {entry.size}. {remedy}"
             raise VerificationFailed(msg)
-        if sha256_of_file(path, _shifted(progress, done, manifest.size_bytes)) != entry.sha256:
+    for path, entry, sha256 in zip(paths, manifest.files, sha256_of_files(paths, progress), strict=True):
+        if sha256 != entry.sha256:
             msg = f"{path} is not what was written: its SHA-256 differs from the manifest's. {remedy}"
             raise VerificationFailed(msg)
-        done += entry.size
     return manifest
 
 
@@ -241,25 +244,51 @@ def _refuse_strangers(folder: Path, manifest: Manifest, remedy: str) -> None:
             raise VerificationFailed(msg)
 
 
+def sha256_of_files(paths: Sequence[Path], progress: Callable[[int, int], None] | None = None) -> list[str]:
+    """SHA-256 in hex of each file, several at a time; `progress(bytes read so far, bytes in all)`, one call at a time.
+
+    The first error, of a file or of `progress`, ends the reading of all of them.
+    """
+    total, done, turn = sum(path.stat().st_size for path in paths), 0, threading.Lock()
+    errors: list[BaseException] = []
+
+    def count(read: int) -> None:
+        nonlocal done
+        with turn:
+            if errors:
+                raise errors[0]
+            done += read
+            if progress is not None:
+                progress(done, total)
+
+    def digest(path: Path) -> str:
+        try:
+            return sha256_of_file(path, count)
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    with ThreadPoolExecutor(READERS) as pool:
+        digests = [pool.submit(digest, path) for path in paths]
+    if errors:
+        raise errors[0]
+    return [each.result() for each in digests]
+
+
 def sha256_of_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """SHA-256 in hex; `progress(bytes read so far)`."""
-    digest, done = hashlib.sha256(), 0
+    """SHA-256 in hex; `progress(bytes just read)`."""
+    digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
-            done += len(chunk)
             if progress is not None:
-                progress(done)
+                progress(len(chunk))
     return digest.hexdigest()
 
 
 def files_in(folder: Path) -> list[Path]:
     """All files below a folder, sorted by path."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _shifted(progress: Callable[[int, int], None] | None, done: int, total: int) -> Callable[[int], None] | None:
-    return None if progress is None else lambda read: progress(done + read, total)
 
 
 # Writing
@@ -295,12 +324,10 @@ def publish(
 def seal(folder: Path, target: Target, result: Result, progress: Callable[[int, int], None] | None = None) -> Manifest:
     """Write the manifest of what is in the folder, set modes, make all of it durable."""
     paths = files_in(folder)
-    total, done, entries = sum(path.stat().st_size for path in paths), 0, []
-    for path in paths:
-        size = path.stat().st_size
-        sha256 = sha256_of_file(path, _shifted(progress, done, total))
-        entries.append(FileEntry(path=path.relative_to(folder).as_posix(), size=size, sha256=sha256))
-        done += size
+    entries = [
+        FileEntry(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=sha256)
+        for path, sha256 in zip(paths, sha256_of_files(paths, progress), strict=True)
+    ]
     manifest = Manifest(
         stage=target.stage,
         config_digest=target.config_digest,
@@ -309,17 +336,21 @@ def seal(folder: Path, target: Target, result: Result, progress: Callable[[int, 
         result=result,
     )
     (folder / MANIFEST_NAME).write_bytes(manifest.to_bytes())
-    make_durable(folder, _shifted(progress, total, total))
+    total = manifest.size_bytes
+    make_durable(folder, None if progress is None else lambda: progress(total, total))
     return manifest
 
 
-def make_durable(folder: Path, progress: Callable[[int], None] | None = None) -> None:
-    """Modes that other users can read (safetensors writes 0600), and every file and folder on the disk."""
+def make_durable(folder: Path, progress: Callable[[], None] | None = None) -> None:
+    """Modes that other users can read (safetensors writes 0600), and every file and folder on the disk.
+
+    `progress` is called after each file.
+    """
     for path in files_in(folder):
         path.chmod(0o644)
         sync(path)
         if progress is not None:
-            progress(0)
+            progress()
     for path in [*sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True), folder]:
         path.chmod(0o755)
         sync(path)
