@@ -23,8 +23,8 @@ def pytest(*arguments: str) -> Command:
 
 
 SIDE_BY_SIDE = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
-"""Two processes, one for each of a small machine's cores. A file's tests stay together, and in each process files keep
-their order: libraries that the trainer loads change a process for good (offline hub, no subnormal numbers)."""
+"""Two processes, one for each of a small machine's cores. A file's tests stay together: what they share is made
+once."""
 
 
 def tool(name: str, *arguments: str) -> Command:
